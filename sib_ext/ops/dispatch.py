@@ -1,0 +1,125 @@
+"""One dispatch rule for every op: the device's native kernel, else Triton on a GPU, else the reference.
+
+Each op is registered once from Python: schema, fake kernel, autograd rule, and the reference at
+CompositeExplicitAutograd. ``sib_ext._C`` (CPU) and ``sib_ext._C_cuda`` (CUDA) only implement their device's key of
+the default overload, so a missing module leaves the reference in place. The overload ``.reference`` is always the
+reference: it is what ``impl="reference"`` runs and what the tests compare.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "native", "triton", "reference")
+MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps sib-ext (or the path of its source)"
+
+LIBRARY = torch.library.Library("sib_ext", "DEF")
+
+
+def build_record() -> dict:
+    """What setup.py wrote when it built the native modules; empty where nothing was built."""
+    path = Path(__file__).parent.parent / "_build.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load(module: str) -> str | None:
+    """Imports sib_ext.<module>; None, or the one readable reason why it is not there."""
+    if importlib.util.find_spec(f"sib_ext.{module}") is None:
+        return build_record().get("skipped", {}).get(module, f"sib_ext.{module} was not built; to build it: {REBUILD}")
+    try:
+        importlib.import_module(f"sib_ext.{module}")
+    except (ImportError, OSError, RuntimeError) as error:
+        built = build_record().get("torch", "an unknown torch")
+        return (
+            f"sib_ext.{module} was built for torch {built}, this is torch {torch.__version__}: {error}. "
+            f"To rebuild: {REBUILD}"
+        )
+    return None
+
+
+# Loaded once, at import: torch.compile can trace a look-up in a dictionary, but not an import.
+_native_problems = {device_type: _load(module) for device_type, module in MODULES.items()}
+
+
+def native_problem(device_type: str) -> str | None:
+    """None where native kernels run on that device type, else why not."""
+    return _native_problems.get(device_type, f"there are no native kernels for device type '{device_type}'")
+
+
+def triton_problem(device_type: str) -> str | None:
+    """None where Triton kernels run on that device type, else why not."""
+    return "this version has no Triton kernels"
+
+
+def _checked(impl: str, name: str) -> str:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{name} is {impl!r}; choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    return impl
+
+
+_default = _checked(os.environ.get("SIB_EXT_IMPL", "auto"), "the environment variable SIB_EXT_IMPL")
+
+
+@contextlib.contextmanager
+def use_impl(impl: str) -> Iterator[None]:
+    """Makes ``impl`` (``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``) the default inside a ``with`` block.
+
+    The default is one per process, shared by its threads; an ``impl=`` argument goes before it.
+    """
+    global _default
+    before, _default = _default, _checked(impl, "impl")
+    try:
+        yield
+    finally:
+        _default = before
+
+
+def resolve(impl: str | None, device_type: str) -> str:
+    """The implementation that will run: an explicit choice that cannot run raises and says why."""
+    impl = _default if impl is None else _checked(impl, "impl")
+    if impl == "auto":
+        if native_problem(device_type) is None:
+            return "native"
+        return "triton" if device_type == "cuda" and triton_problem(device_type) is None else "reference"
+    problem = {"native": native_problem, "triton": triton_problem}.get(impl, lambda _: None)(device_type)
+    if problem is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run on {device_type}: {problem}. impl='auto' takes what is there.")
+    return impl
+
+
+def define(name: str, schema: str, reference: Callable, fake: Callable, save: Callable, backward: Callable) -> None:
+    """Registers the op under its default overload and under ``.reference``.
+
+    Why not two hand-written autograd Functions: ``register_autograd`` makes the same Function, at the Autograd key,
+    where torch.compile, opcheck and functorch see it. ``backward(overload)`` gives the rule for one overload, so
+    that a backward op runs in the implementation of its forward.
+    """
+    for overload in ("default", "reference"):
+        suffix = "" if overload == "default" else f".{overload}"
+        LIBRARY.define(f"{name}{suffix}{schema}")
+        LIBRARY.impl(f"{name}{suffix}", reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sib_ext::{name}{suffix}", fake, lib=LIBRARY)
+        torch.library.register_autograd(f"sib_ext::{name}{suffix}", backward(overload), setup_context=save, lib=LIBRARY)
+
+
+def overload(name: str, implementation: str):
+    """The registered op that runs ``implementation``."""
+    packet = getattr(torch.ops.sib_ext, name)
+    return packet.reference if implementation == "reference" else packet.default
+
+
+def empty_field(like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised [B,C,H,W] in the layout that kernels write: channels_last if ``like`` is, else contiguous."""
+    return torch.empty_like(like, memory_format=field_format(like))
+
+
+def field_format(field: torch.Tensor) -> torch.memory_format:
+    channels_last = field.is_contiguous(memory_format=torch.channels_last) and not field.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format

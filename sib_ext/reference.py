@@ -1,0 +1,214 @@
+"""Every op in plain PyTorch, formula by formula: the fallback, the oracle and the benchmarks' baseline.
+
+Notation (arXiv 2511.09239): ``vjp`` is R = ds/dx [B,C,H,W], ``x`` the input it belongs to, ``mask`` M [B,1,H,W].
+The forward formulas are written as published (full sorts, pooling, whole temporaries) and are differentiable any
+number of times by autograd. The ``*_backward`` formulas are what the fused backward kernels compute; they are
+differentiable too and so serve as the second derivative of every implementation.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Published normalisation of the density: the 5 % and 95 % soft quantiles of g = |mean_c R|.
+LOW, HIGH = 0.05, 0.95
+# exp(-40) = 4e-18: a position further than 40 temperatures from the nearest one weighs nothing, even in float64.
+SUPPORT_RADIUS = 40.0
+
+MOMENTS = ("sum_a", "sum_b", "sum_aa", "sum_bb", "sum_ab", "sum_c", "sum_cc")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widen(field: Tensor) -> Tensor:
+    return field.to(accumulation_dtype(field.dtype))
+
+
+# ---------------------------------------------------------------------------------------------- quantiles
+
+
+def soft_quantile(values: Tensor, q: float, temperature: float) -> Tensor:
+    """Q_tau(v; q) = sum_i softmax_i(-|i - q(n-1)|/tau) v_(i) over the sorted last dimension: [B,n] -> [B,1]."""
+    n = values.shape[-1]
+    positions = torch.arange(n, dtype=torch.float64, device=values.device)
+    weights = torch.softmax(-(positions - q * (n - 1)).abs() / temperature, dim=0).to(values.dtype)
+    return (values.sort(dim=-1, stable=True).values * weights).sum(-1, keepdim=True)
+
+
+def linear_quantile(values: Tensor, q: float) -> Tensor:
+    """The ordinary quantile, linear between the two nearest order statistics: [B,n] -> [B,1]."""
+    position = q * (values.shape[-1] - 1)
+    below = math.floor(position)
+    above = min(below + 1, values.shape[-1] - 1)
+    ordered = values.sort(dim=-1, stable=True).values
+    return torch.lerp(ordered[:, below : below + 1], ordered[:, above : above + 1], position - below)
+
+
+def support_size(n: int, temperature: float) -> int:
+    """How many order statistics carry weight in a soft quantile of n values; n when the temperature is wide."""
+    return min(n, math.floor(2 * (SUPPORT_RADIUS * temperature + 0.5)) + 1)
+
+
+def support_start(n: int, q: float, temperature: float, size: int) -> int:
+    """The first sorted position of the support: the positions within its radius of q(n-1), kept inside [0, n)."""
+    first = math.ceil(q * (n - 1) - (SUPPORT_RADIUS * temperature + 0.5))
+    return max(0, min(first, n - size))
+
+
+def support_weights(n: int, q: float, temperature: float, size: int, like: Tensor) -> Tensor:
+    """softmax_i(-|i - q(n-1)|/tau) on the support: [size]."""
+    start = support_start(n, q, temperature, size)
+    positions = torch.arange(start, start + size, dtype=torch.float64, device=like.device)
+    return torch.softmax(-(positions - q * (n - 1)).abs() / temperature, dim=0).to(like.dtype)
+
+
+def _support_indices(values: Tensor, q: float, temperature: float) -> Tensor:
+    n = values.shape[-1]
+    size = support_size(n, temperature)
+    start = support_start(n, q, temperature, size)
+    return values.argsort(dim=-1, stable=True)[:, start : start + size]
+
+
+# ------------------------------------------------------------------------------------------- density mask
+
+
+def box_average(plane: Tensor, window: int, padding: str) -> Tensor:
+    """window x window average, stride 1; ``"zeros"`` counts the padding in the divisor, ``"exclude"`` does not."""
+    return F.avg_pool2d(plane, window, stride=1, padding=window // 2, count_include_pad=padding == "zeros")
+
+
+def density(vjp: Tensor) -> Tensor:
+    """g = |mean_c R|: [B,C,H,W] -> [B,H*W]."""
+    return vjp.mean(1).abs().flatten(1)
+
+
+def _average_density(vjp, quantile, window, slope, eps, padding, area):
+    g = density(vjp)
+    low, high = quantile(g, LOW), quantile(g, HIGH)
+    n = (g - low) / (high - low + eps)
+    h = torch.sigmoid(slope * (n - quantile(n, 1 - area)))
+    plane = h.view(vjp.shape[0], 1, vjp.shape[2], vjp.shape[3])
+    return box_average(plane, window, padding).flatten(1)
+
+
+def _density_mask(vjp, quantile, window, slope, eps, padding, area):
+    d = _average_density(vjp, quantile, window, slope, eps, padding, area)
+    mask = torch.sigmoid(slope * (d - quantile(d, 1 - area)))
+    return mask.view(vjp.shape[0], 1, vjp.shape[2], vjp.shape[3])
+
+
+def density_mask(
+    vjp: Tensor, window: int, temperature: float, slope: float, eps: float, padding: str, area: float
+) -> Tensor:
+    """The published soft mask of R, [B,C,H,W] -> [B,1,H,W] in (0, 1):
+
+    g = |mean_c R|, n = (g - q05)/(q95 - q05 + eps), h = sigmoid(slope (n - q80(n))),
+    d = box average of h, M = sigmoid(slope (d - q80(d))), with q80 the 1 - ``area`` quantile.
+    """
+    quantile = functools.partial(soft_quantile, temperature=temperature)
+    return _density_mask(vjp, quantile, window, slope, eps, padding, area)
+
+
+def hard_density_mask(vjp: Tensor, window: int, slope: float, eps: float, padding: str, area: float) -> Tensor:
+    """:func:`density_mask` with ordinary quantiles."""
+    return _density_mask(vjp, linear_quantile, window, slope, eps, padding, area)
+
+
+def density_mask_support(vjp, window, temperature, slope, eps, padding, area) -> Tensor:
+    """Which pixels the four soft quantiles rest on: [B,4,K] int64, rows q05(g), q95(g), q80(g), q80(d)."""
+    g = density(vjp)
+    quantile = functools.partial(soft_quantile, temperature=temperature)
+    d = _average_density(vjp, quantile, window, slope, eps, padding, area)
+    picks = ((g, LOW), (g, HIGH), (g, 1 - area), (d, 1 - area))
+    return torch.stack([_support_indices(v, q, temperature) for v, q in picks], dim=1)
+
+
+def density_mask_backward(
+    grad_mask: Tensor,
+    vjp: Tensor,
+    mask: Tensor,
+    support: Tensor,
+    window: int,
+    temperature: float,
+    slope: float,
+    eps: float,
+    padding: str,
+    area: float,
+) -> Tensor:
+    """dL/dR of :func:`density_mask` from dL/dM [B,1,H,W]; a soft quantile's gradient touches its support only."""
+    batch, _, height, width = vjp.shape
+    n, size = height * width, support.shape[-1]
+    weights = {q: support_weights(n, q, temperature, size, mask) for q in (LOW, HIGH, 1 - area)}
+
+    def scatter(row: int, q: float, total: Tensor) -> Tensor:
+        return torch.zeros_like(grad).scatter(1, support[:, row], total * weights[q])
+
+    mask = mask.flatten(1)
+    grad = grad_mask.to(mask.dtype).flatten(1) * slope * mask * (1 - mask)
+    grad = grad - scatter(3, 1 - area, grad.sum(1, keepdim=True))
+    # The box average is symmetric, so its transpose is itself (after the division when the divisor varies).
+    plane = grad.view(batch, 1, height, width)
+    if padding == "exclude":
+        share = box_average(torch.ones_like(plane[:1]), window, "zeros")
+        grad = box_average(plane / share, window, "zeros").flatten(1)
+    else:
+        grad = box_average(plane, window, padding).flatten(1)
+
+    mean = vjp.mean(1).flatten(1)
+    g = mean.abs()
+
+    def quantile(row: int, q: float) -> Tensor:
+        return (g.gather(1, support[:, row]) * weights[q]).sum(1, keepdim=True)
+
+    low, high, level = quantile(0, LOW), quantile(1, HIGH), quantile(2, 1 - area)
+    scale = 1 / (high - low + eps)
+    u = (g - level) * scale
+    h = torch.sigmoid(slope * u)
+    grad = grad * slope * h * (1 - h)
+    slip = (grad * u).sum(1, keepdim=True) * scale
+    grad = grad * scale
+    grad = grad - scatter(2, 1 - area, grad.sum(1, keepdim=True)) - scatter(1, HIGH, slip) + scatter(0, LOW, slip)
+    grad = (grad * mean.sign() / vjp.shape[1]).view(batch, 1, height, width)
+    return grad.expand(vjp.shape)
+
+
+# -------------------------------------------------------------------------------------- masked statistics
+
+
+def masked_statistics(
+    vjp: Tensor, x: Tensor, mask: Tensor, gram_vjp: bool = True, gram_input: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Moments [B,7] (:data:`MOMENTS`) and Grams a a^T, b b^T [B,B] of a = R*M, b = x*M, c = R*(1-M)."""
+    a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
+    moments = torch.stack([t.sum(1) for t in (a, b, a * a, b * b, a * b, c, c * c)], dim=1)
+    return moments, a @ a.T if gram_vjp else None, b @ b.T if gram_input else None
+
+
+def masked_statistics_backward(
+    grad_moments: Tensor,
+    grad_gram_vjp: Tensor | None,
+    grad_gram_input: Tensor | None,
+    vjp: Tensor,
+    x: Tensor,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dL/dR, dL/dx, dL/dM) of :func:`masked_statistics` from the cotangents of its outputs."""
+    a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
+    sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc = grad_moments.split(1, dim=1)
+    grad_a = sum_a + 2 * sum_aa * a + sum_ab * b
+    grad_b = sum_b + 2 * sum_bb * b + sum_ab * a
+    grad_c = (sum_c + 2 * sum_cc * c).view_as(vjp)
+    if grad_gram_vjp is not None:
+        grad_a = grad_a + (grad_gram_vjp + grad_gram_vjp.T) @ a
+    if grad_gram_input is not None:
+        grad_b = grad_b + (grad_gram_input + grad_gram_input.T) @ b
+    grad_a, grad_b = grad_a.view_as(vjp), grad_b.view_as(vjp)
+    grad_vjp = grad_a * mask + grad_c * (1 - mask)
+    grad_mask = (grad_a * vjp + grad_b * x - grad_c * vjp).sum(1, keepdim=True)
+    return grad_vjp, grad_b * mask, grad_mask
