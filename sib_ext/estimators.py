@@ -1,0 +1,150 @@
+"""Mutual-information estimators on the moments and Grams of masked fields: small tensors, plain PyTorch.
+
+``moments`` [B,7] and the Grams [B,B] come from :func:`sib_ext.masked_statistics` (a = R*M, b = x*M, c = R*(1-M));
+``count`` is N = C*H*W. Background estimators return one value per sample [B], foreground estimators a scalar or one
+value per sample. Everything is to be *minimised* in the background and *maximised* in the foreground.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import describe
+
+# The smallest denominator: keeps 0/0 at 0 and lies far under any VJP energy that float32 can tell from nothing.
+TINY = 1e-20
+# The largest squared correlation of the Gaussian estimator: -1/2 log(1e-6), about 6.9 nats.
+MAX_CORRELATION = 1 - 1e-6
+
+
+# --------------------------------------------------------------------------------------------- background
+
+
+def _variance(total: Tensor, squares: Tensor, count: int) -> Tensor:
+    return ((squares - total.square() / count) / max(count - 1, 1)).clamp_min(0)
+
+
+def background_variance(moments: Tensor, count: int) -> Tensor:
+    """Var(c) over C,H,W, unbiased (published)."""
+    return _variance(moments[:, 5], moments[:, 6], count)
+
+
+def background_energy(moments: Tensor, count: int) -> Tensor:
+    """mean(c^2): the masked VJP energy."""
+    return moments[:, 6] / count
+
+
+def background_energy_ratio(moments: Tensor, count: int) -> Tensor:
+    """S_cc / (S_aa + S_cc): the background's share of the VJP energy; in [0,1], free of scale."""
+    return moments[:, 6] / (moments[:, 2] + moments[:, 6] + TINY)
+
+
+def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> Tensor:
+    """1/2 log(1 + Var(c)/sigma^2) nats: the most a background VJP of that variance can tell through a Gaussian channel.
+
+    ``noise`` is sigma^2 > 0, a number or a scalar tensor (see :func:`relative_noise`).
+    """
+    return 0.5 * torch.log1p(background_variance(moments, count) / noise)
+
+
+def relative_noise(vjp: Tensor, kappa: float) -> Tensor:
+    """sigma^2 = kappa * mean_b Var(R), detached: makes :func:`background_gaussian` free of scale."""
+    return kappa * vjp.detach().flatten(1).to(torch.promote_types(vjp.dtype, torch.float32)).var(1).mean() + TINY
+
+
+# --------------------------------------------------------------------------------------------- foreground
+
+
+def normalised_gram(gram: Tensor, eps: float = 1e-12) -> Tensor:
+    """The Gram of L2-normalised rows: G_ij / (|a_i| |a_j|), |a_i| = sqrt(G_ii) at least eps (as F.normalize)."""
+    norm = gram.diagonal().clamp_min(eps**2).sqrt()
+    return gram / (norm[:, None] * norm)
+
+
+def _centred(gram: Tensor) -> Tensor:
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+LEAST_BATCH = {"hsic": 2, "hsic_unbiased": 4, "cka": 2}
+
+
+def check_batch(name: str, batch: int) -> None:
+    """Estimators that compare samples need some to compare."""
+    least = LEAST_BATCH.get(name, 1)
+    if batch < least:
+        raise ValueError(
+            f"foreground={name!r} compares samples and needs a batch of at least {least}, got {batch}: "
+            "use larger batches (drop_last=True in the DataLoader) or foreground='gaussian'"
+        )
+
+
+def foreground_hsic(gram_vjp: Tensor, gram_input: Tensor) -> Tensor:
+    """Biased linear HSIC of row-normalised fields, sum((HKH) o (HLH))/(B-1)^2 (published); B >= 2.
+
+    1/(B-1), not 0, for independent data.
+    """
+    batch = gram_vjp.shape[0]
+    check_batch("hsic", batch)
+    return (_centred(normalised_gram(gram_vjp)) * _centred(normalised_gram(gram_input))).sum() / (batch - 1) ** 2
+
+
+def foreground_hsic_unbiased(gram_vjp: Tensor, gram_input: Tensor) -> Tensor:
+    """Unbiased linear HSIC of row-normalised fields (Song et al. 2012, JMLR 13, eq. 5); B >= 4.
+
+    0 in the mean for independent data.
+    """
+    batch = gram_vjp.shape[0]
+    check_batch("hsic_unbiased", batch)
+    off_diagonal = 1 - torch.eye(batch, dtype=gram_vjp.dtype, device=gram_vjp.device)
+    K, L = normalised_gram(gram_vjp) * off_diagonal, normalised_gram(gram_input) * off_diagonal
+    rows_K, rows_L = K.sum(1), L.sum(1)
+    trace = (K * L).sum()
+    means = rows_K.sum() * rows_L.sum() / ((batch - 1) * (batch - 2))
+    cross = 2 / (batch - 2) * (rows_K * rows_L).sum()
+    return (trace + means - cross) / (batch * (batch - 3))
+
+
+def foreground_cka(gram_vjp: Tensor, gram_input: Tensor) -> Tensor:
+    """Linear CKA of row-normalised fields, HSIC(K,L)/sqrt(HSIC(K,K) HSIC(L,L)) (Kornblith et al. 2019); B >= 2.
+
+    In [0,1].
+    """
+    check_batch("cka", gram_vjp.shape[0])
+    K, L = _centred(normalised_gram(gram_vjp)), _centred(normalised_gram(gram_input))
+    return (K * L).sum() / (K.square().sum() * L.square().sum()).clamp_min(TINY).sqrt()
+
+
+def foreground_gaussian(moments: Tensor, count: int) -> Tensor:
+    """-1/2 log(1 - rho^2) nats per sample, rho = corr(a, b) over C,H,W: the MI of jointly Gaussian masked fields."""
+    sum_a, sum_b, sum_aa, sum_bb, sum_ab = moments[:, :5].unbind(1)
+    variance_a, variance_b = _variance(sum_a, sum_aa, count), _variance(sum_b, sum_bb, count)
+    covariance = (sum_ab - sum_a * sum_b / count) / max(count - 1, 1)
+    # Divided in two steps: the product of two small variances would underflow in float32.
+    squared = covariance / variance_a.clamp_min(TINY) * (covariance / variance_b.clamp_min(TINY))
+    return -0.5 * torch.log1p(-squared.clamp_max(MAX_CORRELATION))
+
+
+BACKGROUND = {
+    "variance": background_variance,
+    "energy": background_energy,
+    "energy_ratio": background_energy_ratio,
+    "gaussian": background_gaussian,
+}
+FOREGROUND = {
+    "hsic": foreground_hsic,
+    "hsic_unbiased": foreground_hsic_unbiased,
+    "cka": foreground_cka,
+    "gaussian": foreground_gaussian,
+}
+
+
+def layer_contribution(features: Tensor, vjp: Tensor) -> Tensor:
+    """sum_c A*R_A [B,1,H,W]: what class-activation maps show of a feature map A with VJP R_A.
+
+    Plays the part of R for that layer; A itself plays x.
+    """
+    if features.shape != vjp.shape or features.dim() != 4:
+        raise ValueError(
+            f"features and vjp must be alike, [B,C,H,W], got {describe(features)} and {describe(vjp)}: "
+            "pass the feature map and the gradient with respect to it"
+        )
+    return (features * vjp).sum(1, keepdim=True)

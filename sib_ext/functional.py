@@ -1,0 +1,44 @@
+"""What :class:`sib_ext.SpatialIBLoss` is made of, in functional form: ops, seeds, masks and estimators."""
+
+from .estimators import (
+    background_energy,
+    background_energy_ratio,
+    background_gaussian,
+    background_variance,
+    foreground_cka,
+    foreground_gaussian,
+    foreground_hsic,
+    foreground_hsic_unbiased,
+    layer_contribution,
+    normalised_gram,
+    relative_noise,
+)
+from .masks import boxes_to_mask, hard_density_mask, mean_sigmoid_mask, top_p_mask
+from .ops import auto_window, density_mask, masked_statistics
+from .seeds import logit_sum, probability_energy, target_log_prob, target_logit, vjp
+
+__all__ = [
+    "auto_window",
+    "background_energy",
+    "background_energy_ratio",
+    "background_gaussian",
+    "background_variance",
+    "boxes_to_mask",
+    "density_mask",
+    "foreground_cka",
+    "foreground_gaussian",
+    "foreground_hsic",
+    "foreground_hsic_unbiased",
+    "hard_density_mask",
+    "layer_contribution",
+    "logit_sum",
+    "masked_statistics",
+    "mean_sigmoid_mask",
+    "normalised_gram",
+    "probability_energy",
+    "relative_noise",
+    "target_log_prob",
+    "target_logit",
+    "top_p_mask",
+    "vjp",
+]

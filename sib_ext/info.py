@@ -1,0 +1,55 @@
+"""``python -m sib_ext.info``: what was built, what runs here, and why not."""
+
+import importlib
+import os
+import platform
+
+import torch
+
+from . import __version__
+from .ops import dispatch
+
+
+def implementations() -> list[tuple[str, str, str | None]]:
+    """(device type, implementation, None or why it cannot run) in the order in which ``impl="auto"`` tries them."""
+    rows = []
+    for device_type in ("cpu", "cuda"):
+        rows.append((device_type, "native", dispatch.native_problem(device_type)))
+        if device_type == "cuda":
+            rows.append((device_type, "triton", dispatch.triton_problem(device_type)))
+        absent = device_type == "cuda" and not torch.cuda.is_available()
+        rows.append((device_type, "reference", "torch sees no GPU" if absent else None))
+    return rows
+
+
+def build_options() -> dict[str, str]:
+    """What the native modules say of themselves, and what setup.py recorded."""
+    record = dispatch.build_record()
+    options = {"built for torch": record.get("torch", "nothing native was built")}
+    for device_type, module in dispatch.MODULES.items():
+        if dispatch.native_problem(device_type) is None:
+            built = importlib.import_module(f"sib_ext.{module}").build_info()
+            options[f"sib_ext.{module}"] = ", ".join(f"{key} {value}" for key, value in built.items())
+        else:
+            options[f"sib_ext.{module}"] = "not loaded"
+    return options
+
+
+def report() -> str:
+    lines = [
+        f"sib_ext {__version__}",
+        f"python  {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"torch   {torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} GPUs",
+        f"impl    {os.environ.get('SIB_EXT_IMPL', 'auto')} (SIB_EXT_IMPL, or sib_ext.use_impl, or impl=...)",
+        "",
+        "implementations, in the order in which auto takes the first available:",
+    ]
+    for device_type, name, problem in implementations():
+        lines.append(f"  {device_type:5} {name:10} {'available' if problem is None else f'no: {problem}'}")
+    lines += ["", "build:"]
+    lines += [f"  {key:16} {value}" for key, value in build_options().items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,307 @@
+"""SpatialIBLoss: cross-entropy plus the two spatial information terms, as a drop-in for nn.CrossEntropyLoss."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import estimators, masks, seeds
+from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
+from .ops import masked_statistics
+from .ops.density_mask import PADDINGS
+
+# How an information value enters the loss: background as f(v), foreground as f(-v).
+TRANSFORMS = {"identity": lambda value: value, "exp": torch.exp, "expm1": torch.expm1}
+
+PRESETS = {
+    # arXiv 2511.09239 with every constant of the authors' scripts.
+    "paper": {
+        "seed": "probability_energy",
+        "mask": "density",
+        "background": "variance",
+        "background_weight": 1000.0,
+        "foreground": "hsic",
+        "foreground_weight": 0.01,
+        "transform": "exp",
+        "detach_mask": False,
+    },
+    # Scale-free and bounded terms with a seed that does not saturate.
+    "balanced": {
+        "seed": "target_logit",
+        "mask": "density",
+        "background": "energy_ratio",
+        "background_weight": 1.0,
+        "foreground": "cka",
+        "foreground_weight": 0.1,
+        "transform": "identity",
+        "detach_mask": True,
+    },
+}
+
+
+class SIBTerms(NamedTuple):
+    """What :meth:`SpatialIBLoss.terms` returns; ``loss`` is differentiable, the rest is for logging and pictures."""
+
+    loss: Tensor  #: scalar: cross_entropy + background_weight * f(background) + foreground_weight * f(-foreground)
+    cross_entropy: Tensor  #: scalar
+    background: Tensor | None  #: scalar, mean over the batch; None where its weight is 0
+    foreground: Tensor | None  #: scalar; None where its weight is 0
+    mask: Tensor | None  #: M [B,1,H,W]; None where both weights are 0
+    vjp: Tensor | None  #: R [B,C,H,W]; None where both weights are 0
+
+
+class SpatialIBLoss(nn.CrossEntropyLoss):
+    """Cross-entropy that also moves the network's vector-Jacobian product (VJP) onto the foreground.
+
+    ``loss = CE + background_weight * f(I_background) + foreground_weight * f(-I_foreground)`` (arXiv 2511.09239),
+    with R = ds/dx the VJP of a seed s of the logits, and a foreground mask M that is made from R or given.
+
+    Args:
+        preset: ``"balanced"`` (scale-free, bounded terms) or ``"paper"`` (the published loss with its constants).
+            Every argument below that is None takes the preset's value.
+        weight, label_smoothing: as in ``nn.CrossEntropyLoss``.
+        seed: s(z): ``"probability_energy"`` (published), ``"target_logit"``, ``"target_log_prob"``, ``"logit_sum"``.
+        mask: where M comes from when none is given: ``"density"`` (published), ``"hard_density"``,
+            ``"mean_sigmoid"``, ``"top_p"``.
+        background: ``"variance"`` (published), ``"energy"``, ``"energy_ratio"``, ``"gaussian"``.
+        background_weight: >= 0; 0 leaves the term out.
+        foreground: ``"hsic"`` (published, B >= 2), ``"hsic_unbiased"`` (B >= 4), ``"cka"`` (B >= 2), ``"gaussian"``.
+        foreground_weight: >= 0; 0 leaves the term out.
+        transform: f: ``"exp"`` (published), ``"expm1"`` (the same gradient, no offset), ``"identity"``.
+        detach_mask: True keeps the gradient from flowing through a self-made mask (published: False).
+        window: side of the mask's box average in pixels, odd, or ``"auto"`` = 31 scaled from 224 px (density masks).
+        temperature: of the mask's soft quantiles, in sorted positions, > 0 (``"density"``).
+        slope: of the mask's sigmoids, > 0; None: 10, and 30 for ``"top_p"``.
+        area: foreground share of a self-made mask, in (0, 1); None: 0.2, and 0.1 for ``"top_p"``
+            (``"mean_sigmoid"`` has no fixed area).
+        eps: added to q95 - q05 in density masks, >= 0.
+        padding: border of the box average, ``"zeros"`` (published) or ``"exclude"`` (density masks).
+        noise: sigma^2 > 0 of ``background="gaussian"``; None: kappa times the batch's mean VJP variance (scale-free).
+        kappa: > 0, see ``noise``.
+        impl: implementation of the ops, see :func:`sib_ext.density_mask`.
+        check_values: also look for NaN and Inf in x and logits, and check the values of labels, masks and boxes
+            that live on a GPU (on the CPU those are always checked). Waits for the GPU each call.
+
+    Raises:
+        ValueError: an argument that is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        preset: str = "balanced",
+        *,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        seed: str | None = None,
+        mask: str | None = None,
+        background: str | None = None,
+        background_weight: float | None = None,
+        foreground: str | None = None,
+        foreground_weight: float | None = None,
+        transform: str | None = None,
+        detach_mask: bool | None = None,
+        window: int | str = "auto",
+        temperature: float = 0.1,
+        slope: float | None = None,
+        area: float | None = None,
+        eps: float = 1e-8,
+        padding: str = "zeros",
+        noise: float | None = None,
+        kappa: float = 1.0,
+        impl: str | None = None,
+        check_values: bool = False,
+    ):
+        super().__init__(weight=weight, label_smoothing=label_smoothing)
+        check_choice("preset", preset, tuple(PRESETS))
+        constants = PRESETS[preset]
+
+        def chosen(name, value):
+            return constants[name] if value is None else value
+
+        self.preset = preset
+        self.seed = chosen("seed", seed)
+        self.mask = chosen("mask", mask)
+        self.background = chosen("background", background)
+        self.background_weight = chosen("background_weight", background_weight)
+        self.foreground = chosen("foreground", foreground)
+        self.foreground_weight = chosen("foreground_weight", foreground_weight)
+        self.transform = chosen("transform", transform)
+        self.detach_mask = chosen("detach_mask", detach_mask)
+        self.window, self.temperature, self.eps, self.padding = window, temperature, eps, padding
+        self.slope = slope if slope is not None else 30.0 if self.mask == "top_p" else 10.0
+        self.area = area if area is not None else 0.1 if self.mask == "top_p" else 0.2
+        self.noise, self.kappa = noise, kappa
+        self.impl, self.check_values = impl, check_values
+        self._check_options(area)
+
+    def _check_options(self, area: float | None) -> None:
+        for name, choices in (
+            ("seed", seeds.SEEDS),
+            ("mask", masks.MASKS),
+            ("background", estimators.BACKGROUND),
+            ("foreground", estimators.FOREGROUND),
+            ("transform", TRANSFORMS),
+            ("padding", PADDINGS),
+        ):
+            check_choice(name, getattr(self, name), tuple(choices))
+        for name in ("background_weight", "foreground_weight", "eps"):
+            check_positive(name, getattr(self, name), zero=True)
+        for name in ("temperature", "slope", "kappa"):
+            check_positive(name, getattr(self, name))
+        if self.noise is not None:
+            check_positive("noise", self.noise)
+        if self.window != "auto":
+            check_window("window", self.window)
+        check_share("area", self.area)
+        if area is not None and self.mask == "mean_sigmoid":
+            raise ValueError(f"area={area} has no meaning for mask='mean_sigmoid', whose area is free: leave it out")
+
+    def extra_repr(self) -> str:
+        return (
+            f"preset={self.preset!r}, seed={self.seed!r}, mask={self.mask!r}, "
+            f"background={self.background_weight:g} * {self.background!r}, "
+            f"foreground={self.foreground_weight:g} * {self.foreground!r}, transform={self.transform!r}"
+        )
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The cross-entropy part alone, e.g. for a validation loss under ``torch.no_grad``."""
+        return F.cross_entropy(logits, target, weight=self.weight, label_smoothing=self.label_smoothing)
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        x: Tensor,
+        mask: Tensor | Sequence[Tensor | None] | None = None,
+        annotated: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar; arguments and errors as in :meth:`terms`."""
+        return self.terms(logits, target, x, mask, annotated).loss
+
+    def terms(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        x: Tensor,
+        mask: Tensor | Sequence[Tensor | None] | None = None,
+        annotated: Tensor | None = None,
+    ) -> SIBTerms:
+        """The loss and its parts, named.
+
+        Args:
+            logits: z [B,K], computed from ``x`` with gradients on.
+            target: class indices [B] in [0, K), or class probabilities [B,K].
+            x: the images [B,C,H,W] that went into the model, floating point, ``x.requires_grad_()`` called before.
+            mask: the foreground, if known: soft in [0,1] or boolean, [B,1,H,W] or [B,H,W]; or boxes [B,4]
+                (x1, y1, x2, y2 in pixels); or a sequence of B items [H,W], [1,H,W] or [4], None where unknown.
+            annotated: bool [B]: which samples' ``mask`` counts; the others get the self-made mask.
+
+        Raises:
+            ValueError: an argument of the wrong type, rank, size, range or device.
+            RuntimeError: ``x`` does not require grad, or ``logits`` do not depend on it.
+        """
+        self._check_inputs(logits, target, x)
+        given = None
+        if mask is not None:
+            given, annotated = masks.given_mask(mask, x, annotated, self.check_values)
+        elif annotated is not None:
+            raise ValueError("annotated was given without mask: pass mask=... too")
+
+        cross_entropy = self.cross_entropy(logits, target)
+        if self.background_weight == 0 and self.foreground_weight == 0:
+            return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
+
+        R = seeds.vjp(logits, x, target, self.seed)
+        with torch.autocast(x.device.type, enabled=False):
+            M = self._mask(R, given, annotated)
+            grams = self.foreground_weight > 0 and self.foreground != "gaussian"
+            moments, gram_vjp, gram_input = masked_statistics(R, x, M, grams, grams, impl=self.impl)
+            count = R[0].numel()
+            total = cross_entropy.to(moments.dtype)
+            background = foreground = None
+            f = TRANSFORMS[self.transform]
+            if self.background_weight > 0:
+                background = self._background(R, moments, count)
+                total = total + self.background_weight * f(background)
+            if self.foreground_weight > 0:
+                statistics = (gram_vjp, gram_input) if grams else (moments, count)
+                foreground = estimators.FOREGROUND[self.foreground](*statistics).mean()
+                total = total + self.foreground_weight * f(-foreground)
+        return SIBTerms(total, cross_entropy, background, foreground, M, R)
+
+    def _background(self, R: Tensor, moments: Tensor, count: int) -> Tensor:
+        noise = {}
+        if self.background == "gaussian":
+            noise["noise"] = estimators.relative_noise(R, self.kappa) if self.noise is None else self.noise
+        return estimators.BACKGROUND[self.background](moments, count, **noise).mean()
+
+    def _mask(self, R: Tensor, given: Tensor | None, annotated: Tensor | None) -> Tensor:
+        if given is not None and annotated is None:
+            return given
+        options = {
+            "density": {
+                "window": self.window,
+                "temperature": self.temperature,
+                "slope": self.slope,
+                "eps": self.eps,
+                "padding": self.padding,
+                "area": self.area,
+                "impl": self.impl,
+            },
+            "hard_density": {
+                "window": self.window,
+                "slope": self.slope,
+                "eps": self.eps,
+                "padding": self.padding,
+                "area": self.area,
+            },
+            "mean_sigmoid": {"slope": self.slope},
+            "top_p": {"area": self.area, "slope": self.slope},
+        }[self.mask]
+        made = masks.MASKS[self.mask](R.detach() if self.detach_mask else R, **options)
+        return made if given is None else torch.where(annotated[:, None, None, None], given, made)
+
+    def _check_inputs(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
+        for name, value in (("logits", logits), ("target", target), ("x", x)):
+            check_tensor(name, value, "a tensor")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"x must be a non-empty batch of images [B,C,H,W], got {describe(x)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, got {describe(x)}: convert images, e.g. x.float() / 255")
+        batch = x.shape[0]
+        if logits.dim() != 2 or logits.shape[0] != batch or not logits.is_floating_point():
+            raise ValueError(
+                f"logits must be floating point [{batch},K] for x with {batch} images, got {describe(logits)}"
+            )
+        if logits.device != x.device or target.device != x.device:
+            raise ValueError(
+                f"logits, target and x must be on one device, got {logits.device}, {target.device} and {x.device}"
+            )
+        self._check_target(target, logits)
+        if self.foreground_weight > 0:
+            estimators.check_batch(self.foreground, batch)
+        if self.background_weight > 0 or self.foreground_weight > 0:
+            seeds.check_graph(logits, x)
+        if self.check_values:
+            check_finite("x", x)
+            check_finite("logits", logits)
+
+    def _check_target(self, target: Tensor, logits: Tensor) -> None:
+        batch, classes = logits.shape
+        if target.is_floating_point():
+            if target.shape != logits.shape:
+                raise ValueError(
+                    f"target has class probabilities, so it must be [{batch},{classes}], got {describe(target)}"
+                )
+            return
+        if target.dtype != torch.int64 or target.shape != (batch,):
+            raise ValueError(
+                f"target must be class indices, int64 [{batch}], or class probabilities [{batch},{classes}], "
+                f"got {describe(target)}"
+            )
+        if self.check_values or target.device.type == "cpu":
+            least, most = (int(v) for v in target.aminmax())
+            if least < 0 or most >= classes:
+                raise ValueError(f"target must lie in [0,{classes - 1}] for {classes} logits, got {least} to {most}")

@@ -1,0 +1,186 @@
+"""Foreground masks M [B,1,H,W]: made from the VJP, or given by the user (soft, boolean, boxes, per-sample missing)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_choice, check_field, check_positive, check_share, check_tensor, check_window, describe
+from .ops import auto_window, density_mask
+from .ops.density_mask import PADDINGS
+
+# ------------------------------------------------------------------------------------------- made from R
+
+
+def hard_density_mask(
+    vjp: Tensor,
+    window: int | str = "auto",
+    slope: float = 10.0,
+    eps: float = 1e-8,
+    padding: str = "zeros",
+    area: float = 0.2,
+) -> Tensor:
+    """:func:`sib_ext.density_mask` with ordinary quantiles (linear between two order statistics) for soft ones."""
+    check_field("vjp", vjp)
+    window = auto_window(*vjp.shape[2:]) if window == "auto" else check_window("window", window)
+    check_positive("slope", slope)
+    check_positive("eps", eps, zero=True)
+    check_share("area", area)
+    check_choice("padding", padding, PADDINGS)
+    return reference.hard_density_mask(reference.widen(vjp), window, slope, eps, padding, area)
+
+
+def _relative_density(vjp: Tensor) -> Tensor:
+    check_field("vjp", vjp)
+    g = reference.density(reference.widen(vjp))
+    return g / g.amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+
+
+def _as_mask(values: Tensor, vjp: Tensor) -> Tensor:
+    return values.view(vjp.shape[0], 1, *vjp.shape[2:])
+
+
+def mean_sigmoid_mask(vjp: Tensor, slope: float = 10.0) -> Tensor:
+    """M = sigmoid(slope (n - mean n)), n = g/max g, g = |mean_c R|: no window, no fixed area."""
+    check_positive("slope", slope)
+    n = _relative_density(vjp)
+    return _as_mask(torch.sigmoid(slope * (n - n.mean(1, keepdim=True))), vjp)
+
+
+def top_p_mask(vjp: Tensor, area: float = 0.1, slope: float = 30.0) -> Tensor:
+    """M = sigmoid(slope (n - t)) with t such that mean M = ``area`` exactly, n = g/max g, g = |mean_c R|."""
+    check_share("area", area)
+    check_positive("slope", slope)
+    n = _relative_density(vjp)
+    with torch.no_grad():
+        # mean M falls in t from nearly 1 to nearly 0 over this bracket.
+        reach = 40 / slope
+        below = n.new_full((n.shape[0], 1), -reach)
+        above = n.new_full((n.shape[0], 1), 1 + reach)
+        for _ in range(60):
+            middle = (below + above) / 2
+            too_large = torch.sigmoid(slope * (n - middle)).mean(1, keepdim=True) > area
+            below, above = torch.where(too_large, middle, below), torch.where(too_large, above, middle)
+        t = (below + above) / 2
+    # Two Newton steps from the root leave t in place and give it its exact first and second derivatives.
+    for _ in range(2):
+        m = torch.sigmoid(slope * (n - t))
+        t = t + (m.mean(1, keepdim=True) - area) / (slope * m * (1 - m)).mean(1, keepdim=True)
+    return _as_mask(torch.sigmoid(slope * (n - t)), vjp)
+
+
+MASKS = {
+    "density": density_mask,
+    "hard_density": hard_density_mask,
+    "mean_sigmoid": mean_sigmoid_mask,
+    "top_p": top_p_mask,
+}
+
+# ------------------------------------------------------------------------------------------------ given
+
+
+def boxes_to_mask(boxes: Tensor, height: int, width: int, check_values: bool = False) -> Tensor:
+    """Boxes [B,4] (x1, y1, x2, y2 in pixels, x2 and y2 excluded) -> mask [B,1,H,W], 1 inside.
+
+    A pixel cut by a box's edge gets the share of it that is covered.
+
+    Raises:
+        ValueError: not [B,4], a box outside the image, or x2 <= x1 or y2 <= y1 (checked on a GPU only
+            with ``check_values``, because that waits for it).
+    """
+    _check_box_shape(boxes)
+    if check_values or boxes.device.type == "cpu":
+        _check_box_values(boxes, height, width)
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+
+    def coverage(start: Tensor, stop: Tensor, size: int) -> Tensor:
+        pixel = torch.arange(size, dtype=boxes.dtype, device=boxes.device)
+        return (torch.minimum(stop[:, None], pixel + 1) - torch.maximum(start[:, None], pixel)).clamp(0, 1)
+
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return (coverage(y1, y2, height)[:, :, None] * coverage(x1, x2, width)[:, None, :]).unsqueeze(1)
+
+
+def _check_box_shape(boxes: Tensor) -> None:
+    check_tensor("boxes", boxes, "a tensor [B,4]")
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must be [B,4] (x1, y1, x2, y2 in pixels), got {describe(boxes)}")
+
+
+def _check_box_values(boxes: Tensor, height: int, width: int) -> None:
+    x1, y1, x2, y2 = boxes.unbind(1)
+    good = (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height) & (x1 < x2) & (y1 < y2)
+    if not bool(good.all()):
+        bad = int((~good).nonzero()[0, 0])
+        raise ValueError(
+            f"mask: box {bad} is {boxes[bad].tolist()}, which does not lie inside the {height} x {width} image "
+            "(x1 < x2 <= width, y1 < y2 <= height, in pixels): scale and clip boxes as the image was"
+        )
+
+
+def given_mask(
+    mask: Tensor | Sequence[Tensor | None], x: Tensor, annotated: Tensor | None = None, check_values: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the user gave as ``mask`` and ``annotated`` -> (M [B,1,H,W], annotated [B] bool or None for "every sample").
+
+    Takes a soft or boolean mask [B,H,W] or [B,1,H,W], boxes [B,4], or a sequence of B items, each a mask [H,W] or
+    [1,H,W], a box [4], or None where the sample has no annotation. What stands in rows without annotation is not
+    looked at. M is None when no sample has an annotation.
+    """
+    if annotated is not None:
+        check_tensor("annotated", annotated, "a boolean tensor [B]")
+        if annotated.dtype != torch.bool or annotated.shape != x.shape[:1] or annotated.device != x.device:
+            raise ValueError(
+                f"annotated must be a boolean tensor [{x.shape[0]}] on {x.device}, got {describe(annotated)}"
+            )
+    if isinstance(mask, Tensor):
+        return _given_tensor(mask, x, annotated, check_values), annotated
+    if not isinstance(mask, Sequence):
+        raise ValueError(f"mask must be a tensor or a sequence of tensors and None, got {type(mask).__name__}")
+    if len(mask) != x.shape[0]:
+        raise ValueError(f"mask has {len(mask)} items for a batch of {x.shape[0]}: give one (or None) per sample")
+    if all(item is None for item in mask):
+        return None, None
+    rows = [_given_item(item, x[:1], check_values) for item in mask]
+    if any(item is None for item in mask):
+        known = torch.tensor([item is not None for item in mask], device=x.device)
+        annotated = known if annotated is None else annotated & known
+    return torch.cat(rows), annotated
+
+
+def _given_item(item: Tensor | None, x: Tensor, check_values: bool) -> Tensor:
+    if item is None:
+        return x.new_zeros(1, 1, *x.shape[2:], dtype=reference.accumulation_dtype(x.dtype))
+    check_tensor("mask", item, "a tensor or None for each sample")
+    return _given_tensor(item[None], x, None, check_values)
+
+
+def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_values: bool) -> Tensor:
+    batch, _, height, width = x.shape
+    if mask.is_complex():
+        raise ValueError(f"mask must be boolean, integer or floating point, got {describe(mask)}")
+    if mask.device != x.device:
+        raise ValueError(
+            f"mask must be on the device of x ({x.device}), got {describe(mask)}: move it with .to(x.device)"
+        )
+    if mask.shape == (batch, 4):
+        if annotated is not None:
+            whole = mask.new_tensor([0, 0, width, height])
+            mask = torch.where(annotated[:, None], mask, whole)
+        return boxes_to_mask(mask, height, width, check_values).to(reference.accumulation_dtype(x.dtype))
+    if mask.shape not in ((batch, height, width), (batch, 1, height, width)):
+        raise ValueError(
+            f"mask must be [{batch},1,{height},{width}], [{batch},{height},{width}] or boxes [{batch},4] to fit x, "
+            f"got {describe(mask)}: resize it together with the images"
+        )
+    mask = mask.reshape(batch, 1, height, width)
+    if annotated is not None:
+        mask = torch.where(annotated[:, None, None, None], mask, torch.zeros_like(mask))
+    if (check_values or mask.device.type == "cpu") and mask.dtype != torch.bool:
+        least, most = (float(v) for v in mask.aminmax())
+        if not (least >= 0 and most <= 1):
+            raise ValueError(
+                f"mask must lie in [0,1], got values from {least:g} to {most:g}: divide by 255, or compare"
+            )
+    return mask.to(reference.accumulation_dtype(x.dtype))

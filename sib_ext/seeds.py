@@ -1,0 +1,76 @@
+"""Seeds: the scalar s(z) whose gradient with respect to the input is the vector-Jacobian product (VJP) R = ds/dx.
+
+Every seed takes logits z [B,K] and the target (class indices [B], or class probabilities [B,K]) and returns s, summed
+over the batch, so that one ``autograd.grad`` gives every sample's own VJP (as long as samples do not mix; BatchNorm
+in train mode mixes them slightly, as in the published code).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import check_choice
+
+
+def _of_target(values: Tensor, target: Tensor) -> Tensor:
+    if target.is_floating_point():
+        return (values * target).sum()
+    return values.gather(1, target[:, None]).sum()
+
+
+def probability_energy(logits: Tensor, target: Tensor) -> Tensor:
+    """s = 1/2 sum_bk p_bk^2, so R = (dp/dx)^T p: the published seed. No label; vanishes for uniform and saturated p."""
+    return 0.5 * F.softmax(logits, dim=1).square().sum()
+
+
+def target_logit(logits: Tensor, target: Tensor) -> Tensor:
+    """s = sum_b z_b,y: the evidence for the labelled class; does not saturate."""
+    return _of_target(logits, target)
+
+
+def target_log_prob(logits: Tensor, target: Tensor) -> Tensor:
+    """s = sum_b log p_b,y: the seed of right-for-the-right-reasons; vanishes where the network is sure and right."""
+    return _of_target(F.log_softmax(logits, dim=1), target)
+
+
+def logit_sum(logits: Tensor, target: Tensor) -> Tensor:
+    """s = sum_bk z_bk: no label, all classes alike."""
+    return logits.sum()
+
+
+SEEDS = {f.__name__: f for f in (probability_energy, target_logit, target_log_prob, logit_sum)}
+
+
+def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", create_graph: bool = True) -> Tensor:
+    """R = ds/dx [B,C,H,W]; with ``create_graph`` it can be differentiated again with respect to the parameters.
+
+    Raises:
+        ValueError: an unknown ``seed``.
+        RuntimeError: ``x`` does not require grad, or ``logits`` were not computed from it.
+    """
+    check_choice("seed", seed, tuple(SEEDS))
+    check_graph(logits, x)
+    with torch.autocast(x.device.type, enabled=False):
+        scalar = SEEDS[seed](logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits, target)
+    (R,) = torch.autograd.grad(scalar, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    if R is None:
+        raise RuntimeError(
+            "logits were not computed from x: pass the very tensor that went into the model, logits = model(x), "
+            "not a copy, a cast or a .detach() of it"
+        )
+    return R
+
+
+def check_graph(logits: Tensor, x: Tensor) -> None:
+    """x and logits hang in one graph, as far as that shows without work."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "the S-IB loss needs gradients, but they are switched off here (torch.no_grad or inference_mode): "
+            "for a validation loss use criterion.cross_entropy(logits, y), or switch them on"
+        )
+    if not x.requires_grad:
+        raise RuntimeError("x does not require grad: call x.requires_grad_() before logits = model(x)")
+    if not logits.requires_grad:
+        raise RuntimeError(
+            "logits do not require grad: compute them from x with gradients on, after x.requires_grad_()"
+        )
