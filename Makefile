@@ -1,0 +1,52 @@
+# Everything sets itself up: a virtual environment in .venv, the dependencies, the native build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: help demo test test-all bench lint format sdist clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools first: the package itself is then built against the torch that it runs with.
+$(VENV)/.tools: constraints.txt | $(VENV)/bin/python
+	@echo "installing torch and the build tools into $(VENV) (about two minutes the first time)"
+	$(PIP) torch setuptools ninja pybind11 numpy
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	@echo "building sib_ext"
+	$(PIP) --no-build-isolation -e '.[lab,test,dev]'
+	@$(BIN)/python -m sib_ext.info
+	@touch $@
+
+demo: $(VENV)/.installed ## train with and without S-IB on digits on textures; pictures and report in runs/demo
+	$(BIN)/sib-lab demo $(ARGS)
+
+test: $(VENV)/.installed ## the tests
+	SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.installed ## the tests and the long ones
+	SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m '' $(ARGS)
+
+bench: $(VENV)/.installed ## the op benchmark; results in benchmarks/results
+	$(BIN)/python benchmarks/bench_ops.py $(ARGS)
+
+lint: $(VENV)/.installed ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed ## ruff: put the code in format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sdist: $(VENV)/.installed ## the source distribution, in dist/
+	$(BIN)/python -m build --sdist --no-isolation
+
+clean: ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info runs sib_ext/*.so sib_ext/_build.json $(VENV)/.installed
