@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "cpu/clones.h"
+
 #ifndef SIB_EXT_DEVICE
 #error "setup.py defines SIB_EXT_DEVICE: the device whose kernels are in this module"
 #endif
@@ -20,7 +22,7 @@ std::string compiler() {
 }
 
 std::string vector_instructions() {
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if SIB_HAS_CLONES
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return "AVX-512";
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "AVX2";
 #endif

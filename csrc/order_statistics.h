@@ -11,18 +11,20 @@ namespace sib_ext {
 constexpr double kLow = 0.05, kHigh = 0.95;
 // exp(-40) = 4e-18: a position further than 40 temperatures from the nearest one weighs nothing, even in float64.
 constexpr double kSupportRadius = 40.0;
+// A position on the very edge of the support is inside, whatever the rounding (or fused multiply-add) of the compiler.
+constexpr double kEdge = 1e-9;
 // The rows of the saved support: q05(g), q95(g), q80(g), q80(d).
 enum Row { kRowLow, kRowHigh, kRowLevel, kRowAverage, kRows };
 
 // How many order statistics carry weight in a soft quantile of n values; n when the temperature is wide.
 inline int64_t support_size(int64_t n, double temperature) {
-  const double size = std::floor(2 * (kSupportRadius * temperature + 0.5)) + 1;
+  const double size = std::floor(2 * (kSupportRadius * temperature + 0.5) + kEdge) + 1;
   return size < static_cast<double>(n) ? static_cast<int64_t>(size) : n;
 }
 
 // The first sorted position of the support.
 inline int64_t support_start(int64_t n, double q, double temperature, int64_t size) {
-  const double first = std::ceil(q * (n - 1) - (kSupportRadius * temperature + 0.5));
+  const double first = std::ceil(q * (n - 1) - (kSupportRadius * temperature + 0.5) - kEdge);
   return static_cast<int64_t>(std::clamp(first, 0.0, static_cast<double>(n - size)));
 }
 

@@ -8,7 +8,7 @@ value per sample. Everything is to be *minimised* in the background and *maximis
 import torch
 from torch import Tensor
 
-from .checks import describe
+from .checks import check_positive, describe
 
 # The smallest denominator: keeps 0/0 at 0 and lies far under any VJP energy that float32 can tell from nothing.
 TINY = 1e-20
@@ -43,11 +43,14 @@ def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> T
 
     ``noise`` is sigma^2 > 0, a number or a scalar tensor (see :func:`relative_noise`).
     """
+    if not isinstance(noise, Tensor):
+        check_positive("noise", noise)
     return 0.5 * torch.log1p(background_variance(moments, count) / noise)
 
 
 def relative_noise(vjp: Tensor, kappa: float) -> Tensor:
     """sigma^2 = kappa * mean_b Var(R), detached: makes :func:`background_gaussian` free of scale."""
+    check_positive("kappa", kappa)
     return kappa * vjp.detach().flatten(1).to(torch.promote_types(vjp.dtype, torch.float32)).var(1).mean() + TINY
 
 

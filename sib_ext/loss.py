@@ -11,6 +11,7 @@ from . import estimators, masks, seeds
 from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
 from .ops import masked_statistics
 from .ops.density_mask import PADDINGS
+from .ops.dispatch import without_autocast
 
 # How an information value enters the loss: background as f(v), foreground as f(-v).
 TRANSFORMS = {"identity": lambda value: value, "exp": torch.exp, "expm1": torch.expm1}
@@ -214,7 +215,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
 
         R = seeds.vjp(logits, x, target, self.seed)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             M = self._mask(R, given, annotated)
             grams = self.foreground_weight > 0 and self.foreground != "gaussian"
             moments, gram_vjp, gram_input = masked_statistics(R, x, M, grams, grams, impl=self.impl)

@@ -34,7 +34,8 @@ def hard_density_mask(
 def _relative_density(vjp: Tensor) -> Tensor:
     check_field("vjp", vjp)
     g = reference.density(reference.widen(vjp))
-    return g / g.amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    peak = g.amax(1, keepdim=True)
+    return g / torch.where(peak > 0, peak, 1)
 
 
 def _as_mask(values: Tensor, vjp: Tensor) -> Tensor:

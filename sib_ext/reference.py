@@ -17,6 +17,8 @@ from torch import Tensor
 LOW, HIGH = 0.05, 0.95
 # exp(-40) = 4e-18: a position further than 40 temperatures from the nearest one weighs nothing, even in float64.
 SUPPORT_RADIUS = 40.0
+# A position on the very edge of the support is inside, whatever the rounding: every implementation picks the same.
+EDGE = 1e-9
 
 MOMENTS = ("sum_a", "sum_b", "sum_aa", "sum_bb", "sum_ab", "sum_c", "sum_cc")
 
@@ -42,22 +44,26 @@ def soft_quantile(values: Tensor, q: float, temperature: float) -> Tensor:
 
 
 def linear_quantile(values: Tensor, q: float) -> Tensor:
-    """The ordinary quantile, linear between the two nearest order statistics: [B,n] -> [B,1]."""
+    """The ordinary quantile, linear between two order statistics, NaN where a value is: torch.quantile for any size.
+
+    [B,n] -> [B,1].
+    """
     position = q * (values.shape[-1] - 1)
     below = math.floor(position)
     above = min(below + 1, values.shape[-1] - 1)
     ordered = values.sort(dim=-1, stable=True).values
-    return torch.lerp(ordered[:, below : below + 1], ordered[:, above : above + 1], position - below)
+    quantile = torch.lerp(ordered[:, below : below + 1], ordered[:, above : above + 1], position - below)
+    return torch.where(values.isnan().any(-1, keepdim=True), math.nan, quantile)
 
 
 def support_size(n: int, temperature: float) -> int:
     """How many order statistics carry weight in a soft quantile of n values; n when the temperature is wide."""
-    return min(n, math.floor(2 * (SUPPORT_RADIUS * temperature + 0.5)) + 1)
+    return min(n, math.floor(2 * (SUPPORT_RADIUS * temperature + 0.5) + EDGE) + 1)
 
 
 def support_start(n: int, q: float, temperature: float, size: int) -> int:
     """The first sorted position of the support: the positions within its radius of q(n-1), kept inside [0, n)."""
-    first = math.ceil(q * (n - 1) - (SUPPORT_RADIUS * temperature + 0.5))
+    first = math.ceil(q * (n - 1) - (SUPPORT_RADIUS * temperature + 0.5) - EDGE)
     return max(0, min(first, n - size))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_choice
+from .ops.dispatch import without_autocast
 
 
 def _of_target(values: Tensor, target: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", c
     """
     check_choice("seed", seed, tuple(SEEDS))
     check_graph(logits, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         scalar = SEEDS[seed](logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits, target)
     (R,) = torch.autograd.grad(scalar, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
     if R is None:

@@ -15,12 +15,8 @@
 #include <cstring>
 #include <type_traits>
 
-// One binary for every x86: each hot function is compiled for AVX-512, AVX2 and the baseline, and picked at load time.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define SIB_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SIB_CLONES
-#endif
+#include "clones.h"
+
 // Inlined into the clones, and so compiled for their targets.
 #define SIB_INLINE inline __attribute__((always_inline))
 #define SIB_SIMD _Pragma("omp simd")

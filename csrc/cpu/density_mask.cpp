@@ -58,10 +58,10 @@ struct Selection {
     for (size_t i = 0; i < Picks; ++i) {
       candidates[i].clear();
       int64_t below = 0;
-      for (int bin = 0; bin < kBins && below < starts[i] + size; below += counts[bin++]) {
+      for (int bin = 0; below < starts[i] + size; below += counts[bin], ++bin) {
         if (below + counts[bin] <= starts[i]) continue;
-        if (!(wanted[bin] & (1u << i))) wanted[bin] |= 1u << i;
         if (below <= starts[i]) before[i] = below;
+        wanted[bin] |= 1u << i;
       }
     }
     for (int64_t p = 0; p < n; ++p) {

@@ -58,14 +58,14 @@ def _backward_rule(overload):
 
     def rule(ctx, grad_output):
         grad_mask, vjp, support = ctx.saved_tensors
-        wanted = [t for t, needed in zip((grad_mask, vjp), ctx.needs_input_grad, strict=False) if needed]
-        with torch.enable_grad():
+
+        def formula(grad_mask, vjp):
             wide = reference.widen(vjp)
             mask = reference.density_mask(wide, *ctx.options)
-            grad = reference.density_mask_backward(grad_mask, wide, mask, support, *ctx.options).to(vjp.dtype)
-        grads = iter(torch.autograd.grad(grad, wanted, grad_output, create_graph=torch.is_grad_enabled()))
-        grad_grad_mask, grad_vjp = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
-        return grad_grad_mask, grad_vjp, None, None, *(None,) * len(ctx.options)
+            return reference.density_mask_backward(grad_mask, wide, mask, support, *ctx.options).to(vjp.dtype)
+
+        grads = dispatch.partial_derivatives(formula, (grad_mask, vjp), grad_output, ctx.needs_input_grad)
+        return *grads, None, None, *(None,) * len(ctx.options)
 
     return rule
 
@@ -140,5 +140,4 @@ def density_mask(
     check_share("area", area)
     check_choice("padding", padding, PADDINGS)
     op = dispatch.overload("density_mask", dispatch.resolve(impl, vjp.device.type))
-    with torch.autocast(vjp.device.type, enabled=False):
-        return op(vjp, window, temperature, slope, eps, padding, area)[0]
+    return op(vjp, window, temperature, slope, eps, padding, area)[0]

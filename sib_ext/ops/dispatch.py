@@ -94,6 +94,21 @@ def resolve(impl: str | None, device_type: str) -> str:
     return impl
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Keeps autocast from narrowing the products inside; nothing to do where there is no autocast (meta)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _without_autocast(kernel: Callable) -> Callable:
+    def run(*arguments):
+        with without_autocast(arguments[0].device.type):
+            return kernel(*arguments)
+
+    return run
+
+
 def define(name: str, schema: str, reference: Callable, fake: Callable, save: Callable, backward: Callable) -> None:
     """Registers the op under its default overload and under ``.reference``.
 
@@ -104,9 +119,30 @@ def define(name: str, schema: str, reference: Callable, fake: Callable, save: Ca
     for overload in ("default", "reference"):
         suffix = "" if overload == "default" else f".{overload}"
         LIBRARY.define(f"{name}{suffix}{schema}")
-        LIBRARY.impl(f"{name}{suffix}", reference, "CompositeExplicitAutograd")
+        LIBRARY.impl(f"{name}{suffix}", _without_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"sib_ext::{name}{suffix}", fake, lib=LIBRARY)
         torch.library.register_autograd(f"sib_ext::{name}{suffix}", backward(overload), setup_context=save, lib=LIBRARY)
+
+
+def partial_derivatives(formula: Callable, tensors: tuple, grad_outputs, needed: tuple[bool, ...]) -> tuple:
+    """The VJP of formula(*tensors) for each tensor that is needed, else None; some tensors may be None.
+
+    ``torch.func.vjp``, not ``autograd.grad``: one tensor may have been computed from another (the cotangent of a
+    loss that is not linear in M comes from R), and autograd would follow that path and count it twice. What comes
+    out is differentiable again.
+    """
+    wanted = [i for i, tensor in enumerate(tensors) if tensor is not None and needed[i]]
+
+    def of_wanted(*values):
+        arguments = list(tensors)
+        for i, value in zip(wanted, values, strict=True):
+            arguments[i] = value
+        return formula(*arguments)
+
+    with without_autocast(tensors[0].device.type):
+        _, pull_back = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+        grads = dict(zip(wanted, pull_back(grad_outputs), strict=True))
+    return tuple(grads.get(i) for i in range(len(tensors)))
 
 
 def overload(name: str, implementation: str):

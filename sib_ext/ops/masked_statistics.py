@@ -82,24 +82,14 @@ def _backward_rule(overload):
     """The second derivative: the differentiable reference formula of the backward."""
 
     def rule(ctx, *grad_outputs):
-        tensors = ctx.saved_tensors
-        needed = ctx.needs_input_grad[: len(tensors)]
-        with torch.enable_grad():
+        def formula(*tensors):
             *cotangents, vjp, x, mask = tensors
-            outputs = reference.masked_statistics_backward(*cotangents, *(reference.widen(t) for t in (vjp, x, mask)))
-            outputs = [out.to(t.dtype) for out, t in zip(outputs, (vjp, x, mask), strict=True)]
-        pairs = [(o, g) for o, g, used in zip(outputs, grad_outputs, (True, ctx.need_x, True), strict=True) if used]
-        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-        grads = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                wanted,
-                [g for _, g in pairs],
-                create_graph=torch.is_grad_enabled(),
-                materialize_grads=True,
-            )
-        )
-        return *(next(grads) if need else None for need in needed), None
+            fields = (vjp, x, mask)
+            grads = reference.masked_statistics_backward(*cotangents, *map(reference.widen, fields))
+            grads = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
+            return tuple(grads) if ctx.need_x else (grads[0], x.new_empty(0), grads[2])
+
+        return *dispatch.partial_derivatives(formula, ctx.saved_tensors, grad_outputs, ctx.needs_input_grad), None
 
     return rule
 
@@ -162,7 +152,6 @@ def masked_statistics(
     dtype = torch.promote_types(vjp.dtype, x.dtype)
     vjp, x, mask = vjp.to(dtype), x.to(dtype), mask.to(reference.accumulation_dtype(dtype))
     op = dispatch.overload("masked_statistics", dispatch.resolve(impl, vjp.device.type))
-    with torch.autocast(vjp.device.type, enabled=False):
-        moments, *grams = op(vjp, x, mask, gram_vjp, gram_input)
+    moments, *grams = op(vjp, x, mask, gram_vjp, gram_input)
     kept = (gram if wanted else None for gram, wanted in zip(grams, (gram_vjp, gram_input), strict=True))
     return MaskedStatistics(moments, *kept)
