@@ -1,0 +1,283 @@
+"""Every estimator against its definition, its bounds and its degenerate inputs."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sib_ext import functional as sib
+from sib_ext import masked_statistics
+
+from .compare import assert_near, gradients
+from .samples import LARGE, Fields, Sample
+
+SIX = Sample("six", (6, 3, 7, 8))
+COUNT = SIX.fields().vjp[0].numel()
+BACKGROUND = {
+    "variance": sib.background_variance,
+    "energy": sib.background_energy,
+    "energy_ratio": sib.background_energy_ratio,
+    "gaussian": lambda moments, count: sib.background_gaussian(moments, count, 0.3),
+}
+GRAM_FOREGROUND = {
+    "hsic": sib.foreground_hsic,
+    "hsic_unbiased": sib.foreground_hsic_unbiased,
+    "cka": sib.foreground_cka,
+}
+
+
+def masked_fields(fields):
+    return fields.vjp * fields.mask, fields.x * fields.mask, fields.vjp * (1 - fields.mask)
+
+
+def estimate_all(fields, count=COUNT):
+    moments, gram_vjp, gram_input = masked_statistics(*fields)
+    return {
+        **{f"background {name}": f(moments, count) for name, f in BACKGROUND.items()},
+        "background gaussian, relative noise": sib.background_gaussian(
+            moments, count, sib.relative_noise(fields.vjp, 0.5)
+        ),
+        **{f"foreground {name}": f(gram_vjp, gram_input) for name, f in GRAM_FOREGROUND.items()},
+        "foreground gaussian": sib.foreground_gaussian(moments, count),
+    }
+
+
+NAMES = tuple(estimate_all(SIX.fields()))
+
+
+# --------------------------------------------------------------------------------------------- background
+
+
+def test_background_variance_is_the_unbiased_variance_over_channels_and_pixels():
+    c = masked_fields(SIX.fields())[2]
+    assert_near(estimate_all(SIX.fields())["background variance"], c.flatten(1).var(1), 1e-12)
+
+
+def test_background_energy_is_the_mean_square():
+    c = masked_fields(SIX.fields())[2]
+    assert_near(estimate_all(SIX.fields())["background energy"], c.square().mean((1, 2, 3)), 1e-12)
+
+
+def test_background_energy_ratio_is_the_background_s_share_of_the_masked_energy():
+    a, _, c = masked_fields(SIX.fields())
+    inside, outside = a.square().sum((1, 2, 3)), c.square().sum((1, 2, 3))
+    ratio = estimate_all(SIX.fields())["background energy_ratio"]
+    assert_near(ratio, outside / (inside + outside), 1e-12)
+    assert (ratio >= 0).all() and (ratio <= 1).all()
+
+
+@pytest.mark.parametrize("mask_value, expected", [(0.0, 1.0), (1.0, 0.0)])
+def test_background_energy_ratio_reaches_its_bounds(mask_value, expected):
+    vjp, x, mask = SIX.fields()
+    ratio = estimate_all(Fields(vjp, x, torch.full_like(mask, mask_value)))["background energy_ratio"]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, expected))
+
+
+def test_background_gaussian_is_the_capacity_of_a_gaussian_channel():
+    c = masked_fields(SIX.fields())[2].flatten(1)
+    assert_near(estimate_all(SIX.fields())["background gaussian"], 0.5 * (1 + c.var(1) / 0.3).log(), 1e-12)
+
+
+def test_relative_noise_is_kappa_times_the_mean_variance_of_the_vjp_without_gradient():
+    vjp = SIX.fields().vjp.requires_grad_()
+    noise = sib.relative_noise(vjp, 0.5)
+    assert not noise.requires_grad
+    assert_near(noise, 0.5 * torch.stack([sample.var() for sample in vjp]).mean(), 1e-12)
+    half = sib.relative_noise(vjp.bfloat16(), 0.5)
+    assert half.dtype == torch.float32
+    assert_near(half, noise, 1e-2)
+
+
+# --------------------------------------------------------------------------------------------- foreground
+
+
+def normalised_grams():
+    a, b, _ = masked_fields(SIX.fields())
+    rows = [F.normalize(t.flatten(1), dim=1) for t in (a, b)]
+    return [r @ r.T for r in rows]
+
+
+def test_the_normalised_gram_is_that_of_normalised_rows():
+    _, gram_vjp, gram_input = masked_statistics(*SIX.fields())
+    for gram, expected in zip((gram_vjp, gram_input), normalised_grams(), strict=True):
+        assert_near(sib.normalised_gram(gram), expected, 1e-12)
+
+
+def test_foreground_hsic_is_the_biased_estimator_with_explicit_centring():
+    K, L = normalised_grams()
+    batch = K.shape[0]
+    H = torch.eye(batch, dtype=K.dtype) - 1 / batch
+    expected = ((H @ K @ H) * (H @ L @ H)).sum() / (batch - 1) ** 2
+    assert_near(estimate_all(SIX.fields())["foreground hsic"], expected, 1e-12)
+
+
+def test_foreground_cka_is_hsic_over_the_norms():
+    K, L = normalised_grams()
+    H = torch.eye(K.shape[0], dtype=K.dtype) - 1 / K.shape[0]
+    hsic = lambda P, Q: torch.trace(P @ H @ Q @ H)  # noqa: E731
+    expected = hsic(K, L) / (hsic(K, K) * hsic(L, L)).sqrt()
+    assert_near(estimate_all(SIX.fields())["foreground cka"], expected, 1e-12)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 6])
+def test_foreground_hsic_unbiased_is_the_mean_over_tuples_of_distinct_samples(batch):
+    """Song et al. 2012: E[k k'] - 2 E[k l] + E[k] E[l], each mean over distinct indices only."""
+    K, L = (gram[:batch, :batch] for gram in normalised_grams())
+
+    def mean(terms, size):
+        return sum(terms) / (math.factorial(batch) / math.factorial(batch - size))
+
+    of = lambda size: itertools.permutations(range(batch), size)  # noqa: E731
+    expected = (
+        mean((K[i, j] * L[i, j] for i, j in of(2)), 2)
+        - 2 * mean((K[i, j] * L[i, k] for i, j, k in of(3)), 3)
+        + mean((K[i, j] * L[k, m] for i, j, k, m in of(4)), 4)
+    )
+    assert_near(sib.foreground_hsic_unbiased(K, L), expected, 1e-10)
+
+
+def test_foreground_hsic_unbiased_averages_to_zero_for_independent_data_and_the_biased_one_does_not():
+    grams = []
+    for _ in range(2):
+        rows = F.normalize(torch.randn(2000, 5, 30, dtype=torch.float64), dim=2)
+        grams.append(rows @ rows.transpose(1, 2))
+    unbiased, biased = (
+        torch.stack([f(K, L) for K, L in zip(*grams, strict=True)])
+        for f in (sib.foreground_hsic_unbiased, sib.foreground_hsic)
+    )
+    assert unbiased.mean().abs() < 4 * unbiased.std() / len(unbiased) ** 0.5
+    torch.testing.assert_close(biased.mean().item(), 1 / 4, rtol=0.05, atol=0)
+
+
+def test_foreground_gaussian_is_the_information_of_the_correlation():
+    a, b, _ = masked_fields(SIX.fields())
+    rho = torch.stack(
+        [torch.corrcoef(torch.stack([u.flatten(), v.flatten()]))[0, 1] for u, v in zip(a, b, strict=True)]
+    )
+    assert_near(estimate_all(SIX.fields())["foreground gaussian"], -0.5 * torch.log(1 - rho**2), 1e-10)
+
+
+def test_foreground_gaussian_of_equal_fields_is_large_but_bounded_and_has_a_finite_gradient():
+    x = SIX.fields().x.requires_grad_()
+    moments = masked_statistics(x, x, torch.ones_like(x[:, :1])).moments
+    information = sib.foreground_gaussian(moments, COUNT)
+    torch.testing.assert_close(information, torch.full_like(information, -0.5 * math.log(1e-6)), rtol=1e-6, atol=0)
+    assert gradients(information.sum(), [x])[0].isfinite().all()
+
+
+def test_a_field_compared_with_itself_has_a_cka_of_one_and_never_more():
+    _, gram, other = masked_statistics(*SIX.fields())
+    torch.testing.assert_close(sib.foreground_cka(gram, gram).item(), 1.0)
+    assert 0 <= sib.foreground_cka(gram, other) <= 1
+
+
+# ---------------------------------------------------------------------------------- invariances and limits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_samples_and_of_pixels_does_not_matter(name):
+    fields = SIX.fields()
+    estimate = estimate_all(fields)[name]
+    order = torch.randperm(6)
+    shuffled = estimate_all(Fields(*(t[order] for t in fields)))[name]
+    assert_near(shuffled, estimate[order] if estimate.dim() else estimate, 1e-12)
+    mirrored = estimate_all(Fields(*(t.flip(2, 3) for t in fields)))[name]
+    assert_near(mirrored, estimate, 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-6, -30.0, 1e6])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "background energy_ratio",
+        "background gaussian, relative noise",
+        *(f"foreground {n}" for n in (*GRAM_FOREGROUND, "gaussian")),
+    ],
+)
+def test_the_scale_of_the_vjp_does_not_matter_to_scale_free_estimators(name, scale):
+    vjp, x, mask = SIX.fields()
+    assert_near(estimate_all(Fields(scale * vjp, x, mask))[name], estimate_all(Fields(vjp, x, mask))[name], 1e-6)
+
+
+@pytest.mark.parametrize("name, power", [("variance", 2), ("energy", 2)])
+def test_variance_and_energy_grow_with_the_square_of_the_scale(name, power):
+    vjp, x, mask = SIX.fields()
+    name = f"background {name}"
+    scaled = estimate_all(Fields(3 * vjp, x, mask))[name]
+    assert_near(scaled, 3**power * estimate_all(Fields(vjp, x, mask))[name], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("degenerate", ["zero vjp", "zero x", "zero mask", "full mask", "equal samples", "tiny vjp"])
+@pytest.mark.parametrize("name", NAMES)
+def test_degenerate_fields_give_finite_values_and_gradients(name, degenerate, dtype):
+    vjp, x, mask = SIX.fields(dtype)
+    fields = {
+        "zero vjp": Fields(torch.zeros_like(vjp), x, mask),
+        "zero x": Fields(vjp, torch.zeros_like(x), mask),
+        "zero mask": Fields(vjp, x, torch.zeros_like(mask)),
+        "full mask": Fields(vjp, x, torch.ones_like(mask)),
+        "equal samples": Fields(*(t[:1].expand(t.shape) for t in (vjp, x, mask))),
+        "tiny vjp": Fields(1e-12 * vjp, x, mask),
+    }[degenerate].requiring_grad()
+    estimate = estimate_all(fields)[name]
+    assert estimate.isfinite().all()
+    for gradient in gradients(estimate.sum(), fields):
+        assert gradient.isfinite().all()
+
+
+def test_a_sample_whose_foreground_is_zero_leaves_the_others_gradients_finite():
+    vjp, x, mask = SIX.fields(torch.float32)
+    mask[2] = 0
+    fields = Fields(vjp, x, mask).requiring_grad()
+    for name, estimate in estimate_all(fields).items():
+        for gradient in gradients(estimate.sum(), fields):
+            assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_through_the_statistics_equal_finite_differences(name):
+    fields = tuple(t.requires_grad_() for t in Sample("small", (4, 2, 3, 4)).fields())
+
+    def function(*fields):
+        return estimate_all(Fields(*fields), count=24)[name]
+
+    if name.endswith("relative noise"):
+        pytest.skip("its noise is detached on purpose, which finite differences do not know")
+    assert torch.autograd.gradcheck(function, fields, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, fields, fast_mode=True)
+
+
+# -------------------------------------------------------------------------------------------- small batches
+
+
+@pytest.mark.parametrize("name, least", [("hsic", 2), ("hsic_unbiased", 4), ("cka", 2)])
+def test_estimators_that_compare_samples_refuse_too_few(name, least):
+    gram = torch.eye(least, dtype=torch.float64) + 1
+    assert GRAM_FOREGROUND[name](gram, gram).isfinite()
+    with pytest.raises(ValueError, match=f"foreground='{name}'.*at least {least}, got {least - 1}: use larger batches"):
+        GRAM_FOREGROUND[name](gram[1:, 1:], gram[1:, 1:])
+
+
+def test_one_pixel_of_one_channel_has_no_variance():
+    moments = masked_statistics(*Sample("pixel", (2, 1, 1, 1)).fields()).moments
+    assert not sib.background_variance(moments, 1).any()
+    assert sib.foreground_gaussian(moments, 1).isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- contribution
+
+
+def test_the_layer_contribution_is_the_channel_sum_of_activation_times_vjp():
+    vjp, x, _ = LARGE.fields()
+    contribution = sib.layer_contribution(x, vjp)
+    assert contribution.shape == (4, 1, 40, 37)
+    assert_near(contribution, torch.einsum("bchw,bchw->bhw", x, vjp).unsqueeze(1), 1e-14)
+
+
+def test_the_layer_contribution_refuses_fields_that_do_not_match():
+    vjp, x, _ = LARGE.fields()
+    with pytest.raises(ValueError, match="features and vjp must be alike.*pass the feature map"):
+        sib.layer_contribution(x[:, :2], vjp)
