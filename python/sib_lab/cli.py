@@ -1,5 +1,6 @@
 """The command ``sib-lab``. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -77,6 +78,8 @@ def _stop_at_missing(error: ModuleNotFoundError) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
+    # Read when torch loads: threads that wait without spinning cost little when idle and much less beside other jobs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(prog_name="sib-lab")
 
 
