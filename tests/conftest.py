@@ -9,8 +9,11 @@ hypothesis.settings.load_profile("sib_ext")
 
 
 def pytest_report_header(config) -> str:
-    problem = dispatch.native_problem("cpu")
-    return f"sib_ext native CPU kernels: {'loaded' if problem is None else 'NOT TESTED, ' + problem}"
+    native, triton = dispatch.native_problem("cpu"), dispatch.triton_problem("cpu")
+    return (
+        f"sib_ext native CPU kernels: {'loaded' if native is None else 'NOT TESTED, ' + native}\n"
+        f"sib_ext Triton kernels: {'interpreted' if triton is None else 'NOT TESTED, ' + triton}"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -23,10 +26,22 @@ def need_native() -> None:
         pytest.skip(problem)
 
 
-@pytest.fixture(params=["reference", "native"])
+def need_triton() -> None:
+    if problem := dispatch.triton_problem("cpu"):
+        pytest.skip(problem)
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
 def implementation(request) -> str:
-    if request.param == "native":
-        need_native()
+    {"native": need_native, "triton": need_triton}.get(request.param, lambda: None)()
+    return request.param
+
+
+@pytest.fixture(params=["default", "reference", "triton"])
+def overload_name(request) -> str:
+    """Each registered overload of an op."""
+    if request.param == "triton":
+        need_triton()
     return request.param
 
 
@@ -35,6 +50,13 @@ def native() -> str:
     """For comparisons of the native kernels with the reference."""
     need_native()
     return "native"
+
+
+@pytest.fixture(scope="session")
+def triton() -> str:
+    """For comparisons of the Triton kernels with the reference."""
+    need_triton()
+    return "triton"
 
 
 @pytest.fixture

@@ -38,7 +38,6 @@ from .samples import (
 
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
 few_samples = pytest.mark.parametrize("sample", FEW_SAMPLES, ids=lambda s: s.name)
-each_overload = pytest.mark.parametrize("overload_name", ["default", "reference"])
 
 
 def formula(vjp, sample):
@@ -146,14 +145,12 @@ def test_the_second_derivative_of_a_loss_that_is_not_linear_in_the_mask_is_right
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 def test_opcheck_of_the_forward_op(sample, overload_name):
     op = getattr(torch.ops.sib_ext.density_mask, overload_name)
     torch.library.opcheck(op, (sample.fields().vjp.requires_grad_(), *sample.positional_options))
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 def test_opcheck_of_the_backward_op(sample, overload_name):
     vjp = sample.fields().vjp
     mask, support = torch.ops.sib_ext.density_mask.reference(vjp, *sample.positional_options)

@@ -31,7 +31,6 @@ from .samples import (
 SHAPES = {(s.shape, s.layout): s for s in SAMPLES}.values()
 each_sample = pytest.mark.parametrize("sample", SHAPES, ids=lambda s: s.name)
 few_samples = pytest.mark.parametrize("sample", FEW_SAMPLES[:4], ids=lambda s: s.name)
-each_overload = pytest.mark.parametrize("overload_name", ["default", "reference"])
 each_choice_of_grams = pytest.mark.parametrize("grams", list(itertools.product([True, False], repeat=2)), ids=str)
 SUBSETS = [("vjp",), ("x",), ("mask",), ("vjp", "mask"), ("vjp", "x"), ("x", "mask"), ("vjp", "x", "mask")]
 BOTH = (True, True)
@@ -185,7 +184,6 @@ def test_the_second_derivative_of_a_loss_that_is_not_linear_in_the_statistics_is
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 @pytest.mark.parametrize("grams", [(True, True), (False, True)], ids=str)
 def test_opcheck_of_the_forward_op(sample, overload_name, grams):
     fields = tuple(t.requires_grad_() for t in sample.fields())
@@ -193,7 +191,6 @@ def test_opcheck_of_the_forward_op(sample, overload_name, grams):
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 @pytest.mark.parametrize("need_x", [True, False], ids=["with dx", "without dx"])
 def test_opcheck_of_the_backward_op(sample, overload_name, need_x):
     moments, gram_vjp, gram_input = (c.requires_grad_() for c in sample.cotangents_of_statistics())

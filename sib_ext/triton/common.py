@@ -17,9 +17,9 @@ TILE = 1024  # values that one program holds of a field: channels x pixels
 PARTIALS = 512  # partial sums that a program adds at a time
 
 if triton.knobs.runtime.interpret:
-    from .interpreter import repair_loop_bounds
+    from .interpreter import repair
 
-    repair_loop_bounds()
+    repair()
 
 
 def is_channels_last(field: Tensor) -> bool:
