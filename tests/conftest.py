@@ -16,6 +16,21 @@ def pytest_report_header(config) -> str:
     )
 
 
+# Minutes in Triton's interpreter. They rest on the values and first derivatives that other tests compare, and on the
+# second derivative, which every implementation takes from the reference.
+SLOW_INTERPRETED = (
+    "test_it_is_differentiable_once_and_twice",
+    "test_it_is_differentiable_in_any_of_its_arguments_with_any_grams",
+    "test_the_backward_op_is_differentiable_by_itself",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.originalname in SLOW_INTERPRETED and "triton" in item.callspec.params.values():
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

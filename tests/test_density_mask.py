@@ -159,7 +159,7 @@ def test_opcheck_of_the_backward_op(sample, overload_name):
     torch.library.opcheck(op, (*arguments, *sample.positional_options))
 
 
-@hypothesis.given(
+any_arguments = hypothesis.given(
     shape=st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 13), st.integers(2, 13)),
     window=st.integers(0, 8).map(lambda k: 2 * k + 1),
     temperature=st.sampled_from([1e-3, 0.03, 0.1, 0.3, 1.0, 8.0]),
@@ -168,16 +168,27 @@ def test_opcheck_of_the_backward_op(sample, overload_name):
     padding=st.sampled_from(["zeros", "exclude"]),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_native_equals_the_reference_whatever_the_arguments(
-    native, shape, window, temperature, area, slope, padding, layout
-):
+
+
+def assert_equal_to_the_reference(implementation, shape, window, temperature, area, slope, padding, layout):
     changes = {"window": window, "temperature": temperature, "area": area, "slope": slope, "padding": padding}
     sample = Sample("any", shape, changes, layout)
     vjp, cotangent = sample.fields().vjp, sample.cotangent_of_mask()
-    mask, gradient = mask_and_gradient(vjp, sample, native, cotangent)
+    mask, gradient = mask_and_gradient(vjp, sample, implementation, cotangent)
     true_mask, true_gradient = mask_and_gradient(vjp, sample, "reference", cotangent)
     assert_near(mask, true_mask, VALUES)
     assert float((gradient - true_gradient).norm()) <= GRADIENTS * float(true_gradient.norm() + cotangent.norm())
+
+
+@any_arguments
+def test_native_equals_the_reference_whatever_the_arguments(native, **arguments):
+    assert_equal_to_the_reference(native, **arguments)
+
+
+@pytest.mark.slow
+@any_arguments
+def test_triton_equals_the_reference_whatever_the_arguments(triton, **arguments):
+    assert_equal_to_the_reference(triton, **arguments)
 
 
 # ------------------------------------------------------------------------------------------- soft quantile

@@ -16,7 +16,10 @@ from ..ops import dispatch
 TILE = 1024  # values that one program holds of a field: channels x pixels
 PARTIALS = 512  # partial sums that a program adds at a time
 
-if triton.knobs.runtime.interpret:
+# Under TRITON_INTERPRET=1 a program costs milliseconds and its width nothing.
+INTERPRETED = triton.knobs.runtime.interpret
+
+if INTERPRETED:
     from .interpreter import repair
 
     repair()

@@ -1,8 +1,8 @@
 """density_mask in Triton: the steps of csrc/cpu/density_mask.cpp, one launch each.
 
 Forward: |mean_c R|, one selection for three quantiles, h, box average as two passes, selection on d, M.
-Selection builds the bits of an order statistic from the top down by counting, so it is exact and ties go to the
-lower pixel; a support too wide to rank pairwise is sorted by torch instead.
+Selection builds the bits of an order statistic from the top down, a digit a pass, by counting the values with each
+digit; it is exact and ties go to the lower pixel; a support too wide to rank pairwise is sorted by torch instead.
 """
 
 import torch
@@ -15,7 +15,7 @@ from ..ops import dispatch
 from .common import PARTIALS, canonical, strides, sum_of_partials, tile
 
 WIDEST_SUPPORT = 64  # order statistics in a support that the kernels rank; wider ones are sorted
-SELECT_BLOCK, SELECT_WARPS = 4096, 16
+SELECT_BLOCK, SELECT_WARPS, DIGIT_BITS = 4096, 16, 8  # never fewer pixels than threads: each counts once
 PLANE_BLOCK = 1024
 
 ROWS = 4  # of the support: q05(g), q95(g), q80(g), q80(d)
@@ -121,11 +121,14 @@ def _mean_kernel(
 
 
 @triton.jit
-def _descend(value, below, rank, step, first, second, third):
-    """The next two bits of the value at ``rank``, from how many values lie below its three candidates."""
-    digit = (first <= rank).to(step.dtype) + (second <= rank) + (third <= rank)
-    reached = tl.where(third <= rank, third, tl.where(second <= rank, second, first))
-    return value + step * digit, tl.where(first <= rank, reached, below)
+def _descend(value, below, rank, counts, shift, DIGITS: tl.constexpr):
+    """(value, how many values are below it) with the next digit of the value at ``rank``.
+
+    ``counts`` says how many values that share the digits found so far have which digit next.
+    """
+    digit = tl.sum((below + tl.cumsum(counts, 0) <= rank).to(tl.int32), 0)
+    below += tl.sum(tl.where(tl.arange(0, DIGITS) < digit, counts, 0), 0)
+    return value | (digit.to(value.dtype) << shift), below
 
 
 @triton.jit
@@ -151,6 +154,7 @@ def _select_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    DIGIT_BITS: tl.constexpr,
 ):
     """The support of one quantile of one sample, but for the order of what lies strictly between its ends.
 
@@ -162,8 +166,8 @@ def _select_kernel(
     U: tl.constexpr = tl.uint64 if WIDE else tl.uint32
     UNSIGNED: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
     INFINITY: tl.constexpr = 0x7FF0000000000000 if WIDE else 0x7F800000
-    DIGITS: tl.constexpr = 32 if WIDE else 16
-    TOP_DIGIT: tl.constexpr = 0x4000000000000000 if WIDE else 0x40000000
+    BITS: tl.constexpr = 64 if WIDE else 32
+    MASK: tl.constexpr = (1 << DIGIT_BITS) - 1
 
     program = tl.program_id(0).to(tl.int64)
     sample, pick = program // PICKS, program % PICKS
@@ -176,30 +180,22 @@ def _select_kernel(
 
     low, high = tl.full([], 0, U), tl.full([], 0, U)
     below_low, below_high = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    step = tl.full([], TOP_DIGIT, U)
-    none = tl.zeros([BLOCK], tl.int32)
-    for _ in range(DIGITS):
-        low_1, low_2, low_3 = none, none, none
-        high_1, high_2, high_3 = none, none, none
-        two, three = step * 2, step * 3
+    shift = tl.full([], BITS - DIGIT_BITS, U)
+    for _ in range(BITS // DIGIT_BITS):
+        low_counts, high_counts = tl.zeros([1 << DIGIT_BITS], tl.int32), tl.zeros([1 << DIGIT_BITS], tl.int32)
         for first in range(0, n, BLOCK):
-            bits = _bits(plane, first + lanes, n, U, UNSIGNED)
-            low_1 += bits < low + step
-            low_2 += bits < low + two
-            low_3 += bits < low + three
-            high_1 += bits < high + step
-            high_2 += bits < high + two
-            high_3 += bits < high + three
-        low, below_low = _descend(low, below_low, start, step, tl.sum(low_1, 0), tl.sum(low_2, 0), tl.sum(low_3, 0))
-        high, below_high = _descend(
-            high, below_high, end, step, tl.sum(high_1, 0), tl.sum(high_2, 0), tl.sum(high_3, 0)
-        )
-        step = step >> 2
+            bits = _bits(plane, first + lanes, n, U, UNSIGNED) >> shift
+            digits, found, exists = (bits & MASK).to(tl.int32), bits >> DIGIT_BITS, first + lanes < n
+            low_counts += tl.histogram(digits, 1 << DIGIT_BITS, exists & (found == low >> shift >> DIGIT_BITS))
+            high_counts += tl.histogram(digits, 1 << DIGIT_BITS, exists & (found == high >> shift >> DIGIT_BITS))
+        low, below_low = _descend(low, below_low, start, low_counts, shift, 1 << DIGIT_BITS)
+        high, below_high = _descend(high, below_high, end, high_counts, shift, 1 << DIGIT_BITS)
+        shift -= DIGIT_BITS
 
     # The positions in the support of the next value equal to either end, and how many were seen between them.
     next_low, next_high = below_low - start, below_high - start
     seen = tl.full([], 0, tl.int32)
-    not_finite = none
+    not_finite = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n, BLOCK):
         pixels = first + lanes
         bits = _bits(plane, pixels, n, U, UNSIGNED)
@@ -581,11 +577,19 @@ class _Problem:
         facts = self.empty(programs, 3, dtype=torch.int32)
         quantiles = self.empty(self.batch, len(rows))
         bits = plane.view(torch.int64 if self.dtype == torch.float64 else torch.int32)
-        block = min(SELECT_BLOCK, triton.next_power_of_2(self.n))
         common = (between, facts)
         sizes = (self.n, self.size, rows.start, *starts)
         _select_kernel[(programs,)](
-            bits, support, *common, *sizes, len(rows), ROWS, self.lanes, block, num_warps=SELECT_WARPS
+            bits,
+            support,
+            *common,
+            *sizes,
+            len(rows),
+            ROWS,
+            self.lanes,
+            SELECT_BLOCK,
+            DIGIT_BITS,
+            num_warps=SELECT_WARPS,
         )
         _rank_kernel[(programs,)](
             plane,

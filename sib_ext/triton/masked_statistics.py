@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import reference
 from ..ops import dispatch
-from .common import PARTIALS, canonical, is_channels_last, strides, sum_of_partials, tile
+from .common import INTERPRETED, PARTIALS, canonical, is_channels_last, strides, sum_of_partials, tile
 
 # None of the sizes here is tuned: they were never measured on a GPU.
-DEPTH = 64  # elements of C*H*W that a product of tiles takes at once
-BACKWARD_PIXELS = 64
+DEPTH = 512 if INTERPRETED else 64  # elements of C*H*W that a product of tiles takes at once
+BACKWARD_PIXELS = 512 if INTERPRETED else 64
 GRAM_PROGRAMS, FEWEST_SPLITS = 512, 8
 SAMPLE_PROGRAMS = 64  # programs a sample is cut into where its plane alone is cut into fewer
 BACKWARD_PROGRAMS = 512
