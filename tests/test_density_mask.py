@@ -38,7 +38,6 @@ from .samples import (
 
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
 few_samples = pytest.mark.parametrize("sample", FEW_SAMPLES, ids=lambda s: s.name)
-each_overload = pytest.mark.parametrize("overload_name", ["default", "reference"])
 
 
 def formula(vjp, sample):
@@ -146,14 +145,12 @@ def test_the_second_derivative_of_a_loss_that_is_not_linear_in_the_mask_is_right
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 def test_opcheck_of_the_forward_op(sample, overload_name):
     op = getattr(torch.ops.sib_ext.density_mask, overload_name)
     torch.library.opcheck(op, (sample.fields().vjp.requires_grad_(), *sample.positional_options))
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 def test_opcheck_of_the_backward_op(sample, overload_name):
     vjp = sample.fields().vjp
     mask, support = torch.ops.sib_ext.density_mask.reference(vjp, *sample.positional_options)
@@ -162,7 +159,7 @@ def test_opcheck_of_the_backward_op(sample, overload_name):
     torch.library.opcheck(op, (*arguments, *sample.positional_options))
 
 
-@hypothesis.given(
+any_arguments = hypothesis.given(
     shape=st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 13), st.integers(2, 13)),
     window=st.integers(0, 8).map(lambda k: 2 * k + 1),
     temperature=st.sampled_from([1e-3, 0.03, 0.1, 0.3, 1.0, 8.0]),
@@ -171,16 +168,27 @@ def test_opcheck_of_the_backward_op(sample, overload_name):
     padding=st.sampled_from(["zeros", "exclude"]),
     layout=st.sampled_from(LAYOUTS),
 )
-def test_native_equals_the_reference_whatever_the_arguments(
-    native, shape, window, temperature, area, slope, padding, layout
-):
+
+
+def assert_equal_to_the_reference(implementation, shape, window, temperature, area, slope, padding, layout):
     changes = {"window": window, "temperature": temperature, "area": area, "slope": slope, "padding": padding}
     sample = Sample("any", shape, changes, layout)
     vjp, cotangent = sample.fields().vjp, sample.cotangent_of_mask()
-    mask, gradient = mask_and_gradient(vjp, sample, native, cotangent)
+    mask, gradient = mask_and_gradient(vjp, sample, implementation, cotangent)
     true_mask, true_gradient = mask_and_gradient(vjp, sample, "reference", cotangent)
     assert_near(mask, true_mask, VALUES)
     assert float((gradient - true_gradient).norm()) <= GRADIENTS * float(true_gradient.norm() + cotangent.norm())
+
+
+@any_arguments
+def test_native_equals_the_reference_whatever_the_arguments(native, **arguments):
+    assert_equal_to_the_reference(native, **arguments)
+
+
+@pytest.mark.slow
+@any_arguments
+def test_triton_equals_the_reference_whatever_the_arguments(triton, **arguments):
+    assert_equal_to_the_reference(triton, **arguments)
 
 
 # ------------------------------------------------------------------------------------------- soft quantile

@@ -88,9 +88,41 @@ def test_native_on_a_device_without_kernels_says_which_device(call):
 
 
 @each_op
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
 def test_triton_on_a_cpu_says_why(call):
     with pytest.raises(RuntimeError, match="impl='triton' cannot run on cpu: .*[Tt]riton"):
         call("triton")
+
+
+def test_auto_takes_triton_on_a_gpu_without_native_kernels_and_else_the_reference(monkeypatch):
+    monkeypatch.setitem(dispatch._native_problems, "cuda", "sib_ext._C_cuda was not built here")
+    monkeypatch.setitem(dispatch._triton_problems, "cuda", None)
+    assert dispatch.resolve("auto", "cuda") == dispatch.resolve("triton", "cuda") == "triton"
+    monkeypatch.setitem(dispatch._triton_problems, "cuda", "no triton here")
+    assert dispatch.resolve("auto", "cuda") == "reference"
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run on cuda: no triton here"):
+        dispatch.resolve("triton", "cuda")
+
+
+def test_auto_takes_native_kernels_of_a_gpu_before_triton(monkeypatch):
+    monkeypatch.setitem(dispatch._native_problems, "cuda", None)
+    monkeypatch.setitem(dispatch._triton_problems, "cuda", None)
+    assert dispatch.resolve("auto", "cuda") == "native"
+
+
+def test_triton_that_is_not_installed_says_so_and_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "package triton cannot be imported" in dispatch._find_triton_problems()["cuda"]
+    assert "pip install triton" in dispatch._find_triton_problems()["cuda"]
+
+
+def test_without_the_package_triton_the_library_works():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, sib_ext;"
+        "print(sib_ext.density_mask(torch.rand(1, 3, 8, 8)).shape)"
+    )
+    result = in_a_new_process(code)
+    assert result.stdout.strip() == "torch.Size([1, 1, 8, 8])", result.stderr
 
 
 @each_op
@@ -166,7 +198,7 @@ def test_the_backward_runs_in_the_implementation_of_its_forward(call, implementa
             density_mask(fields.vjp, impl=implementation).sum().backward()
         else:
             masked_statistics(*fields, impl=implementation).moments.sum().backward()
-    overload = "reference" if implementation == "reference" else "default"
+    overload = "default" if implementation == "native" else implementation
     name = call.__name__.removeprefix("call_")
     assert recorder.ops == [f"sib_ext.{name}.{overload}", f"sib_ext.{name}_backward.{overload}"]
 

@@ -31,7 +31,6 @@ from .samples import (
 SHAPES = {(s.shape, s.layout): s for s in SAMPLES}.values()
 each_sample = pytest.mark.parametrize("sample", SHAPES, ids=lambda s: s.name)
 few_samples = pytest.mark.parametrize("sample", FEW_SAMPLES[:4], ids=lambda s: s.name)
-each_overload = pytest.mark.parametrize("overload_name", ["default", "reference"])
 each_choice_of_grams = pytest.mark.parametrize("grams", list(itertools.product([True, False], repeat=2)), ids=str)
 SUBSETS = [("vjp",), ("x",), ("mask",), ("vjp", "mask"), ("vjp", "x"), ("x", "mask"), ("vjp", "x", "mask")]
 BOTH = (True, True)
@@ -82,6 +81,17 @@ def test_values_and_gradients_equal_the_formula(sample, grams, implementation):
         assert_near(value, truth, VALUES)
     for value, truth in zip(grads, true_grads, strict=True):
         assert_near(value, truth, GRADIENTS)
+
+
+@pytest.mark.parametrize("shape", [(35, 2, 3, 4), (3, 40, 2, 2)], ids=["many samples", "many channels"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_samples_and_channels_beyond_one_tile_equal_the_formula(shape, layout, implementation):
+    sample = Sample("beyond one tile", shape, layout=layout)
+    fields, cotangents = sample.fields(), sample.cotangents_of_statistics()
+    outputs, grads = statistics_and_gradients(fields, cotangents, implementation)
+    true_outputs, true_grads = formula_and_gradients(fields, cotangents)
+    for value, truth in zip((*outputs, *grads), (*true_outputs, *true_grads), strict=True):
+        assert_near(value, truth, VALUES)
 
 
 @each_choice_of_grams
@@ -185,7 +195,6 @@ def test_the_second_derivative_of_a_loss_that_is_not_linear_in_the_statistics_is
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 @pytest.mark.parametrize("grams", [(True, True), (False, True)], ids=str)
 def test_opcheck_of_the_forward_op(sample, overload_name, grams):
     fields = tuple(t.requires_grad_() for t in sample.fields())
@@ -193,7 +202,6 @@ def test_opcheck_of_the_forward_op(sample, overload_name, grams):
 
 
 @pytest.mark.parametrize("sample", OPCHECK_SAMPLES, ids=lambda s: s.name)
-@each_overload
 @pytest.mark.parametrize("need_x", [True, False], ids=["with dx", "without dx"])
 def test_opcheck_of_the_backward_op(sample, overload_name, need_x):
     moments, gram_vjp, gram_input = (c.requires_grad_() for c in sample.cotangents_of_statistics())
@@ -202,21 +210,34 @@ def test_opcheck_of_the_backward_op(sample, overload_name, need_x):
     torch.library.opcheck(op, (moments, gram_vjp, gram_input if need_x else None, *fields, need_x))
 
 
-@hypothesis.given(
+any_arguments = hypothesis.given(
     shape=st.tuples(st.integers(0, 6), st.integers(1, 5), st.integers(1, 13), st.integers(1, 13)),
     layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
     grams=st.tuples(st.booleans(), st.booleans()),
 )
-def test_native_equals_the_reference_whatever_the_arguments(native, shape, layouts, grams):
+
+
+def assert_equal_to_the_reference(implementation, shape, layouts, grams):
     sample = Sample("any", shape)
     fields = Fields(*map(laid_out, sample.fields(), layouts))
     cotangents = sample.cotangents_of_statistics()
-    outputs, grads = statistics_and_gradients(fields, cotangents, native, grams)
+    outputs, grads = statistics_and_gradients(fields, cotangents, implementation, grams)
     true_outputs, true_grads = statistics_and_gradients(fields, cotangents, "reference", grams)
     for value, truth in zip(outputs, true_outputs, strict=True):
         assert_near(value, truth, VALUES)
     for value, truth in zip(grads, true_grads, strict=True):
         assert_near(value, truth, GRADIENTS)
+
+
+@any_arguments
+def test_native_equals_the_reference_whatever_the_arguments(native, **arguments):
+    assert_equal_to_the_reference(native, **arguments)
+
+
+@pytest.mark.slow
+@any_arguments
+def test_triton_equals_the_reference_whatever_the_arguments(triton, **arguments):
+    assert_equal_to_the_reference(triton, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------- dtypes

@@ -3,7 +3,8 @@
 Each op is registered once from Python: schema, fake kernel, autograd rule, and the reference at
 CompositeExplicitAutograd. ``sib_ext._C`` (CPU) and ``sib_ext._C_cuda`` (CUDA) only implement their device's key of
 the default overload, so a missing module leaves the reference in place. The overload ``.reference`` is always the
-reference: it is what ``impl="reference"`` runs and what the tests compare.
+reference: it is what ``impl="reference"`` runs and what the tests compare. The overload ``.triton`` is always the
+Triton kernels, on a GPU or, under ``TRITON_INTERPRET=1``, in Triton's interpreter.
 """
 
 import contextlib
@@ -53,9 +54,28 @@ def native_problem(device_type: str) -> str | None:
     return _native_problems.get(device_type, f"there are no native kernels for device type '{device_type}'")
 
 
+def _missing_triton() -> str | None:
+    """None if the triton package can be imported, else the reason."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error}); to install it: pip install triton"
+    return None
+
+
+def _find_triton_problems() -> dict[str, str | None]:
+    missing = _missing_triton()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    no_gpu = "Triton kernels run on a GPU; TRITON_INTERPRET=1, set before Python starts, interprets them on the CPU"
+    return {"cuda": missing, "cpu": missing if interpreted else no_gpu}
+
+
+_triton_problems = _find_triton_problems()
+
+
 def triton_problem(device_type: str) -> str | None:
     """None where Triton kernels run on that device type, else why not."""
-    return "this version has no Triton kernels"
+    return _triton_problems.get(device_type, f"there are no Triton kernels for device type '{device_type}'")
 
 
 def _checked(impl: str, name: str) -> str:
@@ -109,17 +129,38 @@ def _without_autocast(kernel: Callable) -> Callable:
     return run
 
 
-def define(name: str, schema: str, reference: Callable, fake: Callable, save: Callable, backward: Callable) -> None:
-    """Registers the op under its default overload and under ``.reference``.
+def triton_kernel(module: str, function: str) -> Callable:
+    """sib_ext.triton.<module>.<function>, imported when it first runs: the package triton may be missing."""
+
+    def run(*arguments):
+        return getattr(importlib.import_module(f"sib_ext.triton.{module}"), function)(*arguments)
+
+    return run
+
+
+def define(
+    name: str,
+    schema: str,
+    reference: Callable,
+    triton: Callable,
+    fake: Callable,
+    save: Callable,
+    backward: Callable,
+) -> None:
+    """Registers the op under its default overload, under ``.reference`` and under ``.triton``.
 
     Why not two hand-written autograd Functions: ``register_autograd`` makes the same Function, at the Autograd key,
     where torch.compile, opcheck and functorch see it. ``backward(overload)`` gives the rule for one overload, so
     that a backward op runs in the implementation of its forward.
     """
-    for overload in ("default", "reference"):
+    for overload in ("default", "reference", "triton"):
         suffix = "" if overload == "default" else f".{overload}"
         LIBRARY.define(f"{name}{suffix}{schema}")
-        LIBRARY.impl(f"{name}{suffix}", _without_autocast(reference), "CompositeExplicitAutograd")
+        if overload == "triton":
+            for key in ("CPU", "CUDA"):
+                LIBRARY.impl(f"{name}{suffix}", _without_autocast(triton), key)
+        else:
+            LIBRARY.impl(f"{name}{suffix}", _without_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"sib_ext::{name}{suffix}", fake, lib=LIBRARY)
         torch.library.register_autograd(f"sib_ext::{name}{suffix}", backward(overload), setup_context=save, lib=LIBRARY)
 
@@ -148,7 +189,7 @@ def partial_derivatives(formula: Callable, tensors: tuple, grad_outputs, needed:
 def overload(name: str, implementation: str):
     """The registered op that runs ``implementation``."""
     packet = getattr(torch.ops.sib_ext, name)
-    return packet.reference if implementation == "reference" else packet.default
+    return {"reference": packet.reference, "triton": packet.triton}.get(implementation, packet.default)
 
 
 def empty_field(like: torch.Tensor) -> torch.Tensor:

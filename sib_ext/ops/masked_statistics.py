@@ -99,6 +99,7 @@ dispatch.define(
     "(Tensor vjp, Tensor x, Tensor mask, bool gram_vjp, bool gram_input)"
     " -> (Tensor moments, Tensor gram_vjp, Tensor gram_input)",
     _forward,
+    dispatch.triton_kernel("masked_statistics", "forward"),
     _forward_fake,
     _forward_save,
     _forward_rule,
@@ -108,6 +109,7 @@ dispatch.define(
     "(Tensor grad_moments, Tensor? grad_gram_vjp, Tensor? grad_gram_input, Tensor vjp, Tensor x, Tensor mask,"
     " bool need_x) -> (Tensor grad_vjp, Tensor grad_x, Tensor grad_mask)",
     _backward,
+    dispatch.triton_kernel("masked_statistics", "backward"),
     _backward_fake,
     _backward_save,
     _backward_rule,
