@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+# The Triton kernels without a GPU, in Triton's interpreter: only where triton is chosen, as the rest has run already.
+INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/test_golden.py -k triton
 
 .PHONY: help demo test test-all bench lint format sdist clean
 
@@ -29,10 +31,12 @@ demo: $(VENV)/.installed ## train with and without S-IB on digits on textures; p
 	$(BIN)/sib-lab demo $(ARGS)
 
 test: $(VENV)/.installed ## the tests
-	SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 
 test-all: $(VENV)/.installed ## the tests and the long ones
 	SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m '' $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '' $(INTERPRETED)
 
 bench: $(VENV)/.installed ## the op benchmark; results in benchmarks/results
 	$(BIN)/python benchmarks/bench_ops.py $(ARGS)

@@ -11,14 +11,13 @@ from .ops import dispatch
 
 
 def implementations() -> list[tuple[str, str, str | None]]:
-    """(device type, implementation, None or why it cannot run) in the order in which ``impl="auto"`` tries them."""
+    """(device type, implementation, None or why it cannot run): ``impl="auto"`` takes the first, but never Triton."""
     rows = []
     for device_type in ("cpu", "cuda"):
         rows.append((device_type, "native", dispatch.native_problem(device_type)))
-        if device_type == "cuda":
-            rows.append((device_type, "triton", dispatch.triton_problem(device_type)))
-        absent = device_type == "cuda" and not torch.cuda.is_available()
-        rows.append((device_type, "reference", "torch sees no GPU" if absent else None))
+        absent = "torch sees no GPU" if device_type == "cuda" and not torch.cuda.is_available() else None
+        rows.append((device_type, "reference", absent))
+        rows.append((device_type, "triton", dispatch.triton_problem(device_type) or absent))
     return rows
 
 
@@ -42,7 +41,7 @@ def report() -> str:
         f"torch   {torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} GPUs",
         f"impl    {os.environ.get('SIB_EXT_IMPL', 'auto')} (SIB_EXT_IMPL, or sib_ext.use_impl, or impl=...)",
         "",
-        "implementations, in the order in which auto takes the first available:",
+        "implementations; auto takes native if available, else the reference, and triton only runs when asked for:",
     ]
     for device_type, name, problem in implementations():
         lines.append(f"  {device_type:5} {name:10} {'available' if problem is None else f'no: {problem}'}")

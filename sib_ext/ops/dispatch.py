@@ -1,4 +1,4 @@
-"""One dispatch rule for every op: the device's native kernel, else Triton on a GPU, else the reference.
+"""One dispatch rule for every op: the device's native kernel, else the reference; Triton where it is asked for.
 
 Each op is registered once from Python: schema, fake kernel, autograd rule, and the reference at
 CompositeExplicitAutograd. ``sib_ext._C`` (CPU) and ``sib_ext._C_cuda`` (CUDA) only implement their device's key of
@@ -56,10 +56,9 @@ def native_problem(device_type: str) -> str | None:
 
 def _missing_triton() -> str | None:
     """None if the triton package can be imported, else the reason."""
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"the package triton cannot be imported ({error}); to install it: pip install triton"
+    # Looked for, not imported: that would take a second of every start.
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton cannot be imported; to install it: pip install triton"
     return None
 
 
@@ -105,9 +104,8 @@ def resolve(impl: str | None, device_type: str) -> str:
     """The implementation that will run: an explicit choice that cannot run raises and says why."""
     impl = _default if impl is None else _checked(impl, "impl")
     if impl == "auto":
-        if native_problem(device_type) is None:
-            return "native"
-        return "triton" if device_type == "cuda" and triton_problem(device_type) is None else "reference"
+        # Not Triton on a GPU: its kernels have run in the interpreter only, and a wrong gradient would be silent.
+        return "native" if native_problem(device_type) is None else "reference"
     problem = {"native": native_problem, "triton": triton_problem}.get(impl, lambda _: None)(device_type)
     if problem is not None:
         raise RuntimeError(f"impl={impl!r} cannot run on {device_type}: {problem}. impl='auto' takes what is there.")
