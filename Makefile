@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 # The Triton kernels without a GPU, in Triton's interpreter: only where triton is chosen, as the rest has run already.
-INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/test_golden.py -k triton
+# (The golden vectors take it a minute each: in test-all.)
+INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py -k triton
 
 .PHONY: help demo test test-all bench lint format sdist clean
 
@@ -36,7 +37,7 @@ test: $(VENV)/.installed ## the tests
 
 test-all: $(VENV)/.installed ## the tests and the long ones
 	SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m '' $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '' $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '' tests/test_golden.py $(INTERPRETED)
 
 bench: $(VENV)/.installed ## the op benchmark; results in benchmarks/results
 	$(BIN)/python benchmarks/bench_ops.py $(ARGS)
