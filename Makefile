@@ -6,7 +6,7 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 # The Triton kernels without a GPU, in Triton's interpreter: only where triton is chosen, as the rest has run already.
 # (The golden vectors take it a minute each: in test-all.)
-INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py -k triton
+INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/test_norm_double_backward.py -k triton
 
 .PHONY: help demo test test-all bench lint format sdist clean
 

@@ -218,3 +218,41 @@ def masked_statistics_backward(
     grad_vjp = grad_a * mask + grad_c * (1 - mask)
     grad_mask = (grad_a * vjp + grad_b * x - grad_c * vjp).sum(1, keepdim=True)
     return grad_vjp, grad_b * mask, grad_mask
+
+
+# ------------------------------------------------------------------------------------------ normalisation
+
+
+def norm_double_backward(
+    grad_grad: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of a normalisation layer's input gradient dx = rstd (h - avg h - xhat avg(h xhat)), h = weight g.
+
+    With v the cotangent of dx and averages over what is normalised together (``mean`` [C]: a channel of the whole
+    batch, ``mean`` [B,G]: a group of channels of one sample), a = avg(h xhat), b = avg(v xhat), c = avg(v h):
+
+        d/dg = weight rstd (v - avg v - b xhat)
+        d/dx = -rstd^2 (xhat (c - avg v avg h - 3 a b) + b (h - avg h) + a (v - avg v))
+        d/dweight = sum g rstd (v - avg v - b xhat)
+    """
+    batch, channels = x.shape[:2]
+    groups = mean.shape[-1]
+    shape, over_batch = (batch, groups, channels // groups, x[:1, :1].numel()), mean.dim() == 1
+    dims = (0, 2, 3) if over_batch else (2, 3)
+    v, g, xhat = (t.reshape(shape) for t in (grad_grad, grad, x))
+    mean, rstd = (t.view(1 if over_batch else batch, groups, 1, 1) for t in (mean, rstd))
+    weight = x.new_ones(channels) if weight is None else weight
+    weight = weight.view(1, groups, -1, 1)
+
+    xhat = (xhat - mean) * rstd
+    h = g * weight
+    v_centred, h_centred = v - v.mean(dims, keepdim=True), h - h.mean(dims, keepdim=True)
+    a, b = (h * xhat).mean(dims, keepdim=True), (v * xhat).mean(dims, keepdim=True)
+    c_centred = (v_centred * h_centred).mean(dims, keepdim=True)
+    projected = rstd * (v_centred - b * xhat)
+    grad_x = -rstd.square() * (xhat * (c_centred - 3 * a * b) + b * h_centred + a * v_centred)
+    return (
+        (weight * projected).reshape(x.shape),
+        grad_x.reshape(x.shape),
+        (projected * g).sum((0, 3)).view(channels),
+    )

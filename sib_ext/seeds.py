@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_choice
+from .fused_layers import input_gradients_only
 from .ops.dispatch import without_autocast
 
 
@@ -53,7 +54,8 @@ def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", c
     check_graph(logits, x)
     with without_autocast(x.device.type):
         scalar = SEEDS[seed](logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits, target)
-    (R,) = torch.autograd.grad(scalar, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    with input_gradients_only():
+        (R,) = torch.autograd.grad(scalar, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
     if R is None:
         raise RuntimeError(
             "logits were not computed from x: pass the very tensor that went into the model, logits = model(x), "

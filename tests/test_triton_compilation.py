@@ -28,7 +28,7 @@ SAMPLES = (
 
 def launches(dtype, sample, monkeypatch):
     """(kernel, its arguments, its options) of every launch, without a GPU: kernels are noted and not run."""
-    from sib_ext.triton import density_mask, masked_statistics
+    from sib_ext.triton import density_mask, masked_statistics, norm_double_backward
 
     found = []
 
@@ -43,6 +43,8 @@ def launches(dtype, sample, monkeypatch):
     masked_statistics.forward(vjp, x, mask, True, True)
     cotangents = sample.cotangents_of_statistics(mask.dtype)
     masked_statistics.backward(*cotangents, vjp, x, mask, True)
+    mean = mask.new_zeros(x.shape[1])
+    norm_double_backward.forward(vjp, vjp, x, mean, mean + 1, None, 1e-5)
     return found
 
 
@@ -88,7 +90,7 @@ def test_every_launch_compiles_within_the_resources_of_the_gpu(capability, dtype
         assert binary.metadata.shared <= SHARED_MEMORY[capability], kernel
         used = registers(binary.asm["cubin"], tmp_path) * 32 * binary.metadata.num_warps
         assert used <= REGISTERS, f"{binary.metadata.name} needs {used} registers a block"
-    assert len(names) == 15, sorted(names)
+    assert len(names) == 17, sorted(names)
 
 
 @pytest.mark.slow

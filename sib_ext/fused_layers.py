@@ -1,0 +1,245 @@
+"""Convolution and normalisation whose second derivative costs what it must.
+
+The S-IB loss differentiates an input gradient with respect to the parameters. PyTorch does that correctly but not
+well for two kinds of layers: the weight gradient of a convolution's double backward runs as a convolution whose
+kernel is a whole feature map, and the double backward of batch and group normalisation is some twenty passes over
+the feature map. Inside :func:`fused_double_backward` those layers are recorded by autograd Functions of this module:
+the first gives the weight gradient by the ordinary backward convolution, the second is the op
+:func:`sib_ext.ops.norm_double_backward`. Values and first derivatives are those of PyTorch's own kernels.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from . import reference
+from .ops import dispatch
+from .ops.norm_double_backward import norm_double_backward
+
+# Whether the backward pass under way is that of a VJP: it wants no parameter gradients. Not thread-local, because the
+# autograd engine runs a GPU's backward in a thread of its own.
+_input_only = False
+
+
+@contextlib.contextmanager
+def input_gradients_only() -> Iterator[None]:
+    """Around an ``autograd.grad`` with respect to inputs or feature maps, never parameters."""
+    global _input_only
+    before, _input_only = _input_only, True
+    try:
+        yield
+    finally:
+        _input_only = before
+
+
+def _plain_derivatives(layer: Callable, tensors: tuple, grad: Tensor, needed: tuple[bool, ...]) -> tuple:
+    """Any other pass that will be differentiated again: PyTorch's own rule, whatever it costs."""
+    return dispatch.partial_derivatives(layer, tensors, grad, needed[: len(tensors)])
+
+
+# ------------------------------------------------------------------------------------------- convolution
+
+
+def _convolution_backward(grad, x, weight, bias_sizes, geometry, wanted):
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, bias_sizes, stride, padding, dilation, False, [0] * len(stride), groups, wanted
+    )
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, convolve, geometry):
+        ctx.convolve, ctx.geometry = convolve, geometry
+        ctx.save_for_backward(x, weight, bias)
+        return convolve(x, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if _input_only:
+            grad_x = _ConvolutionInputGradient.apply(grad, x, weight, ctx.convolve, ctx.geometry)
+            return grad_x if needed[0] else None, None, None, None, None
+        if torch.is_grad_enabled():
+            grads = _plain_derivatives(lambda *t: ctx.convolve(*t, *ctx.geometry), (x, weight, bias), grad, needed)
+            return *grads, None, None
+        bias_sizes = None if bias is None else list(bias.shape)
+        grads = _convolution_backward(grad, x, weight, bias_sizes, ctx.geometry, list(needed[:3]))
+        return *grads, None, None
+
+
+class _ConvolutionInputGradient(Function):
+    """(g, weight) -> dx, bilinear; both of its derivatives are a convolution with another pair of the three."""
+
+    @staticmethod
+    def forward(ctx, grad, x, weight, convolve, geometry):
+        ctx.convolve, ctx.geometry = convolve, geometry
+        ctx.save_for_backward(grad, weight)
+        return _convolution_backward(grad, x, weight, None, geometry, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx, grad_grad):
+        grad, weight = ctx.saved_tensors
+        for_grad = for_weight = None
+        if ctx.needs_input_grad[0]:
+            for_grad = ctx.convolve(grad_grad, weight, None, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            for_weight = _convolution_backward(grad, grad_grad, weight, None, ctx.geometry, [False, True, False])[1]
+        return for_grad, None, for_weight, None, None
+
+
+def _convolution(convolve: Callable, dims: int, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if isinstance(padding, str) or x.dim() != dims + 2 or x.is_complex():
+        return convolve(x, weight, bias, stride, padding, dilation, groups)
+    geometry = (*([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation)), groups)
+    geometry = tuple(v * dims if isinstance(v, list) and len(v) == 1 else v for v in geometry)
+    x, weight, bias = _as_autocast((x, weight, bias))
+    with dispatch.without_autocast(x.device.type):
+        return _Convolution.apply(x, weight, bias, convolve, geometry)
+
+
+def _as_autocast(tensors: tuple) -> tuple:
+    """In the type that autocast would choose for a convolution, because autocast does not see into a Function."""
+    if not _autocast_enabled(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def _autocast_enabled(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+# ----------------------------------------------------------------------------------------- normalisation
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        y, mean, rstd = torch.ops.aten.native_batch_norm(
+            x, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if _input_only:
+            grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
+            return grad_x, *[None] * 6
+        if torch.is_grad_enabled():
+
+            def layer(x, weight, bias):
+                return F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
+
+            return *_plain_derivatives(layer, (x, weight, bias), grad, needed), *[None] * 4
+        return *_norm_backward(grad, x, weight, mean, rstd, ctx.eps, list(needed[:3])), *[None] * 4
+
+
+class _GroupNorm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *_extents(x), groups, eps)
+        ctx.groups, ctx.eps = groups, eps
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if _input_only:
+            grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
+            return grad_x, *[None] * 4
+        if torch.is_grad_enabled():
+
+            def layer(x, weight, bias):
+                return F.group_norm(x, ctx.groups, weight, bias, ctx.eps)
+
+            return *_plain_derivatives(layer, (x, weight, bias), grad, needed), None, None
+        return *_norm_backward(grad, x, weight, mean, rstd, ctx.eps, list(needed[:3])), None, None
+
+
+class _NormInputGradient(Function):
+    """(g, x, weight) -> dx of a batch (statistics [C]) or group (statistics [B,G]) normalisation."""
+
+    @staticmethod
+    def forward(ctx, grad, x, weight, mean, rstd, eps):
+        ctx.eps = eps
+        ctx.save_for_backward(grad, x, weight, mean, rstd)
+        return _norm_backward(grad, x, weight, mean, rstd, eps, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx, grad_grad):
+        grad, x, weight, mean, rstd = ctx.saved_tensors
+        dtype = reference.accumulation_dtype(x.dtype)
+        mean, rstd, scale = (t if t is None else t.to(dtype) for t in (mean, rstd, weight))
+        for_grad, for_x, for_weight = norm_double_backward(
+            grad_grad.to(x.dtype), grad.to(x.dtype), x, mean, rstd, scale, ctx.eps
+        )
+        for_weight = for_weight.to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return for_grad.to(grad.dtype), for_x, for_weight, None, None, None
+
+
+def _extents(x: Tensor) -> tuple[int, int, int]:
+    """Samples, channels and positions of [B,C,...]."""
+    return x.shape[0], x.shape[1], x[:1, :1].numel()
+
+
+def _norm_backward(grad, x, weight, mean, rstd, eps, wanted):
+    if mean.dim() == 1:
+        return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, wanted)
+    return torch.ops.aten.native_group_norm_backward(
+        grad.contiguous(), x, mean, rstd, weight, *_extents(x), mean.shape[1], wanted
+    )
+
+
+def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if x.numel() // x.shape[1] == 1:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)  # torch's own error
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
+
+
+def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
+    if x.dim() < 2 or x.shape[1] % num_groups:
+        return F.group_norm(x, num_groups, weight, bias, eps)  # torch's own error
+    if _autocast_enabled(x):
+        x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))  # as autocast does on a GPU
+    with dispatch.without_autocast(x.device.type):
+        return _GroupNorm.apply(x.contiguous(), weight, bias, num_groups, eps)
+
+
+# -------------------------------------------------------------------------------------------------- mode
+
+_RULES = {
+    torch.conv1d: lambda *a, **k: _convolution(torch.conv1d, 1, *a, **k),
+    torch.conv2d: lambda *a, **k: _convolution(torch.conv2d, 2, *a, **k),
+    torch.conv3d: lambda *a, **k: _convolution(torch.conv3d, 3, *a, **k),
+    F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
+}
+
+
+class fused_double_backward(TorchFunctionMode):
+    """A context for the forward pass: ``with fused_double_backward(): logits = model(x)``.
+
+    Convolutions, batch normalisation in train mode and group normalisation inside get cheap second derivatives under
+    the S-IB loss; everything else, and every other use of the result, is PyTorch's. The model is not changed. Not for
+    code that ``torch.compile`` compiles: the engine ``"compiled"`` of :class:`sib_ext.SIBStep` serves that.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        rule = _RULES.get(function) if torch.is_grad_enabled() else None
+        return (rule or function)(*args, **(kwargs or {}))

@@ -1,0 +1,151 @@
+"""The op norm_double_backward against PyTorch's own second derivative, in every implementation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sib_ext import reference
+
+from .compare import assert_near, overload, relative_error
+from .samples import laid_out
+
+EPS = 1e-3
+# (shape, groups): None is batch normalisation.
+CASES = {
+    "batch": ((4, 6, 5, 7), None),
+    "batch, channels_last": ((4, 6, 5, 7), None),
+    "batch, vectors": ((5, 3), None),
+    "batch, long rows": ((2, 3, 37, 41), None),
+    "batch, volumes": ((2, 3, 2, 3, 4), None),
+    "group": ((3, 6, 5, 7), 2),
+    "group, channels_last": ((3, 6, 5, 7), 3),
+    "instance": ((3, 6, 5, 7), 6),
+    "layer": ((3, 6, 5, 7), 1),
+}
+
+
+def arguments(name, dtype=torch.float64, affine=True):
+    """v, g, x, mean, rstd, weight, eps as a forward in ``dtype`` would have left them."""
+    shape, groups = CASES[name]
+    generator = torch.Generator().manual_seed(3)
+    v, g, x = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3))
+    x = (3 * x + 1).to(dtype)
+    if "channels_last" in name:
+        v, g, x = (laid_out(t, "channels_last") for t in (v, g, x))
+    weight = torch.rand(shape[1], generator=generator, dtype=torch.float64) + 0.5 if affine else None
+    wide = x.to(reference.accumulation_dtype(dtype))
+    if groups is None:
+        variance, mean = torch.var_mean(wide, (0, *range(2, len(shape))), correction=0)
+    else:
+        variance, mean = torch.var_mean(wide.reshape(shape[0], groups, -1), 2, correction=0)
+    return v, g, x, mean, (variance + EPS).rsqrt(), weight if weight is None else weight.to(mean.dtype), EPS
+
+
+def of_pytorch(name, v, g, x, weight, dtype=torch.float64):
+    """The same by autograd, twice, in ``dtype``."""
+    groups = CASES[name][1]
+    g, x = (t.detach().to(dtype).requires_grad_() for t in (g, x))
+    weight = torch.ones(x.shape[1], dtype=dtype) if weight is None else weight.detach().to(dtype)
+    weight.requires_grad_()
+    if groups is None:
+        y = F.batch_norm(x, None, None, weight, None, True, 0.0, EPS)
+    else:
+        y = F.group_norm(x, groups, weight, None, EPS)
+    (dx,) = torch.autograd.grad(y, x, g, create_graph=True)
+    return torch.autograd.grad(dx, (g, x, weight), v.to(dtype))
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_second_derivative_of_the_layer(name, affine, implementation):
+    v, g, x, *statistics, weight, eps = arguments(name, affine=affine)
+    results = overload("norm_double_backward", implementation)(v, g, x, *statistics, weight, eps)
+    for value, truth in zip(results, of_pytorch(name, v, g, x, weight), strict=True):
+        assert_near(value, truth, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["batch", "batch, long rows", "group"])
+def test_it_is_no_worse_than_pytorch_in_the_same_type(name, dtype, implementation):
+    v, g, x, *statistics, weight, eps = arguments(name, dtype)
+    results = overload("norm_double_backward", implementation)(v, g, x, *statistics, weight, eps)
+    truths = of_pytorch(name, v, g, x, weight)
+    if dtype == torch.float32:
+        eager = of_pytorch(name, v, g, x, weight, dtype)
+    else:
+        eager = [truth.to(dtype) for truth in truths]  # the best there is: one rounding of the result
+    for value, of_eager, truth in zip(results, eager, truths, strict=True):
+        assert relative_error(value, truth) <= 2 * relative_error(of_eager, truth) + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
+def test_an_empty_batch_gives_empty_gradients(shape, implementation):
+    empty = torch.empty(shape)
+    statistics = torch.zeros(3), torch.ones(3)
+    results = overload("norm_double_backward", implementation)(empty, empty, empty, *statistics, torch.ones(3), EPS)
+    assert [tuple(t.shape) for t in results] == [shape, shape, (3,)]
+    assert not results[2].any()
+
+
+def test_the_native_kernel_gives_the_same_bits_with_any_number_of_threads(native, threads):
+    values = arguments("batch, long rows", torch.float32)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(overload("norm_double_backward", native)(*values))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["batch", "group"])
+def test_it_is_differentiable_with_the_statistics_following_x(name, overload_name):
+    """The third derivative of the layer: what the op gives, differentiated, against autograd three times."""
+    groups = CASES[name][1]
+    v, g, x, *_, weight, eps = (
+        t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in arguments(name)
+    )
+    shape = CASES[name][0]
+
+    def by_op(v, g, x, weight):
+        wide = x.detach()
+        dims = (0, 2, 3) if groups is None else 2
+        wide = wide if groups is None else wide.reshape(shape[0], groups, -1)
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        op = getattr(torch.ops.sib_ext.norm_double_backward, overload_name)
+        return op(v, g, x, mean, (variance + eps).rsqrt(), weight, eps)
+
+    def by_autograd(v, g, x, weight):
+        # Elementary operations: PyTorch's third derivative of batch_norm takes the statistics for constants.
+        wide = x if groups is None else x.reshape(shape[0], groups, -1)
+        dims = (0, 2, 3) if groups is None else 2
+        variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+        xhat = ((wide - mean) * (variance + eps).rsqrt()).reshape(shape)
+        (dx,) = torch.autograd.grad(xhat * weight.view(1, -1, 1, 1), x, g, create_graph=True)
+        return torch.autograd.grad(dx, (g, x, weight), v, create_graph=True)
+
+    inputs = (v, g, x, weight)
+    cotangents = [torch.randn_like(t) for t in by_op(*inputs)]
+    found = torch.autograd.grad(by_op(*inputs), inputs, cotangents)
+    truth = torch.autograd.grad(by_autograd(*inputs), inputs, cotangents)
+    for value, expected in zip(found, truth, strict=True):
+        assert_near(value, expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["batch", "group"])
+@pytest.mark.parametrize("affine", [True, False], ids=["weight", "no weight"])
+def test_opcheck(name, affine, overload_name):
+    v, g, x, mean, rstd, weight, eps = arguments(name, affine=affine)
+    wanted = [None if t is None else t.requires_grad_() for t in (v, g, x, weight)]
+    op = getattr(torch.ops.sib_ext.norm_double_backward, overload_name)
+    torch.library.opcheck(op, (*wanted[:3], mean, rstd, wanted[3], eps))
+
+
+def test_wrong_sizes_are_named(native):
+    v, g, x, mean, rstd, weight, eps = arguments("batch")
+    op = overload("norm_double_backward", native)
+    with pytest.raises(RuntimeError, match="grad must have the size of x"):
+        op(v, g[:2], x, mean, rstd, weight, eps)
+    with pytest.raises(RuntimeError, match=r"mean must be \[C\]"):
+        op(v, g, x, mean[:2], rstd[:2], weight, eps)
+    with pytest.raises(RuntimeError, match="weight must be"):
+        op(v, g, x, mean, rstd, weight.float(), eps)
