@@ -1,4 +1,4 @@
-"""The loss of a batch that is spread over a process group: global means, global Grams, and checks of the model's graph.
+"""The loss of a batch that is spread over a process group: global means, global Grams, and the model's graph.
 
 Autograd convention: a collective's backward sums the cotangents of all ranks, so what reaches a rank's parameters is
 the gradient of the *sum* of the ranks' losses. Data-parallel training (DDP, FSDP2) averages that over the ranks. As
@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checks import describe
 from .reference import accumulation_dtype
 
 
@@ -227,53 +226,45 @@ def _nodes(roots: Sequence[torch.autograd.graph.Node]) -> Iterator[torch.autogra
         waiting.extend(following for following, _ in node.next_functions)
 
 
-def check_graph(logits: Tensor) -> None:
-    """What in a data-parallel model would fail later, in ``loss.backward()``, with an error that tells nobody why.
-
-    Looks through the graph of ``logits`` (compiled parts and reentrant checkpoints are opaque to it), and only where
-    torch.distributed is in use.
-
-    Raises:
-        RuntimeError: a SyncBatchNorm that synchronises, or FSDP2 modules outside :func:`keep_unsharded`.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for node in _nodes([logits.grad_fn]):
-        if node.name() == "SyncBatchNormBackward":
-            raise RuntimeError(
-                "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the S-IB "
-                "loss must: leave out convert_sync_batchnorm (BatchNorm with each rank's own statistics), put it in "
-                "eval mode, or use GroupNorm"
-            )
-        if node.name() == "RegisterPostBackwardFunctionBackward":
-            if getattr(getattr(node, "param_group", None), "reshard_after_backward", False):
-                raise RuntimeError(
-                    "FSDP2 would free the model's weights after the VJP, before loss.backward() has used them again: "
-                    "compute logits and loss inside `with sib_ext.distributed.keep_unsharded(model):`"
-                )
-
-
 @contextlib.contextmanager
-def keep_unsharded(model: nn.Module) -> Iterator[None]:
-    """For FSDP2: keeps the weights that the VJP has gathered until ``loss.backward()`` has used them again.
+def twice_differentiable(logits: Tensor) -> Iterator[None]:
+    """Belongs around the VJP of ``logits``: makes a data-parallel model's weights outlast it, and names what cannot.
 
-    Forward pass and loss belong inside, ``loss.backward()`` outside, where every FSDP module frees its weights after
-    its backward as by default. Modules without ``fully_shard`` pass through untouched. ::
-
-        with sib_ext.distributed.keep_unsharded(model):
-            loss = criterion(model(x), y, x)
-        loss.backward()
+    FSDP2 frees a module's weights after every backward through it, so also after the VJP, though ``loss.backward()``
+    will use them again: inside, its modules keep them. Looks through the graph of ``logits`` (compiled parts and
+    reentrant checkpoints are opaque to it), and only where torch.distributed is in use.
 
     Raises:
-        ValueError: ``model`` is not a module.
+        RuntimeError: a SyncBatchNorm that synchronises, which ``loss.backward()`` could not differentiate again, or
+            an FSDP2 that is not as this version of the library knows it.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, got {describe(model)}")
-    sharded = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
-    for module in sharded:
-        module.set_reshard_after_backward(False, recurse=False)
+    sharded = []
+    if dist.is_available() and dist.is_initialized():
+        for node in _nodes([logits.grad_fn]):
+            if node.name() == "SyncBatchNormBackward":
+                raise RuntimeError(
+                    "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the "
+                    "S-IB loss must: leave out convert_sync_batchnorm (BatchNorm with each rank's own statistics), "
+                    "put it in eval mode, or use GroupNorm"
+                )
+            if node.name() == "RegisterPostBackwardFunctionBackward":
+                sharded.append(_parameter_group(node))
+    before = [group.reshard_after_backward for group in sharded]
     try:
+        for group in sharded:
+            group.reshard_after_backward = False
         yield
     finally:
-        for module in sharded:
-            module.set_reshard_after_backward(True, recurse=False)
+        for group, reshard in zip(sharded, before, strict=True):
+            group.reshard_after_backward = reshard
+
+
+def _parameter_group(node):
+    """Where FSDPModule.set_reshard_after_backward sets its flag; the loss sees no model, but the graph leads here."""
+    group = getattr(node, "param_group", None)
+    if not hasattr(group, "reshard_after_backward"):
+        raise RuntimeError(
+            f"the FSDP2 of torch {torch.__version__} cannot be told by this version of sib_ext to keep its weights for "
+            "the second derivative: use DDP, or the torch that sib_ext was tested with"
+        )
+    return group

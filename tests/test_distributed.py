@@ -1,11 +1,9 @@
 """Two gloo processes get the loss and the gradients that one process gets on the joined batch."""
 
 import concurrent.futures
-import contextlib
 import copy
 import datetime
 import multiprocessing
-import traceback
 
 import pytest
 import torch
@@ -16,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sib_ext import SpatialIBLoss
 from sib_ext import functional as sib
-from sib_ext.distributed import JoinedBatch, check_graph, keep_unsharded, project
+from sib_ext.distributed import JoinedBatch, project, twice_differentiable
 
 from .compare import assert_near, gradients, relative_error
 from .samples import tiny_problem
 
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("this torch was built without gloo", allow_module_level=True)
 WORLD = 2
 LOSSES = {
     "paper": {"preset": "paper", "background_weight": 3e4, "foreground_weight": 30.0},
@@ -47,18 +47,12 @@ def start(rank: int, file: str) -> None:
 
 def call(task, rank, arguments):
     torch.manual_seed(rank)
-    try:
-        return task(rank, *arguments)
-    except Exception as error:
-        error.add_note(traceback.format_exc())
-        raise
+    return task(rank, *arguments)
 
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
     """on_ranks(task, *arguments): [task(rank, *arguments) of each rank], run at once in two gloo processes."""
-    if not (dist.is_available() and dist.is_gloo_available()):
-        pytest.skip("this torch was built without gloo")
     file = str(tmp_path_factory.mktemp("gloo") / "store")
     context = multiprocessing.get_context("spawn")
     pools = [
@@ -222,14 +216,12 @@ def whole(gradient):
     return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
 
 
-def train(model, x, y, criterion, around=None):
+def train(model, x, y, criterion):
     """Three steps of SGD: the gradients of each."""
     optimizer, kept = torch.optim.SGD(model.parameters(), lr=0.05), []
     for _ in range(3):
         optimizer.zero_grad()
-        with around or keep_unsharded(model):
-            loss = criterion(model(x), y, x)
-        loss.backward()
+        criterion(model(x), y, x).backward()
         kept.append([whole(p.grad) for p in model.parameters()])
         optimizer.step()
     return kept
@@ -270,17 +262,42 @@ def test_in_float32_a_step_of_fsdp2_agrees_to_a_millionth(on_ranks, preset):
         assert_near(flat(found), flat(expected), 1e-6)
 
 
-def fsdp_without_keeping(rank):
+def reshard_flags(rank, wanted):
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(blocks(torch.float32), mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    model = blocks(torch.float32)
+    for module in (model[0], model):
+        fully_shard(module, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    model[0].set_reshard_after_backward(wanted, recurse=False)
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in (model[0], model)]
     x, y = images(4, torch.float32)
-    with pytest.raises(RuntimeError, match=r"FSDP2 would free .*with sib_ext.distributed.keep_unsharded\(model\)"):
-        train(model, x.requires_grad_(), y, SpatialIBLoss(process_group="world"), contextlib.nullcontext())
+    logits = model(x.requires_grad_())
+    with pytest.raises(ArithmeticError), twice_differentiable(logits):
+        inside = [group.reshard_after_backward for group in groups]
+        raise ArithmeticError
+    SpatialIBLoss(process_group="world", window=3)(logits, y, x).backward()
+    return inside, [group.reshard_after_backward for group in groups]
 
 
-def test_fsdp2_without_keep_unsharded_says_what_to_do(on_ranks):
-    on_ranks(fsdp_without_keeping)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_fsdp2_keeps_its_weights_for_the_vjp_only(on_ranks, wanted):
+    assert on_ranks(reshard_flags, wanted) == [([False, False], [wanted, True])] * WORLD
+
+
+def unknown_fsdp(rank):
+    class RegisterPostBackwardFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    logits = RegisterPostBackwardFunction.apply(x).mean((2, 3)).square()
+    with pytest.raises(RuntimeError, match="the FSDP2 of torch .* cannot be told"):
+        SpatialIBLoss(process_group="world")(logits, torch.zeros(2, dtype=torch.int64), x)
+
+
+def test_an_fsdp2_that_hides_its_flag_is_an_error(on_ranks):
+    on_ranks(unknown_fsdp)
 
 
 # ------------------------------------------------------------------------------------------------ random projections
@@ -481,7 +498,9 @@ def test_sync_batch_norm_gets_a_clear_message(on_ranks):
 
 def local_batch_norm_step(rank):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4).eval(), nn.BatchNorm2d(4), nn.Flatten())
-    check_graph(model(torch.randn(2, 3, 4, 4)))
+    logits = model(torch.randn(2, 3, 4, 4))
+    with twice_differentiable(logits):
+        assert logits.shape == (2, 16)
 
 
 def test_batch_norm_of_the_rank_and_sync_batch_norm_in_eval_mode_pass(on_ranks):
@@ -520,8 +539,3 @@ def test_a_group_before_init_process_group_is_an_error():
 def test_a_loss_with_the_world_as_its_group_can_be_copied():
     copied = copy.deepcopy(SpatialIBLoss(process_group="world", projection=64))
     assert copied.process_group == "world" and copied.projection == 64
-
-
-def test_keep_unsharded_wants_a_module():
-    with pytest.raises(ValueError, match="model must be an nn.Module, got 3"), keep_unsharded(3):
-        pass
