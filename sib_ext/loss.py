@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import estimators, masks, seeds
+from . import distributed, estimators, masks, seeds
 from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
 from .ops import masked_statistics
 from .ops.density_mask import PADDINGS
@@ -84,6 +84,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         impl: implementation of the ops, see :func:`sib_ext.density_mask`.
         check_values: also look for NaN and Inf in x and logits, and check the values of labels, masks and boxes
             that live on a GPU (on the CPU those are always checked). Waits for the GPU each call.
+        process_group: None, ``"world"`` or a torch.distributed group, whose ranks' batches then count as one: the
+            gradients, averaged over the ranks (DDP, FSDP2), are those of the joined batch (see docs/distributed.md).
+        projection: None, or P >= 1: ranks exchange random projections to P values instead of their rows.
 
     Raises:
         ValueError: an argument that is unknown or out of range.
@@ -113,6 +116,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         kappa: float = 1.0,
         impl: str | None = None,
         check_values: bool = False,
+        process_group=None,
+        projection: int | None = None,
     ):
         super().__init__(weight=weight, label_smoothing=label_smoothing)
         check_choice("preset", preset, tuple(PRESETS))
@@ -135,7 +140,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         self.area = area if area is not None else 0.1 if self.mask == "top_p" else 0.2
         self.noise, self.kappa = noise, kappa
         self.impl, self.check_values = impl, check_values
+        self.process_group, self.projection = process_group, projection
         self._check_options(area)
+        distributed.check_process_group(process_group, projection)
 
     def _check_options(self, area: float | None) -> None:
         for name, choices in (
@@ -210,33 +217,46 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         elif annotated is not None:
             raise ValueError("annotated was given without mask: pass mask=... too")
 
-        cross_entropy = self.cross_entropy(logits, target)
+        joined = distributed.JoinedBatch(x, self.process_group, self.projection)
+        if self.foreground_weight > 0:
+            estimators.check_batch(self.foreground, joined.size)
+        if joined.group is None:
+            cross_entropy = self.cross_entropy(logits, target)
+        else:
+            cross_entropy = joined.cross_entropy(logits, target, self.weight, self.label_smoothing)
         if self.background_weight == 0 and self.foreground_weight == 0:
             return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
 
-        R = seeds.vjp(logits, x, target, self.seed)
+        with distributed.twice_differentiable(logits):
+            R = seeds.vjp(logits, x, target, self.seed)
         with without_autocast(x.device.type):
             M = self._mask(R, given, annotated)
             grams = self.foreground_weight > 0 and self.foreground != "gaussian"
-            moments, gram_vjp, gram_input = masked_statistics(R, x, M, grams, grams, impl=self.impl)
+            local = grams and joined.group is None
+            moments, gram_vjp, gram_input = masked_statistics(R, x, M, local, local, impl=self.impl)
+            if grams and not local:
+                gram_vjp, gram_input = joined.grams(R, x, M, moments)
             count = R[0].numel()
             total = cross_entropy.to(moments.dtype)
             background = foreground = None
             f = TRANSFORMS[self.transform]
             if self.background_weight > 0:
-                background = self._background(R, moments, count)
+                background = self._background(R, moments, count, joined)
                 total = total + self.background_weight * f(background)
             if self.foreground_weight > 0:
                 statistics = (gram_vjp, gram_input) if grams else (moments, count)
-                foreground = estimators.FOREGROUND[self.foreground](*statistics).mean()
+                foreground = estimators.FOREGROUND[self.foreground](*statistics)
+                if not grams:  # one value a sample
+                    foreground = joined.mean(foreground)
                 total = total + self.foreground_weight * f(-foreground)
         return SIBTerms(total, cross_entropy, background, foreground, M, R)
 
-    def _background(self, R: Tensor, moments: Tensor, count: int) -> Tensor:
+    def _background(self, R: Tensor, moments: Tensor, count: int, joined: distributed.JoinedBatch) -> Tensor:
         noise = {}
         if self.background == "gaussian":
-            noise["noise"] = estimators.relative_noise(R, self.kappa) if self.noise is None else self.noise
-        return estimators.BACKGROUND[self.background](moments, count, **noise).mean()
+            relative = self.noise is None
+            noise["noise"] = joined.mean(estimators.relative_noise(R, self.kappa)) if relative else self.noise
+        return joined.mean(estimators.BACKGROUND[self.background](moments, count, **noise))
 
     def _mask(self, R: Tensor, given: Tensor | None, annotated: Tensor | None) -> Tensor:
         if given is not None and annotated is None:
@@ -281,8 +301,6 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
                 f"logits, target and x must be on one device, got {logits.device}, {target.device} and {x.device}"
             )
         self._check_target(target, logits)
-        if self.foreground_weight > 0:
-            estimators.check_batch(self.foreground, batch)
         if self.background_weight > 0 or self.foreground_weight > 0:
             seeds.check_graph(logits, x)
         if self.check_values:
