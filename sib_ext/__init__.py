@@ -1,6 +1,8 @@
 """Spatial Information Bottleneck (S-IB) training for PyTorch (arXiv 2511.09239)."""
 
 from . import functional
+from .engines import SIBStep
+from .fused_layers import fused_double_backward
 from .loss import SIBTerms, SpatialIBLoss
 from .ops import MaskedStatistics, density_mask, masked_statistics, use_impl
 
@@ -8,10 +10,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MaskedStatistics",
+    "SIBStep",
     "SIBTerms",
     "SpatialIBLoss",
     "density_mask",
     "functional",
+    "fused_double_backward",
     "masked_statistics",
     "use_impl",
 ]

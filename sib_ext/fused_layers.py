@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import reference
@@ -221,6 +222,19 @@ def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
         return _GroupNorm.apply(x.contiguous(), weight, bias, num_groups, eps)
 
 
+# --------------------------------------------------------------------------------------------- attention
+
+
+def _math_attention(function: Callable) -> Callable:
+    """Attention by the one kernel that has a second derivative; the fused ones fail in ``loss.backward()``."""
+
+    def run(*arguments, **options):
+        with sdpa_kernel(SDPBackend.MATH):
+            return function(*arguments, **options)
+
+    return run
+
+
 # -------------------------------------------------------------------------------------------------- mode
 
 _RULES = {
@@ -229,6 +243,8 @@ _RULES = {
     torch.conv3d: lambda *a, **k: _convolution(torch.conv3d, 3, *a, **k),
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
+    F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),
+    F.multi_head_attention_forward: _math_attention(F.multi_head_attention_forward),
 }
 
 
@@ -236,8 +252,9 @@ class fused_double_backward(TorchFunctionMode):
     """A context for the forward pass: ``with fused_double_backward(): logits = model(x)``.
 
     Convolutions, batch normalisation in train mode and group normalisation inside get cheap second derivatives under
-    the S-IB loss; everything else, and every other use of the result, is PyTorch's. The model is not changed. Not for
-    code that ``torch.compile`` compiles: the engine ``"compiled"`` of :class:`sib_ext.SIBStep` serves that.
+    the S-IB loss, and attention the kernel that has one at all; everything else, and every other use of the result,
+    is PyTorch's. The model is not changed. Not for code that ``torch.compile`` compiles: the engine ``"compiled"`` of
+    :class:`sib_ext.SIBStep` serves that.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

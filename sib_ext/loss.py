@@ -1,6 +1,7 @@
 """SpatialIBLoss: cross-entropy plus the two spatial information terms, as a drop-in for nn.CrossEntropyLoss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,23 @@ class SIBTerms(NamedTuple):
     foreground: Tensor | None  #: scalar; None where its weight is 0
     mask: Tensor | None  #: M [B,1,H,W]; None where both weights are 0
     vjp: Tensor | None  #: R [B,C,H,W]; None where both weights are 0
+    layers: Mapping[str, Tensor] = MappingProxyType({})  #: name -> background of a layer of SIBStep, scalar
+
+
+class Information(NamedTuple):
+    """The S-IB terms of one batch, weighted and summed in ``loss``; the other fields are those of :class:`SIBTerms`."""
+
+    loss: Tensor
+    background: Tensor | None
+    foreground: Tensor | None
+    mask: Tensor
+    vjp: Tensor
+    layers: Mapping[str, Tensor]
+
+    def terms(self, cross_entropy: Tensor, scale: float = 1.0) -> SIBTerms:
+        """Together with cross-entropy; ``scale`` multiplies the terms' part of the loss."""
+        loss = cross_entropy.to(self.loss.dtype) + scale * self.loss
+        return SIBTerms(loss, cross_entropy, *self[1:])
 
 
 class SpatialIBLoss(nn.CrossEntropyLoss):
@@ -210,25 +228,63 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             ValueError: an argument of the wrong type, rank, size, range or device.
             RuntimeError: ``x`` does not require grad, or ``logits`` do not depend on it.
         """
-        self._check_inputs(logits, target, x)
-        given = None
-        if mask is not None:
-            given, annotated = masks.given_mask(mask, x, annotated, self.check_values)
-        elif annotated is not None:
-            raise ValueError("annotated was given without mask: pass mask=... too")
+        self.check_inputs(logits, target, x)
+        if self.has_terms:
+            seeds.check_graph(logits, x)
+        given, annotated = self.given(mask, x, annotated)
+        joined = self.joined(x)
+        cross_entropy = self.joined_cross_entropy(logits, target, joined)
+        if not self.has_terms:
+            return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
+        with distributed.twice_differentiable(logits):
+            R = seeds.vjp(logits, x, target, self.seed)
+        return self.information(R, x, given, annotated, joined).terms(cross_entropy)
 
+    # ------------------------------------------------------------- the parts, as sib_ext.engines composes them
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether there is anything but cross-entropy."""
+        return self.background_weight > 0 or self.foreground_weight > 0
+
+    def given(
+        self, mask: Tensor | Sequence[Tensor | None] | None, x: Tensor, annotated: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``mask`` and ``annotated`` of a call, checked: :func:`sib_ext.masks.given_mask`."""
+        if mask is not None:
+            return masks.given_mask(mask, x, annotated, self.check_values)
+        if annotated is not None:
+            raise ValueError("annotated was given without mask: pass mask=... too")
+        return None, None
+
+    def joined(self, x: Tensor) -> distributed.JoinedBatch:
+        """The batch whose statistics count: that of the process group, or x alone; large enough for the foreground."""
         joined = distributed.JoinedBatch(x, self.process_group, self.projection)
         if self.foreground_weight > 0:
             estimators.check_batch(self.foreground, joined.size)
-        if joined.group is None:
-            cross_entropy = self.cross_entropy(logits, target)
-        else:
-            cross_entropy = joined.cross_entropy(logits, target, self.weight, self.label_smoothing)
-        if self.background_weight == 0 and self.foreground_weight == 0:
-            return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
+        return joined
 
-        with distributed.twice_differentiable(logits):
-            R = seeds.vjp(logits, x, target, self.seed)
+    def joined_cross_entropy(self, logits: Tensor, target: Tensor, joined: distributed.JoinedBatch) -> Tensor:
+        """The cross-entropy of the joined batch."""
+        if joined.group is None:
+            return self.cross_entropy(logits, target)
+        return joined.cross_entropy(logits, target, self.weight, self.label_smoothing)
+
+    def information(
+        self,
+        R: Tensor,
+        x: Tensor,
+        given: Tensor | None,
+        annotated: Tensor | None,
+        joined: distributed.JoinedBatch,
+        layers: Mapping[str, Tensor] | None = None,
+        layer_weight: float = 1.0,
+    ) -> "Information":
+        """Everything but cross-entropy, as a function of the VJP R of x.
+
+        ``layers``: name -> what plays R in a layer, [B,C,h,w] (:func:`sib_ext.functional.layer_contribution`); each
+        adds ``layer_weight * background_weight * f(I_background)`` in the mask brought to its size.
+        """
         with without_autocast(x.device.type):
             M = self._mask(R, given, annotated)
             grams = self.foreground_weight > 0 and self.foreground != "gaussian"
@@ -236,27 +292,32 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             moments, gram_vjp, gram_input = masked_statistics(R, x, M, local, local, impl=self.impl)
             if grams and not local:
                 gram_vjp, gram_input = joined.grams(R, x, M, moments)
-            count = R[0].numel()
-            total = cross_entropy.to(moments.dtype)
+            parts = []
             background = foreground = None
             f = TRANSFORMS[self.transform]
             if self.background_weight > 0:
-                background = self._background(R, moments, count, joined)
-                total = total + self.background_weight * f(background)
+                background = self._background(R, moments, joined)
+                parts.append(self.background_weight * f(background))
             if self.foreground_weight > 0:
-                statistics = (gram_vjp, gram_input) if grams else (moments, count)
+                statistics = (gram_vjp, gram_input) if grams else (moments, R[0].numel())
                 foreground = estimators.FOREGROUND[self.foreground](*statistics)
                 if not grams:  # one value a sample
                     foreground = joined.mean(foreground)
-                total = total + self.foreground_weight * f(-foreground)
-        return SIBTerms(total, cross_entropy, background, foreground, M, R)
+                parts.append(self.foreground_weight * f(-foreground))
+            of_layers = {}
+            for name, field in (layers or {}).items():
+                mask = F.adaptive_avg_pool2d(M, field.shape[2:])
+                moments = masked_statistics(field, field.detach(), mask, False, False, impl=self.impl).moments
+                of_layers[name] = self._background(field, moments, joined)
+                parts.append(layer_weight * self.background_weight * f(of_layers[name]))
+        return Information(sum(parts[1:], start=parts[0]), background, foreground, M, R, of_layers)
 
-    def _background(self, R: Tensor, moments: Tensor, count: int, joined: distributed.JoinedBatch) -> Tensor:
+    def _background(self, R: Tensor, moments: Tensor, joined: distributed.JoinedBatch) -> Tensor:
         noise = {}
         if self.background == "gaussian":
             relative = self.noise is None
             noise["noise"] = joined.mean(estimators.relative_noise(R, self.kappa)) if relative else self.noise
-        return joined.mean(estimators.BACKGROUND[self.background](moments, count, **noise))
+        return joined.mean(estimators.BACKGROUND[self.background](moments, R[0].numel(), **noise))
 
     def _mask(self, R: Tensor, given: Tensor | None, annotated: Tensor | None) -> Tensor:
         if given is not None and annotated is None:
@@ -284,7 +345,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         made = masks.MASKS[self.mask](R.detach() if self.detach_mask else R, **options)
         return made if given is None else torch.where(annotated[:, None, None, None], given, made)
 
-    def _check_inputs(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
+    def check_inputs(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
         for name, value in (("logits", logits), ("target", target), ("x", x)):
             check_tensor(name, value, "a tensor")
         if x.dim() != 4 or 0 in x.shape:
@@ -301,8 +362,6 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
                 f"logits, target and x must be on one device, got {logits.device}, {target.device} and {x.device}"
             )
         self._check_target(target, logits)
-        if self.background_weight > 0 or self.foreground_weight > 0:
-            seeds.check_graph(logits, x)
         if self.check_values:
             check_finite("x", x)
             check_finite("logits", logits)

@@ -5,6 +5,8 @@ over the batch, so that one ``autograd.grad`` gives every sample's own VJP (as l
 in train mode mixes them slightly, as in the published code).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,18 +52,27 @@ def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", c
         ValueError: an unknown ``seed``.
         RuntimeError: ``x`` does not require grad, or ``logits`` were not computed from it.
     """
-    check_choice("seed", seed, tuple(SEEDS))
     check_graph(logits, x)
-    with without_autocast(x.device.type):
-        scalar = SEEDS[seed](logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits, target)
-    with input_gradients_only():
-        (R,) = torch.autograd.grad(scalar, x, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    (R,) = vjps(scalar(logits, target, seed), (x,), create_graph)
     if R is None:
         raise RuntimeError(
             "logits were not computed from x: pass the very tensor that went into the model, logits = model(x), "
             "not a copy, a cast or a .detach() of it"
         )
     return R
+
+
+def scalar(logits: Tensor, target: Tensor, seed: str) -> Tensor:
+    """s(z), in float32 or wider."""
+    check_choice("seed", seed, tuple(SEEDS))
+    with without_autocast(logits.device.type):
+        return SEEDS[seed](logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits, target)
+
+
+def vjps(s: Tensor, inputs: Sequence[Tensor], create_graph: bool = True) -> tuple[Tensor | None, ...]:
+    """ds/d(input) for each of the inputs (images or feature maps, not parameters); None where s does not depend."""
+    with input_gradients_only():
+        return torch.autograd.grad(s, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
 
 
 def check_graph(logits: Tensor, x: Tensor) -> None:

@@ -110,9 +110,9 @@ def test_forward_returns_the_loss_of_terms(problem):
 
 def test_the_terms_have_names_and_shapes(problem):
     terms = SpatialIBLoss().terms(problem.logits(), problem.y, problem.x)
-    assert terms._fields == ("loss", "cross_entropy", "background", "foreground", "mask", "vjp")
-    assert [t.dim() for t in terms] == [0, 0, 0, 0, 4, 4]
-    assert terms.mask.shape == (5, 1, 9, 11) and terms.vjp.shape == problem.x.shape
+    assert terms._fields == ("loss", "cross_entropy", "background", "foreground", "mask", "vjp", "layers")
+    assert [t.dim() for t in terms[:6]] == [0, 0, 0, 0, 4, 4]
+    assert terms.mask.shape == (5, 1, 9, 11) and terms.vjp.shape == problem.x.shape and not terms.layers
 
 
 def test_the_default_is_the_balanced_preset(problem):
