@@ -235,8 +235,9 @@ def twice_differentiable(logits: Tensor) -> Iterator[None]:
     reentrant checkpoints are opaque to it), and only where torch.distributed is in use.
 
     Raises:
-        RuntimeError: a SyncBatchNorm that synchronises, which ``loss.backward()`` could not differentiate again, or
-            an FSDP2 that is not as this version of the library knows it.
+        RuntimeError: a SyncBatchNorm that synchronises, which ``loss.backward()`` could not differentiate again; DDP
+            with ``static_graph=True``, which would leave the gradients as they are on each rank; or an FSDP2 that is
+            not as this version of the library knows it.
     """
     sharded = []
     if dist.is_available() and dist.is_initialized():
@@ -246,6 +247,11 @@ def twice_differentiable(logits: Tensor) -> Iterator[None]:
                     "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the "
                     "S-IB loss must: leave out convert_sync_batchnorm (BatchNorm with each rank's own statistics), "
                     "put it in eval mode, or use GroupNorm"
+                )
+            if node.name() == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
+                raise RuntimeError(
+                    "DistributedDataParallel with static_graph=True takes the VJP for its first backward and then "
+                    "never averages the gradients: leave out static_graph=True"
                 )
             if node.name() == "RegisterPostBackwardFunctionBackward":
                 sharded.append(_parameter_group(node))

@@ -169,6 +169,23 @@ def test_one_image_a_rank_is_a_batch_of_two(on_ranks):
     assert_same_step(ranks, joined_step((1, 1), LOSSES["paper"], torch.float64), 1e-12)
 
 
+def ddp_step_with_static_graph(rank):
+    problem = problem_of((4, 4))
+    model = DistributedDataParallel(problem.model, static_graph=True)
+    x, y = part(problem, (4, 4), rank)
+    with pytest.raises(RuntimeError, match="never averages the gradients: leave out static_graph=True"):
+        SpatialIBLoss(window=3, process_group="world")(model(x), y, x)
+    # What that message stands for: plain autograd leaves each rank its own gradients.
+    logits = model(x)
+    (logits.sum() + sib.vjp(logits, x, y).square().sum()).backward()
+    return flat(p.grad for p in problem.parameters)
+
+
+def test_ddp_with_a_static_graph_gets_a_clear_message(on_ranks):
+    first, second = on_ranks(ddp_step_with_static_graph)
+    assert relative_error(first, second) > 1e-3
+
+
 def ddp_step_with_batch_norm(rank, sizes):
     problem = tiny_problem(batch=sum(sizes), norm="batch")
     x, y = part(problem, sizes, rank)
