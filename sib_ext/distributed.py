@@ -149,8 +149,9 @@ class JoinedBatch:
     ) -> Tensor:
         """``F.cross_entropy`` of the joined batch, class weights' normalisation included."""
         total = F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing, reduction="sum")
+        wide = accumulation_dtype(logits.dtype)
         weighted = weight is not None and not target.is_floating_point()
-        return self.sum(total) / (self.sum(weight[target].sum()) if weighted else self.size)
+        return self.sum(total.to(wide)) / (self.sum(weight[target].sum(dtype=wide)) if weighted else self.size)
 
     def collect(self, rows: Tensor) -> Tensor:
         """Every rank's rows, [n,...] -> [B,...], without a gradient; batches that differ travel padded."""

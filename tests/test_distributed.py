@@ -147,6 +147,15 @@ def test_in_float32_two_processes_are_as_near_the_truth_as_one(on_ranks, options
         assert relative_error(flat(found), truth) <= 1.5 * relative_error(one, truth) + 1e-7
 
 
+@pytest.mark.parametrize("name", ["balanced", "class weights and label smoothing"])
+def test_bfloat16_networks_get_float32_statistics(on_ranks, name):
+    terms, expected = joined_step((8, 8), LOSSES[name], torch.bfloat16)
+    for scalars, found in on_ranks(ddp_step_in_group, (8, 8), LOSSES[name], torch.bfloat16):
+        assert {value.dtype for value in scalars.values()} == {torch.float32}
+        assert_near(scalars["loss"], terms.loss, 1e-2)
+        assert_near(flat(found), flat(expected), 3e-2)
+
+
 def ddp_step_alone(rank, sizes, options, dtype):
     return ddp_step(rank, sizes, options, dtype)
 
