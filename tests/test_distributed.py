@@ -394,7 +394,8 @@ def projected_grams(rank, sizes, seeds):
     """Rank 0's projected Grams under many seeds, and the exact ones."""
     problem = problem_of(sizes)
     x, _ = part(problem, sizes, rank)
-    vjp, mask = torch.sin(3 * x.detach()), torch.rand(len(x), 1, *x.shape[2:], dtype=x.dtype)
+    # R like x: one projection for both would then bias every product of their Grams' entries.
+    vjp, mask = 2 * x.detach(), torch.rand(len(x), 1, *x.shape[2:], dtype=x.dtype)
     moments = sib.masked_statistics(vjp, x, mask).moments
     exact = torch.stack(JoinedBatch(x, "world").grams(vjp, x, mask, moments))
     drawn = []
