@@ -149,8 +149,9 @@ class JoinedBatch:
     ) -> Tensor:
         """``F.cross_entropy`` of the joined batch, class weights' normalisation included."""
         total = F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing, reduction="sum")
+        wide = accumulation_dtype(logits.dtype)
         weighted = weight is not None and not target.is_floating_point()
-        return self.sum(total) / (self.sum(weight[target].sum()) if weighted else self.size)
+        return self.sum(total.to(wide)) / (self.sum(weight[target].sum(dtype=wide)) if weighted else self.size)
 
     def collect(self, rows: Tensor) -> Tensor:
         """Every rank's rows, [n,...] -> [B,...], without a gradient; batches that differ travel padded."""
@@ -235,8 +236,9 @@ def twice_differentiable(logits: Tensor) -> Iterator[None]:
     reentrant checkpoints are opaque to it), and only where torch.distributed is in use.
 
     Raises:
-        RuntimeError: a SyncBatchNorm that synchronises, which ``loss.backward()`` could not differentiate again, or
-            an FSDP2 that is not as this version of the library knows it.
+        RuntimeError: a SyncBatchNorm that synchronises, which ``loss.backward()`` could not differentiate again; DDP
+            with ``static_graph=True``, which would leave the gradients as they are on each rank; or an FSDP2 that is
+            not as this version of the library knows it.
     """
     sharded = []
     if dist.is_available() and dist.is_initialized():
@@ -246,6 +248,11 @@ def twice_differentiable(logits: Tensor) -> Iterator[None]:
                     "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the "
                     "S-IB loss must: leave out convert_sync_batchnorm (BatchNorm with each rank's own statistics), "
                     "put it in eval mode, or use GroupNorm"
+                )
+            if node.name() == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
+                raise RuntimeError(
+                    "DistributedDataParallel with static_graph=True takes the VJP for its first backward and then "
+                    "never averages the gradients: leave out static_graph=True"
                 )
             if node.name() == "RegisterPostBackwardFunctionBackward":
                 sharded.append(_parameter_group(node))

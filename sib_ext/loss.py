@@ -104,7 +104,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             that live on a GPU (on the CPU those are always checked). Waits for the GPU each call.
         process_group: None, ``"world"`` or a torch.distributed group, whose ranks' batches then count as one: the
             gradients, averaged over the ranks (DDP, FSDP2), are those of the joined batch (see docs/distributed.md).
-        projection: None, or P >= 1: ranks exchange random projections to P values instead of their rows.
+        projection: None, or P >= 1: for the Grams, ranks exchange random projections of their rows R*M and x*M to P
+            values, drawn anew each call from the generator that ``torch.manual_seed`` seeds on the group's first rank.
 
     Raises:
         ValueError: an argument that is unknown or out of range.
@@ -203,7 +204,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         mask: Tensor | Sequence[Tensor | None] | None = None,
         annotated: Tensor | None = None,
     ) -> Tensor:
-        """The loss, a scalar; arguments and errors as in :meth:`terms`."""
+        """The loss, a scalar (the joined batch's, where there is a ``process_group``); all else as in :meth:`terms`."""
         return self.terms(logits, target, x, mask, annotated).loss
 
     def terms(

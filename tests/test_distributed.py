@@ -147,6 +147,15 @@ def test_in_float32_two_processes_are_as_near_the_truth_as_one(on_ranks, options
         assert relative_error(flat(found), truth) <= 1.5 * relative_error(one, truth) + 1e-7
 
 
+@pytest.mark.parametrize("name", ["balanced", "class weights and label smoothing"])
+def test_bfloat16_networks_get_float32_statistics(on_ranks, name):
+    terms, expected = joined_step((8, 8), LOSSES[name], torch.bfloat16)
+    for scalars, found in on_ranks(ddp_step_in_group, (8, 8), LOSSES[name], torch.bfloat16):
+        assert {value.dtype for value in scalars.values()} == {torch.float32}
+        assert_near(scalars["loss"], terms.loss, 1e-2)
+        assert_near(flat(found), flat(expected), 3e-2)
+
+
 def ddp_step_alone(rank, sizes, options, dtype):
     return ddp_step(rank, sizes, options, dtype)
 
@@ -167,6 +176,23 @@ def test_masks_may_be_given_on_one_rank_only(on_ranks):
 def test_one_image_a_rank_is_a_batch_of_two(on_ranks):
     ranks = on_ranks(ddp_step_in_group, (1, 1), LOSSES["paper"], torch.float64)
     assert_same_step(ranks, joined_step((1, 1), LOSSES["paper"], torch.float64), 1e-12)
+
+
+def ddp_step_with_static_graph(rank):
+    problem = problem_of((4, 4))
+    model = DistributedDataParallel(problem.model, static_graph=True)
+    x, y = part(problem, (4, 4), rank)
+    with pytest.raises(RuntimeError, match="never averages the gradients: leave out static_graph=True"):
+        SpatialIBLoss(window=3, process_group="world")(model(x), y, x)
+    # What that message stands for: plain autograd leaves each rank its own gradients.
+    logits = model(x)
+    (logits.sum() + sib.vjp(logits, x, y).square().sum()).backward()
+    return flat(p.grad for p in problem.parameters)
+
+
+def test_ddp_with_a_static_graph_gets_a_clear_message(on_ranks):
+    first, second = on_ranks(ddp_step_with_static_graph)
+    assert relative_error(first, second) > 1e-3
 
 
 def ddp_step_with_batch_norm(rank, sizes):
@@ -368,7 +394,8 @@ def projected_grams(rank, sizes, seeds):
     """Rank 0's projected Grams under many seeds, and the exact ones."""
     problem = problem_of(sizes)
     x, _ = part(problem, sizes, rank)
-    vjp, mask = torch.sin(3 * x.detach()), torch.rand(len(x), 1, *x.shape[2:], dtype=x.dtype)
+    # R like x: one projection for both would then bias every product of their Grams' entries.
+    vjp, mask = 2 * x.detach(), torch.rand(len(x), 1, *x.shape[2:], dtype=x.dtype)
     moments = sib.masked_statistics(vjp, x, mask).moments
     exact = torch.stack(JoinedBatch(x, "world").grams(vjp, x, mask, moments))
     drawn = []
