@@ -73,6 +73,7 @@ class Probe:
         self.leaves = [v for v in self.values if isinstance(v, Tensor) and v.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.buffers = [(b, b.detach().clone()) for b in module.buffers()]
+        self.cotangents: list[Tensor] = []
         self.functions: list[type] = []
 
     def _outputs(self) -> list[Tensor]:
@@ -92,9 +93,11 @@ class Probe:
         if create_graph:
             self.functions = _custom_functions(outputs)
         wide = [z.float() if z.dtype in (torch.half, torch.bfloat16) else z for z in outputs]
-        terms = [(_random_like(z, 100 + i) * z + 0.5 * z.square()).sum() for i, z in enumerate(wide)]
-        if not terms:
+        if not wide:
             raise NoPath
+        if not self.cotangents:
+            self.cotangents = [_random_like(z, 100 + i).requires_grad_(not self.whole) for i, z in enumerate(wide)]
+        terms = [(c * z + 0.5 * z.square()).sum() for c, z in zip(self.cotangents, wide, strict=True)]
         found = torch.autograd.grad(sum(terms), self.leaves, create_graph=create_graph, allow_unused=True)
         vjps = [r for r in found if r is not None]
         norm = _norm(vjps)
@@ -104,8 +107,8 @@ class Probe:
 
     @property
     def variables(self) -> list[Tensor]:
-        """What phi is differentiated by: the parameters; inside a model also the inputs, which lead to others'."""
-        return self.parameters if self.whole else self.parameters + self.leaves
+        """What phi is differentiated by: the parameters; inside a model also inputs and cotangents, made by others'."""
+        return self.parameters if self.whole else self.parameters + self.leaves + self.cotangents
 
     def differentiate(self) -> float:
         """Double backward into the variables' ``grad``; returns |R|.
@@ -124,7 +127,7 @@ class Probe:
         return norm
 
     def _direction(self, k: int) -> list[Tensor]:
-        # Inputs move by factors: what is tied at zero (after a ReLU, before a maximum) stays tied.
+        # Inputs and cotangents move by factors: what is tied at zero (after a ReLU, before a maximum) stays tied.
         noise = [_random_like(v, 1000 * (k + 1) + i) for i, v in enumerate(self.variables)]
         count = len(self.parameters)
         of_parameters = [n.mul_(_size(v)) for n, v in zip(noise[:count], self.parameters, strict=True)]
