@@ -111,6 +111,10 @@ FIX_CUT = (
     "on the path from x to the logits"
 )
 NO_PATH = "no gradient flows from its input to its output (argmax, rounding, .detach() or a constant)"
+NO_VJP_YET = (
+    "its VJP is zero at the present parameters (a last layer that starts with zeros?), "
+    "so the information terms only act once training has moved them"
+)
 NOT_FINITE = "the VJP or its derivative is NaN or infinite (a norm, root, power or quotient at zero)"
 FIX_NOT_FINITE = "keep it away from zero: (x.square().sum() + eps).sqrt(), a / (b + eps)"
 
@@ -205,10 +209,23 @@ def check_double_backward(model: nn.Module, x: Tensor) -> DoubleBackwardReport:
         copied = twin(model)
         check_forward(copied, x)
         kinks = kinks_met(copied, x)
+        silent = _has_no_vjp(copied, x)
         to_general_position(copied)
-        findings = _Search(copied, x).findings()
-    findings = _merged(findings, of_type)
+        findings = _merged(_Search(copied, x).findings(), of_type)
+    if silent and findings[0].status == OK:
+        findings[0] = replace(findings[0], reason=NO_VJP_YET)
     return DoubleBackwardReport(tuple(findings), tuple(kinks))
+
+
+def _has_no_vjp(model: nn.Module, x: Tensor) -> bool:
+    """R is zero at the parameters as they are."""
+    try:
+        Probe(model, ((x.detach().clone().requires_grad_(),), {}), whole=True).projected_vjp(create_graph=False)
+    except NoPath:
+        return True
+    except Exception:  # a finding of the search
+        return False
+    return False
 
 
 # ------------------------------------------------------------------------------------------ verdicts and their causes

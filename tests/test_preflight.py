@@ -432,6 +432,13 @@ def test_a_silent_error_behind_a_residual_branch_of_zero_gain_is_found(x):
     assert blamed(check_double_backward(Network(Branch()), x)) == ["trap.cube"]
 
 
+def test_a_head_of_zeros_passes_with_a_word_about_it(x):
+    model = Network(nn.Tanh())
+    nn.init.zeros_(model.head.linear.weight)
+    report = check_double_backward(model, x)
+    assert report.verified and "VJP is zero at the present parameters" in str(report)
+
+
 def test_a_first_layer_that_overwrites_x_is_blamed_on_the_model(x):
     model = nn.Sequential(nn.ReLU(inplace=True), Network(nn.Identity()))
     report = check_double_backward(model, x)
