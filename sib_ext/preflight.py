@@ -38,6 +38,7 @@ class Cause(NamedTuple):
     fix: str
 
 
+FIX_ATTENTION = "run the model under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
 FIX_CUDNN = "run the model under torch.backends.cudnn.flags(enabled=False)"
 FIX_SYNC = "use nn.BatchNorm2d (statistics of each process's own batch) or nn.GroupNorm"
 FIX_COMPILED = "train with the model that was given to torch.compile, not with the compiled one"
@@ -45,7 +46,7 @@ CAUSES = (
     Cause(
         r"scaled_dot_product|flash_attention|efficient_attention|cudnn_attention",
         "a fused attention kernel has no second derivative",
-        "run the model under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+        FIX_ATTENTION,
     ),
     Cause(
         r"hardsigmoid_backward",
@@ -402,10 +403,22 @@ def _findings_by_type(model: nn.Module) -> list[Finding]:
         elif is_compiled(module):
             reason = "compiled code is not differentiable twice; what was compiled is checked without torch.compile"
             findings.append(replace(finding, reason=reason, fix=FIX_COMPILED))
-        elif isinstance(module, nn.RNNBase) and all(p.device.type == "cpu" for p in module.parameters()):
-            reason = "fine here, but on a GPU cuDNN's recurrent layers have no second derivative"
+        elif isinstance(module, nn.RNNBase) and _on_cpu(module):
+            reason = "on a CPU; on a GPU cuDNN's recurrent layers have no second derivative"
             findings.append(replace(finding, status=OK, reason=reason, fix=f"on a GPU, {FIX_CUDNN}"))
+        elif isinstance(module, nn.MultiheadAttention) and _on_cpu(module) and _fused_attention_allowed():
+            reason = "here, where no fused attention kernel was taken; elsewhere, or without dropout, one may be"
+            findings.append(replace(finding, status=OK, reason=reason, fix=FIX_ATTENTION))
     return findings
+
+
+def _on_cpu(module: nn.Module) -> bool:
+    return all(p.device.type == "cpu" for p in module.parameters())
+
+
+def _fused_attention_allowed() -> bool:
+    """Not under sdpa_kernel(MATH)."""
+    return torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def _merged(findings: list[Finding], of_type: list[Finding]) -> list[Finding]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .checks import check_field
 
@@ -66,8 +67,12 @@ def reseed(device: torch.device) -> None:
 def twin(model: nn.Module) -> nn.Module:
     """A deep copy, unwrapped, without gradients."""
     model = unwrapped(model)
-    # Modules may hold results of an earlier forward (weight_norm does), which deepcopy refuses.
-    memo = {id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if _is_result(t)}
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError("model holds a torch.jit.ScriptModule, which takes no hooks: check it before it is scripted")
+    # Modules may hold results of an earlier forward (weight_norm does, and so do lists of features), which deepcopy
+    # refuses.
+    held = (t for m in model.modules() for t in tree_leaves(dict(vars(m))))
+    memo = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -80,10 +85,6 @@ def twin(model: nn.Module) -> nn.Module:
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
-
-
-def _is_result(value) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

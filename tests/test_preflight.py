@@ -221,6 +221,18 @@ class PythonDropout(nn.Module):
         return x * (2 if random.random() < 0.5 else 1) * numpy.random.rand()
 
 
+class Counting(nn.Module):
+    """Its output depends on how often it ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return x * self.count
+
+
 def run_once(block):
     block(torch.randn(2, WIDTH, 8, 8))
     return block
@@ -246,6 +258,7 @@ HEALTHY = {
     "weight_norm by hooks, after a forward": lambda: run_once(nn.utils.weight_norm(nn.Conv2d(WIDTH, WIDTH, 1))),
     "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(WIDTH, WIDTH, 1)),
     "spectral_norm by hooks": lambda: nn.utils.spectral_norm(nn.Conv2d(WIDTH, WIDTH, 1)),
+    "buffer that changes": Counting,
     "zero gain": zero_gain,
     "frozen layer": lambda: nn.Conv2d(WIDTH, WIDTH, 1).requires_grad_(False),
     "argmax on a side branch": lambda: Do(lambda x: x + F.one_hot(x.argmax(1), WIDTH).movedim(-1, 1)),
@@ -379,6 +392,17 @@ def test_fused_attention_fails_and_the_math_kernel_is_the_fix(x):
     assert "fused attention" in report.failures[-1].reason and "SDPBackend.MATH" in report.failures[-1].fix
     with sdpa_kernel(SDPBackend.MATH):
         assert check_double_backward(model, x).verified
+
+
+def test_attention_that_only_dropout_saves_passes_with_a_word_about_it(x):
+    class WithDropout(Attention):
+        def __init__(self):
+            super().__init__()
+            self.attention.dropout = 0.1
+
+    report = check_double_backward(Network(WithDropout()), x)
+    assert report.verified and report.findings[-1].module == "trap.attention"
+    assert "MATH" in report.findings[-1].fix
 
 
 def test_functional_attention_is_blamed_on_the_module_that_calls_it(x):
@@ -588,6 +612,22 @@ def test_the_same_answer_twice(x):
 # --------------------------------------------------------------------------------------------------- wrong arguments
 
 
+class Keeping(nn.Module):
+    """Like a network that keeps its features for a picture."""
+
+    def forward(self, x):
+        self.last, self.features = x.exp(), {"layer": [x.tanh()]}
+        return self.features["layer"][0]
+
+
+def test_results_of_an_earlier_forward_do_not_stop_the_copy(x):
+    model = Network(Keeping())
+    model(x)
+    kept = model.trap.last, model.trap.features["layer"][0]
+    assert check_double_backward(model, x).verified
+    assert model.trap.last is kept[0] and model.trap.features["layer"][0] is kept[1]
+
+
 class Uncopyable(nn.Module):
     def __deepcopy__(self, memo):
         raise TypeError("not me")
@@ -613,6 +653,7 @@ IMAGES = torch.zeros(2, 3, 8, 8)
         (nn.Tanh(), IMAGES, "model has no parameter that requires grad"),
         (Network(nn.Identity()).requires_grad_(False), IMAGES, "model has no parameter that requires grad"),
         (Network(Uncopyable()), IMAGES, "model cannot be copied .*not me"),
+        (nn.Sequential(torch.jit.trace(nn.Conv2d(3, 3, 1), IMAGES)), IMAGES, "ScriptModule.*before it is scripted"),
     ],
 )
 def test_wrong_arguments_are_refused_with_a_clear_sentence(model, images, message):
