@@ -5,17 +5,22 @@ from .engines import SIBStep
 from .fused_layers import fused_double_backward
 from .loss import SIBTerms, SpatialIBLoss
 from .ops import MaskedStatistics, density_mask, masked_statistics, use_impl
+from .preflight import DoubleBackwardReport, Finding, check_double_backward, has_kinks
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DoubleBackwardReport",
+    "Finding",
     "MaskedStatistics",
     "SIBStep",
     "SIBTerms",
     "SpatialIBLoss",
+    "check_double_backward",
     "density_mask",
     "functional",
     "fused_double_backward",
+    "has_kinks",
     "masked_statistics",
     "use_impl",
 ]
