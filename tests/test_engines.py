@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -422,8 +424,29 @@ def test_a_training_does_not_grow(batch):
         for _ in range(4):
             gradients(model, step(*batch))
             gc.collect()
-            counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
         assert counts[-1] == counts[-2] == counts[1], options
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_do_not_grow(batch):
+    """The resident memory of the process, for every engine that runs without a compiler."""
+
+    def resident():
+        gc.collect()
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    for options in ({}, {"microbatch": 3}, {"engine": "finite_difference"}, {"every": 4, "share": 0.5}):
+        model = Network()
+        step = SIBStep(model, SpatialIBLoss(), ("body",), **options)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for count in range(1000):
+            optimizer.zero_grad()
+            step(*batch).backward()
+            optimizer.step()
+            if count == 199:
+                before = resident()
+        assert resident() - before < 8, options  # MB
 
 
 def test_without_terms_it_is_cross_entropy(batch):

@@ -1,0 +1,301 @@
+"""A whole training step (forward, loss, backward) of every engine, against cross-entropy and the published loss.
+
+Prints and saves time and peak memory as ratios to the plain cross-entropy step of the same network in the same run,
+and the relative error of the parameter gradients against float64 double backward.
+
+    python benchmarks/bench_step.py --networks resnet18 --batch 8
+    python benchmarks/bench_step.py --device cuda --batch 128 --engines plain,double_backward,compiled
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import measure  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from sib_ext import SIBStep, SpatialIBLoss  # noqa: E402
+
+CLASSES = 100
+SMALL = 64  # px, and two images: where gradients are compared in float64
+EVERY = 8
+ROUNDS = 5
+
+
+def group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(32, channels)
+
+
+def smooth(model: nn.Module) -> nn.Module:
+    """ReLU replaced by GELU and max pooling by average pooling."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.GELU())
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+    return model
+
+
+def network(name: str, size: int) -> nn.Module:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    if name == "resnet18_groupnorm":
+        return models.resnet18(num_classes=CLASSES, norm_layer=group_norm)
+    if name == "resnet18_gelu":
+        return smooth(models.resnet18(num_classes=CLASSES))
+    if name == "vit_b_32":
+        return models.vit_b_32(num_classes=CLASSES, image_size=size)
+    return models.get_model(name, num_classes=CLASSES)
+
+
+NETWORKS = ("resnet18", "resnet50", "densenet121", "vit_b_32", "resnet18_groupnorm", "resnet18_gelu")
+SMOOTH = ("vit_b_32", "resnet18_gelu")
+
+
+def steps(model: nn.Module, name: str, compiled: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Engine -> (x, y) -> loss."""
+    cross_entropy, criterion = nn.CrossEntropyLoss(), SpatialIBLoss()
+    published = SpatialIBLoss("paper", impl="reference")
+
+    def in_pytorch_alone(criterion):
+        def step(x, y):
+            x = x.detach().requires_grad_()
+            with sdpa_kernel(SDPBackend.MATH):
+                return criterion(model(x), y, x)
+
+        return step
+
+    found = {
+        "plain": lambda x, y: cross_entropy(model(x), y),
+        "published": in_pytorch_alone(published),
+        "loss alone": in_pytorch_alone(criterion),
+        "double_backward": SIBStep(model, criterion, engine="double_backward"),
+        f"every={EVERY}": SIBStep(model, criterion, engine="double_backward", every=EVERY),
+        "microbatch": None,
+    }
+    if name in SMOOTH:
+        found["finite_difference"] = SIBStep(model, criterion, engine="finite_difference")
+    if compiled:
+        plain = torch.compile(model)
+        found["plain, compiled"] = lambda x, y: cross_entropy(plain(x), y)
+        found["compiled"] = SIBStep(model, criterion, engine="compiled")
+    return found
+
+
+def baseline(engine: str) -> str:
+    """What an engine's ratios are to."""
+    return "plain, compiled" if engine == "compiled" else "plain"
+
+
+def batch(arguments, size: int | None = None, count: int | None = None) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    size, count = size or arguments.size, count or arguments.batch
+    x = torch.randn(count, 3, size, size, generator=generator)
+    return x.to(arguments.device), torch.arange(count, device=arguments.device) % CLASSES
+
+
+def prepared(arguments, name: str) -> tuple[dict, nn.Module]:
+    torch.set_num_threads(arguments.threads)
+    model = network(name, arguments.size).to(arguments.device)
+    found = steps(model, name, arguments.compiled)
+    part = max(2, arguments.batch // 4)
+    found["microbatch"] = SIBStep(model, SpatialIBLoss(), microbatch=part)
+    wanted = arguments.engines.split(",") if arguments.engines else list(found)
+    return {engine: step for engine, step in found.items() if engine in wanted}, model
+
+
+def run(model: nn.Module, step: Callable, x: Tensor, y: Tensor, precision: torch.dtype | None) -> None:
+    model.zero_grad(set_to_none=True)
+    autocast = torch.autocast(x.device.type, precision) if precision else contextlib.nullcontext()
+    with autocast:
+        loss = step(x, y)
+    loss.backward()
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(arguments, engines: dict, model: nn.Module) -> dict[str, dict]:
+    """Every engine in turn, round by round, so that what else the machine does falls on all alike."""
+    x, y = batch(arguments)
+    samples: dict[str, list[float]] = {engine: [] for engine in engines}
+    for number in range(arguments.rounds + 1):
+        for engine, step in engines.items():
+            repeats = EVERY if engine.startswith("every") else 1
+            synchronise(arguments.device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run(model, step, x, y, arguments.precision)
+            synchronise(arguments.device)
+            if number:  # the first round warms up
+                samples[engine].append((time.perf_counter() - start) / repeats)
+    return {
+        engine: {"median_s": statistics.median(s), "least_s": min(s), "most_s": max(s)} for engine, s in samples.items()
+    }
+
+
+def peak(arguments, engine: str, name: str) -> int:
+    """Bytes over those of the idle model and its gradients, in this process: one engine only."""
+    engines, model = prepared(arguments, name)
+    x, y = batch(arguments)
+    step = engines[engine]
+    # Kernels choose their workspaces and gradients come to be; two images suffice where steps are long.
+    run(model, step, *(t[:2] for t in (x, y)), arguments.precision)
+    if engine.startswith("every"):
+        step.steps = 0
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(model, step, x, y, arguments.precision)
+        return torch.cuda.max_memory_allocated() - before
+    return measure.peak_extra_bytes(lambda: run(model, step, x, y, arguments.precision))
+
+
+def gradient_errors(arguments, name: str) -> dict[str, float]:
+    """Relative L2 error of each engine's parameter gradients in float32 against double backward in float64."""
+    small = copy.copy(arguments)
+    small.size = arguments.size if name == "vit_b_32" else SMALL
+    engines, model = prepared(small, name)
+    x, y = batch(small, count=4)
+    state = copy.deepcopy(model.state_dict())
+
+    def gradients(model, step, x):
+        model.load_state_dict(state)
+        run(model, step, x, y, None)
+        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+    double = copy.deepcopy(model).double()
+    criterion = SpatialIBLoss(impl="reference")
+
+    def exactly(x, y):
+        x = x.requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            return criterion(double(x), y, x)
+
+    truth = gradients(double, exactly, x.double())
+    found = {}
+    for engine in ("loss alone", "double_backward", "microbatch", "finite_difference", "compiled"):
+        if engine not in engines:
+            continue
+        step = engines[engine]
+        if engine == "microbatch":
+            step.microbatch = len(x)  # BatchNorm sees the parts: only one part is comparable
+        found[engine] = float((gradients(model, step, x) - truth).norm() / truth.norm())
+    return found
+
+
+def measured(arguments, name: str) -> dict:
+    """Times, memory and errors of one network."""
+    engines, model = prepared(arguments, name)
+    times = seconds(arguments, engines, model)
+    errors = gradient_errors(arguments, name)
+    del model
+    memory = {}
+    for engine in engines:
+        print(f"  memory of {engine}", file=sys.stderr, flush=True)
+        child = [*sys.argv[1:], "--peak", engine, "--networks", name]
+        memory[engine] = measure.in_fresh_process(__file__, *child)["bytes"]
+    rows = {}
+    for engine, row in times.items():
+        of = baseline(engine)
+        rows[engine] = row | {"peak_bytes": memory[engine], "gradient_error": errors.get(engine)}
+        if of in times:
+            rows[engine] |= {
+                "time_ratio": row["median_s"] / times[of]["median_s"],
+                "memory_ratio": memory[engine] / memory[of],
+            }
+    return rows
+
+
+def table(results: dict) -> str:
+    lines = [
+        "| network | engine | seconds (least-most) | x plain | peak MB | x plain | gradient error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in results["networks"].items():
+        for engine, r in rows.items():
+            error = "" if r["gradient_error"] is None else f"{r['gradient_error']:.1e}"
+            lines.append(
+                f"| {name} | {engine} | {r['median_s']:.3f} ({r['least_s']:.3f}-{r['most_s']:.3f}) | "
+                f"{r.get('time_ratio', float('nan')):.2f} | {r['peak_bytes'] / 1e6:.0f} | "
+                f"{r.get('memory_ratio', float('nan')):.2f} | {error} |"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Ratios to the plain step, time above and memory below."""
+    from matplotlib.figure import Figure
+
+    engines = [e for e in next(iter(results["networks"].values())) if not e.startswith("plain")]
+    engines += [e for rows in results["networks"].values() for e in rows if e not in engines and e != "plain"]
+    engines = [e for e in dict.fromkeys(engines) if not e.startswith("plain")]
+    figure = Figure(figsize=(1.6 + 1.5 * len(results["networks"]), 6), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(2, 1, sharex=True), (("time_ratio", "time"), ("memory_ratio", "peak memory")), strict=True
+    ):
+        for place, engine in enumerate(engines):
+            found = [
+                (i, r[engine][key]) for i, r in enumerate(results["networks"].values()) if key in r.get(engine, {})
+            ]
+            offset = (place - (len(engines) - 1) / 2) * 0.8 / len(engines)
+            axes.bar([i + offset for i, _ in found], [v for _, v in found], 0.8 / len(engines), label=engine)
+        axes.axhline(2, color="black", linewidth=0.6, linestyle=":")
+        axes.set_ylabel(f"{label}, x plain step")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xticks(range(len(results["networks"])), results["networks"], rotation=15)
+    figure.axes[0].legend(ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=",".join(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument("--engines", default="", help="comma-separated; all by default")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=224, help="side of the images, px")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", type=lambda v: getattr(torch, v), help="autocast: bfloat16 or float16")
+    parser.add_argument("--compiled", action="store_true", help="also under torch.compile (minutes of compiling)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured steps of each engine")
+    parser.add_argument("--out", default="bench_step", help="name of the result files")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        arguments.engines = arguments.peak
+        print(json.dumps({"bytes": peak(arguments, arguments.peak, arguments.networks)}))
+        return
+    results = {
+        "machine": measure.machine(),
+        "batch": [arguments.batch, 3, arguments.size, arguments.size],
+        "precision": str(arguments.precision or torch.float32),
+        "networks": {},
+    }
+    device = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().replace(" ", "_")
+    for name in arguments.networks.split(","):
+        print(name, file=sys.stderr, flush=True)
+        results["networks"][name] = measured(arguments, name)
+        path = measure.save(arguments.out, device, results)
+    plot(results, path.with_suffix(".png"))
+    print(table(results))
+    print(f"saved {path} and its .png")
+
+
+if __name__ == "__main__":
+    main()
