@@ -150,14 +150,15 @@ def seconds(arguments, engines: dict, model: nn.Module) -> dict[str, dict]:
 
 
 def peak(arguments, engine: str, name: str) -> int:
-    """Bytes over those of the idle model and its gradients, in this process: one engine only."""
+    """Bytes over those of the idle model, without gradients, in this process: one engine only."""
     engines, model = prepared(arguments, name)
     x, y = batch(arguments)
     step = engines[engine]
-    # Kernels choose their workspaces and gradients come to be; two images suffice where steps are long.
+    # Kernels choose their workspaces.
     run(model, step, *(t[:2] for t in (x, y)), arguments.precision)
     if engine.startswith("every"):
         step.steps = 0
+    model.zero_grad(set_to_none=True)
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
