@@ -139,6 +139,10 @@ class JoinedBatch:
         """The sum over the ranks; differentiable."""
         return value if self.group is None else _AllSum.apply(value, self.group)
 
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The mean over the ranks of a number each."""
+        return value if self.group is None else self.sum(value) / len(self.sizes)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the joined batch of this rank's values [n], or of their mean, a scalar; differentiable."""
         mean = values.mean()

@@ -299,28 +299,29 @@ class SIBStep:
 
         gradients = _Gradients(self)
         total = information.loss.new_zeros(())
-        norm = sum(self._norm(b) for b in (batch, rest) if b is not None)
+        norm = joined.over_ranks(sum(self._norm(b) for b in (batch, rest) if b is not None))
         start = 0
         for number, (part, noise, vjps) in enumerate(zip(parts, noises, first, strict=True)):
             u = cotangents.rows(start, start + len(part.x))
             start += len(part.x)
-            cross_entropy = self._add_part(gradients, part, noise, u, self._norm(part) / norm, inner=number > 0)
-            total += cross_entropy
+            total += self._add_part(gradients, part, noise, u, self._norm(part) / norm, inner=number > 0)
             if self.engine == "finite_difference":
                 self._add_difference(gradients, part, noise, u, vjps)
         if rest is not None:
-            cross_entropy = self.criterion.cross_entropy(self._logits(rest), rest.target) * (self._norm(rest) / norm)
+            cross_entropy = self.criterion.cross_entropy(self._logits(rest), rest.target)
+            cross_entropy = cross_entropy * (self._norm(rest) / norm).to(cross_entropy)
             gradients.add(cross_entropy)
             total += cross_entropy.detach()
-        terms = information.terms(total, self.every)
+        terms = information.terms(joined.over_ranks(total), self.every)
         terms = SIBTerms(*(t.detach() if isinstance(t, Tensor) else t for t in terms[:-1]), terms.layers)
         return terms._replace(loss=gradients.attached_to(terms.loss))
 
-    def _norm(self, batch: "Batch"):
+    def _norm(self, batch: "Batch") -> Tensor:
         """What the mean in a batch's cross-entropy divides by."""
         weight = self.criterion.weight
-        known = weight is not None and not batch.target.is_floating_point()
-        return weight[batch.target].sum() if known else len(batch.x)
+        if weight is None or batch.target.is_floating_point():
+            return batch.x.new_tensor(len(batch.x), dtype=torch.float64)
+        return weight[batch.target].sum()
 
     def _add_part(self, gradients, part: "Batch", noise: Noise, u: "VJPs", weight, inner: bool) -> Tensor:
         """Cross-entropy, what u says of the feature maps' values and, if exact, of the VJPs; returns the first."""
@@ -332,7 +333,8 @@ class SIBStep:
                 logits, _, features, _ = found = self._vjps(part, create_graph=True, inner=inner)
                 products = u.paired(found)
         products += zip(u.features, features, strict=True)
-        cross_entropy = self.criterion.cross_entropy(logits, part.target) * weight
+        cross_entropy = self.criterion.cross_entropy(logits, part.target)
+        cross_entropy = cross_entropy * weight.to(cross_entropy)
         gradients.add(cross_entropy + sum((a * b).sum() for a, b in products))
         return cross_entropy.detach()
 

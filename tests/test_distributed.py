@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from sib_ext import SpatialIBLoss
+from sib_ext import SIBStep, SpatialIBLoss
 from sib_ext import functional as sib
 from sib_ext.distributed import JoinedBatch, project, twice_differentiable
 
@@ -566,3 +566,37 @@ def test_a_group_before_init_process_group_is_an_error():
 def test_a_loss_with_the_world_as_its_group_can_be_copied():
     copied = copy.deepcopy(SpatialIBLoss(process_group="world", projection=64))
     assert copied.process_group == "world" and copied.projection == 64
+
+
+# ----------------------------------------------------------------------------------------------------------- SIBStep
+
+
+def engine_step(rank, sizes, dtype, more):
+    """One backward of SIBStep around a DistributedDataParallel model."""
+    problem = problem_of(sizes, dtype)
+    x, y = part(problem, sizes, rank)
+    criterion = loss_of(LOSSES["balanced"], dtype, process_group="world" if "microbatch" not in more else None)
+    step = SIBStep(DistributedDataParallel(problem.model), criterion, **more)
+    terms = step.terms(x, y)
+    terms.loss.backward()
+    return {"loss": terms.loss.detach()}, [p.grad for p in problem.parameters]
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 2)], ids=["equal batches", "unequal batches"])
+@pytest.mark.parametrize(("engine", "tolerance"), [("double_backward", 1e-12), ("finite_difference", 1e-5)])
+def test_an_engine_on_two_processes_equals_the_loss_on_the_joined_batch(on_ranks, engine, tolerance, sizes):
+    ranks = on_ranks(engine_step, sizes, torch.float64, {"engine": engine})
+    assert_same_step(ranks, joined_step(sizes, LOSSES["balanced"], torch.float64), tolerance)
+
+
+def test_microbatches_are_averaged_over_the_ranks(on_ranks):
+    cut, whole = (on_ranks(engine_step, (4, 4), torch.float64, {"microbatch": size}) for size in (2, 4))
+    for (_, one), (_, other) in zip(cut, whole, strict=True):
+        assert_near(flat(one), flat(other), 1e-11)
+    assert_near(flat(cut[0][1]), flat(cut[1][1]), 1e-12)
+
+
+def test_a_step_knows_what_does_not_go_together():
+    problem = problem_of((4, 4))
+    with pytest.raises(ValueError, match="microbatch does not go together"):
+        SIBStep(problem.model, SpatialIBLoss(process_group="world"), microbatch=2)
