@@ -89,7 +89,7 @@ class _KinkFinder(TorchDispatchMode):
 def _kinked(function, args: tuple, result) -> bool:
     name = function.overloadpacket.__name__.rstrip("_")
     if name == "elu":  # (input, alpha, scale, input_scale)
-        alpha, _, input_scale = (*args[1:4], 1, 1, 1)[:3] if len(args) > 1 else (1, 1, 1)
+        alpha, _, input_scale = (*args[1:], 1, 1, 1)[:3]
         return alpha * input_scale != 1
     if name in CLAMPS:
         return result is args[0] or bool((result != args[0]).any())

@@ -240,6 +240,7 @@ def _judge(name: str, own: nn.Module, double: nn.Module, inputs: tuple, whole: b
         probe.differentiate()
     except Exception as error:
         return _failed(finding, error, probe.functions)
+    own.zero_grad()
     try:
         with in_float64(probe.leaves[0].device.type) as mode:
             probe = Probe(double, to_float64(inputs), whole)

@@ -274,6 +274,28 @@ def test_a_healthy_network_passes(trap, x):
     assert report.raise_for_failure() is report
 
 
+# One of each kind in torch.nn that keeps [B,4,8,8] images images.
+LAYERS = [
+    *(nn.ReLU6(), nn.LeakyReLU(), nn.PReLU(), nn.RReLU(), nn.ELU(0.5), nn.SELU(), nn.CELU(), nn.GELU(), nn.Mish()),
+    *(nn.GELU("tanh"), nn.Hardtanh(), nn.Hardshrink(0.1), nn.Softshrink(0.1), nn.Threshold(0.1, 0.2), nn.Softplus()),
+    *(nn.Softsign(), nn.Tanh(), nn.Tanhshrink(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softmax(1), nn.LogSoftmax(1)),
+    *(nn.Softmin(1), nn.Softmax2d(), nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval(), nn.InstanceNorm2d(4)),
+    *(nn.LayerNorm(8), nn.RMSNorm(8), nn.LocalResponseNorm(2), nn.Conv2d(4, 4, 3, groups=2, dilation=2)),
+    *(nn.ConvTranspose2d(4, 4, 3), nn.Linear(8, 8), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveMaxPool2d(5)),
+    *(nn.AdaptiveAvgPool2d(5), nn.LPPool2d(2, 2), nn.FractionalMaxPool2d(2, 5), nn.ZeroPad2d(1), nn.ReflectionPad2d(1)),
+    *(nn.ReplicationPad2d(1), nn.CircularPad2d(1), nn.Upsample(scale_factor=2), nn.ChannelShuffle(2)),
+    *(nn.Upsample(scale_factor=2, mode="bilinear"), nn.Upsample(scale_factor=2, mode="bicubic")),
+    *(nn.Sequential(nn.PixelUnshuffle(2), nn.PixelShuffle(2)), nn.Sequential(nn.Unfold(3), nn.Fold(8, 3))),
+    *(nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Sequential(nn.Conv2d(4, 8, 1), nn.GLU(1)), Recurrent(nn.RNN)),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_the_layers_of_torch_nn_are_differentiable_twice(layer, x):
+    report = check_double_backward(Network(layer), x)
+    assert report.verified, report
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_precision_and_mode_can_be_checked(mode, dtype, x):
