@@ -25,7 +25,8 @@ from .checks import check_choice, check_positive, describe
 from .fused_layers import fused_double_backward
 from .kinks import has_kinks
 from .loss import Information, SIBTerms, SpatialIBLoss
-from .passes import Noise, captured, frozen_statistics, layer_field, recomputed, unwrapped
+from .passes import Noise, captured, frozen_statistics, layer_field, recomputed, without_ddp
+from .twin import is_compiled, unwrapped
 
 ENGINES = ("auto", "double_backward", "compiled", "finite_difference")
 # Steps of a finite difference, as the root mean square of h u over that of x: those that show its rounding, those that
@@ -86,10 +87,10 @@ class SIBStep:
         self.model, self.criterion = model, criterion
         self.layers, self.layer_weight = tuple(layers), layer_weight
         self.every, self.share, self.microbatch = every, share, microbatch
-        self.recompute, self.scaler = tuple(recompute), scaler
+        self.recompute, self.scaler, self.force = tuple(recompute), scaler, force
         self._check_options(engine)
         self.engine, self.info = self._chosen(engine)
-        self._check_combinations(force)
+        self._check_combinations()
         self.steps = 0
         self.error = math.nan
         self._relative_step, self._differences = math.nan, 0
@@ -119,7 +120,7 @@ class SIBStep:
     def _chosen(self, engine: str) -> tuple[str, str]:
         if engine != "auto":
             return engine, "as asked for"
-        if not isinstance(self.model, torch._dynamo.OptimizedModule):
+        if not is_compiled(self.model):
             return "double_backward", "exact, for any model that is differentiable twice"
         if self._knobs():
             return "double_backward", f"on the model inside torch.compile, because {self._knobs()} needs it"
@@ -129,7 +130,7 @@ class SIBStep:
         """The argument in use that ``compiled`` cannot serve."""
         return next((n for n in ("layers", "microbatch", "recompute", "scaler") if getattr(self, n)), "")
 
-    def _check_combinations(self, force: bool) -> None:
+    def _check_combinations(self) -> None:
         if self.microbatch and self.criterion.process_group is not None:
             raise ValueError("microbatch does not go together with the criterion's process_group: leave one out")
         if self.engine == "compiled" and self._knobs():
@@ -139,15 +140,25 @@ class SIBStep:
                 "engine='finite_difference' and microbatch take parameter gradients by autograd.grad, which FSDP2 does "
                 "not reduce: use engine='double_backward' without microbatch, or DDP"
             )
-        without_ddp = unwrapped(self.model, compiled=False)
-        if self.engine != "finite_difference":
-            if without_ddp is not self.model and isinstance(without_ddp, torch._dynamo.OptimizedModule):
+        plain = without_ddp(self.model)
+        if self.engine == "double_backward" and is_compiled(plain):
+            if plain is not self.model:
                 raise ValueError("a compiled model inside DDP has no second derivative: wrap the model itself in DDP")
+            if plain is unwrapped(plain):
+                raise ValueError(
+                    "model.compile() was called on the model, which has no second derivative then: give SIBStep "
+                    "torch.compile(model), or take engine='compiled'"
+                )
+        if self.engine != "finite_difference":
             return
-        if isinstance(without_ddp, torch._dynamo.OptimizedModule) and self.layers:
+        if is_compiled(plain) and self.layers:
             raise ValueError("layers are found by hooks, which a compiled model does not run: pass the model itself")
-        kinks = has_kinks(unwrapped(self.model))
-        if kinks and not force:
+        self._refuse_kinks()
+
+    def _refuse_kinks(self, x: Tensor | None = None) -> None:
+        """By the types of the modules, and with x by what runs in a pass, too."""
+        kinks = [] if self.force else has_kinks(unwrapped(self.model), x)
+        if kinks:
             raise ValueError(
                 f"engine='finite_difference' is wrong on networks with kinks, and this one has {len(kinks)}, first "
                 f"{kinks[0]!r}: use engine='double_backward', or smooth activations (SiLU, GELU); force=True overrides"
@@ -233,9 +244,9 @@ class SIBStep:
 
     def _forward(self, batch: "Batch", x: Tensor, shifts=None, twice: bool = False, inner: bool = False):
         """Logits and feature maps; ``twice``: to be differentiated twice; ``inner``: not through DDP's own forward."""
-        eager, without_ddp = unwrapped(self.model), unwrapped(self.model, compiled=False)
+        eager, plain = unwrapped(self.model), without_ddp(self.model)
         # What torch.compile has compiled cannot be differentiated twice.
-        model = eager if twice and without_ddp is not eager else without_ddp if inner else self.model
+        model = eager if twice and plain is not eager else plain if inner else self.model
         context = fused_double_backward if twice else torch.enable_grad
         with recomputed(eager, self.recompute, context), captured(eager, self.layers, shifts) as features, context():
             logits = model(x)
@@ -350,6 +361,8 @@ class SIBStep:
 
         directions = (u.of_x, *u.of_features)
         h = _unit(directions, values)
+        if self._differences == 0:
+            self._refuse_kinks(part.x)
         if self._differences % CALIBRATED == 0:
             self._calibrate(s, h, directions, vjps, values)
         self._differences += 1

@@ -16,15 +16,11 @@ from .checks import describe
 from .estimators import layer_contribution
 
 
-def unwrapped(model: nn.Module, compiled: bool = True) -> nn.Module:
-    """The module inside DDP and, with ``compiled``, inside torch.compile's wrapper."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif compiled and isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
+def without_ddp(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel; compiled if it was."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
 
 
 @contextlib.contextmanager

@@ -185,6 +185,16 @@ def test_finite_differences_refuse_kinks_unless_forced(batch):
     assert step(*batch).isfinite()
 
 
+def test_kinks_that_are_no_modules_are_met_in_the_first_step(batch):
+    class Hidden(nn.Module):
+        def forward(self, x):
+            return torch.relu(x)
+
+    step = SIBStep(Network(Hidden), SpatialIBLoss(), engine="finite_difference")
+    with pytest.raises(ValueError, match="kinks"):
+        step(*batch)
+
+
 def test_inaccurate_finite_differences_are_called_so(batch):
     class Wavy(nn.Module):
         def forward(self, x):
@@ -486,6 +496,14 @@ def test_a_compiled_model_is_trained_all_the_same(options, batch, eager_compile)
     _, truths = plainly(model, criterion, batch, options.get("layers", ()))
     loss = SIBStep(torch.compile(model), criterion, **options)(x, y, mask)
     assert error(gradients(model, loss), truths) < (1e-5 if "engine" in options else 1e-11)
+
+
+def test_a_model_compiled_in_place_is_refused_with_the_way_out():
+    model = Network()
+    model.compile(backend="aot_eager")
+    assert SIBStep(model, SpatialIBLoss()).engine == "compiled"
+    with pytest.raises(ValueError, match=r"torch.compile\(model\)"):
+        SIBStep(model, SpatialIBLoss(), ("body",))
 
 
 @pytest.mark.slow
