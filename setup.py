@@ -104,7 +104,7 @@ def cuda_module(flags: list[str], extension):
         CUDA_SOURCES,
         extension,
         library_dirs=[str(home / folder) for folder in ("lib", "lib64") if (home / folder).is_dir()],
-        extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-DUSE_CUDA"]},
+        extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]},
     )
 
 

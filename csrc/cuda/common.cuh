@@ -22,6 +22,7 @@
 #include <functional>
 
 #include "../field.h"
+#include "../host_device.h"
 
 namespace sib_ext::cuda {
 

@@ -145,15 +145,16 @@ __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, i
 
 // ------------------------------------------------------------------------------ one block works on a sample
 
-constexpr int kMaxBlock = 1024;
+constexpr int kMaxWarps = 32;
+template <class T>  // float64 takes more registers
+constexpr int kMaxBlock = sizeof(T) > sizeof(float) ? 512 : kMaxWarps * kWarp;
 
 // What a block has in shared memory after its plane.
 template <class T>
 struct alignas(16) BlockScratch {
   Selection<T, 3> selection;  // its histograms serve as lists of pixels and as staging room, too
-  double sums[kMaxBlock / kWarp];
+  double sums[kMaxWarps];
   T quantiles[kRows];
-  int flags[kMaxBlock / kWarp];
 };
 
 constexpr int64_t kStagingBytes = Selection<float, 3>::kWords * sizeof(uint32_t);
@@ -170,7 +171,10 @@ bool fits_in_block(const MaskProblem& o, const Device& device) {
 }
 
 // Threads of a block for one sample: many for a large plane, few for a small one, so that blocks share a processor.
-inline int block_threads(uint32_t pixels) { return pixels >= 16384 ? kMaxBlock : pixels >= 2048 ? 256 : 64; }
+template <class T>
+int block_threads(uint32_t pixels) {
+  return pixels >= 16384 ? kMaxBlock<T> : pixels >= 2048 ? 256 : 64;
+}
 
 // The run of neighbouring pixels that this thread owns: of odd length, so that a warp meets all banks.
 struct Run {
@@ -259,7 +263,7 @@ __device__ void quantiles_in_block(const T* plane, const MaskProblem& o, const S
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxBlock)
+__global__ void __launch_bounds__(kMaxBlock<Accumulate<S>>)
     mask_in_block_kernel(const S* R, MaskProblem o, uint32_t* long_lists, Accumulate<S>* mask, int64_t* support) {
   using T = Accumulate<S>;
   const int64_t sample = blockIdx.x, size = o.support();
@@ -344,7 +348,7 @@ __device__ void subtract_shares(Accumulate<S>* plane, const S* R, const MaskProb
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxBlock)
+__global__ void __launch_bounds__(kMaxBlock<Accumulate<S>>)
     mask_backward_in_block_kernel(const Accumulate<S>* grad_mask, const S* R, const Accumulate<S>* mask,
                                   const int64_t* support, MaskProblem o, Accumulate<S>* down, S* grad) {
   using T = Accumulate<S>;
@@ -663,7 +667,7 @@ void mask_forward(const S* R, const MaskProblem& o, const Device& device, Accumu
   if (fits_in_block<T>(o, device)) {
     uint32_t* lists = o.list() > kShortList ? device.array<uint32_t>(o.batch * 3 * o.list()) : nullptr;
     const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + sizeof(BlockScratch<T>);
-    launch(device, mask_in_block_kernel<S>, o.batch, block_threads(o.pixels()), bytes, R, o, lists, mask, support);
+    launch(device, mask_in_block_kernel<S>, o.batch, block_threads<T>(o.pixels()), bytes, R, o, lists, mask, support);
     return;
   }
   const int64_t parts = parts_of(o), blocks = o.batch * parts;
@@ -686,7 +690,7 @@ void mask_backward(const Accumulate<S>* grad_mask, const S* R, const Accumulate<
   T* between = device.array<T>(o.batch * o.pixels());
   if (fits_in_block<T>(o, device)) {
     const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + sizeof(BlockScratch<T>);
-    launch(device, mask_backward_in_block_kernel<S>, o.batch, block_threads(o.pixels()), bytes, grad_mask, R, mask,
+    launch(device, mask_backward_in_block_kernel<S>, o.batch, block_threads<T>(o.pixels()), bytes, grad_mask, R, mask,
            support, o, between, grad);
     return;
   }

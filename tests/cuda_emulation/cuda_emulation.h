@@ -85,12 +85,12 @@ enum class Wait { kNothing, kBlock, kWarp };
   std::abort();
 }
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
 constexpr int kWarpSize = 32;
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   unsigned thread = 0;
   bool done = false;
   Wait wait = Wait::kNothing;
@@ -147,7 +147,7 @@ inline void start() {
 inline void resume(Fiber& fiber) {
   block->running = &fiber;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block->fake_stack, fiber.stack.get(), kStack);
+  __sanitizer_start_switch_fiber(&block->fake_stack, fiber.stack, kStack);
 #endif
   swapcontext(&block->scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -196,13 +196,20 @@ inline std::vector<size_t> sequence(size_t count) {
   return order_of;
 }
 
+// Stacks outlive the launch: fresh pages would cost more than the kernels.
+inline char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);
+  return stacks[thread].get();
+}
+
 inline void run_block(Block& b) {
   block = &b;
   for (size_t i = 0; i < b.fibers.size(); ++i) {
     Fiber& fiber = b.fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    fiber.stack = stack_of(i);
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     fiber.thread = static_cast<unsigned>(i);
