@@ -36,7 +36,7 @@ MASK_SAMPLES = (
     *SAMPLES,
     LARGE,
     Sample("a block of 256 threads", (1, 2, 47, 46), {"window": 9}),
-    Sample("a thousand threads", (1, 1, 129, 131), {"window": 31}),
+    Sample("as many threads as there can be", (1, 1, 129, 131), {"window": 31}),
     Sample("rows longer than the staging room", (1, 1, 2, 6500), {"window": 5}),
     Sample("a support longer than a list in shared memory", (1, 1, 53, 47), {"temperature": 30.0}),
     Sample("columns", (2, 1, 90, 1), {"window": 9, "padding": "exclude"}),
@@ -271,7 +271,9 @@ def test_errors_of_statistics_are_at_most_those_of_the_formula_in_the_same_dtype
         assert gradient.dtype == dtype and gradient.stride() == cuda_emulation.canonical(field).stride()
 
 
-@pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "contiguous")], ids=" and ".join)
+@pytest.mark.parametrize(
+    "layouts", [("contiguous", "channels_last"), ("channels_last", "contiguous")], ids=" and ".join
+)
 @pytest.mark.parametrize("shape", [(3, 4, 6, 8), (2, 3, 5, 7)], ids=str)
 def test_layouts_may_differ_between_vjp_and_x(layouts, shape, emulated):
     sample = Sample("layouts", shape)
@@ -317,7 +319,7 @@ def test_what_is_not_wanted_is_left_out_and_the_rest_is_the_same(grams, need_x, 
 
 
 def test_the_order_of_threads_and_blocks_changes_no_bit_of_the_statistics(emulated):
-    for sample in (LARGE, STATISTICS_SAMPLES[-1], STATISTICS_SAMPLES[-2]):
+    for sample in (LARGE, STATISTICS_SAMPLES[-1], Sample("groups of channels", (3, 40, 3, 9))):
         fields, cotangents = sample.fields(torch.float32), sample.cotangents_of_statistics(torch.float32)
         results = []
         for order in cuda_emulation.ORDERS:
@@ -391,7 +393,10 @@ PLANTED = {
         "out[threadIdx.x] = threadIdx.x % 2 ? __shfl_sync(~0u, 1, 0) : __shfl_down_sync(~0u, 1, 1);",
         "lanes of one warp wait in different exchanges",
     ),
-    "a value that is read before it is written": ("out[threadIdx.x] = memory[blockDim.x + threadIdx.x] != 0;", "garbage"),
+    "a value that is read before it is written": (
+        "out[threadIdx.x] = memory[blockDim.x + threadIdx.x] != 0;",
+        "garbage",
+    ),
     "nothing": ("__syncthreads(); out[threadIdx.x] = memory[(threadIdx.x + 1) % blockDim.x];", "fine"),
 }
 

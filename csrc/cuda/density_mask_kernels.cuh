@@ -39,26 +39,21 @@ __device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uin
 
 // f(pixel, mean_c R) for the pixels first, first + step, ...; loads of several pixels are under way at once.
 template <int AtOnce, class S, class F>
-__device__ void each_mean(const S* sample, const MaskProblem& o, uint64_t first, uint64_t last, uint32_t step, F f) {
+__device__ void each_mean(const S* sample, const MaskProblem& o, uint32_t first, uint32_t last, uint32_t step, F f) {
   using T = Accumulate<S>;
-  for (uint64_t start = first; start < last; start += static_cast<uint64_t>(AtOnce) * step) {
+  for (uint32_t start = first; start < last; start += AtOnce * step) {
     T total[AtOnce] = {};
     for (int c = 0; c < o.channels; ++c) {
-      const S* at = sample + c * o.layout.channel;
+      const S* at = sample + c * o.layout.channel + start * o.layout.pixel;
       T values[AtOnce];
 #pragma unroll
-      for (int i = 0; i < AtOnce; ++i) {
-        const uint64_t p = start + static_cast<uint64_t>(i) * step;
-        values[i] = p < last ? widen(at[p * o.layout.pixel]) : T(0);
-      }
+      for (int i = 0; i < AtOnce; ++i) values[i] = start + i * step < last ? widen(at[i * step * o.layout.pixel]) : T(0);
 #pragma unroll
       for (int i = 0; i < AtOnce; ++i) total[i] += values[i];
     }
 #pragma unroll
-    for (int i = 0; i < AtOnce; ++i) {
-      const uint64_t p = start + static_cast<uint64_t>(i) * step;
-      if (p < last) f(static_cast<uint32_t>(p), total[i] / static_cast<T>(o.channels));
-    }
+    for (int i = 0; i < AtOnce; ++i)
+      if (start + i * step < last) f(start + i * step, total[i] / static_cast<T>(o.channels));
   }
 }
 
@@ -145,9 +140,9 @@ __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, i
 
 // ------------------------------------------------------------------------------ one block works on a sample
 
-constexpr int kMaxWarps = 32;
-template <class T>  // float64 takes more registers
-constexpr int kMaxBlock = sizeof(T) > sizeof(float) ? 512 : kMaxWarps * kWarp;
+// Threads of a block at most: as many as have the registers that the kernels want.
+constexpr int max_block(size_t element) { return element == sizeof(double) ? 512 : 768; }
+constexpr int kMaxWarps = max_block(sizeof(float)) / kWarp;
 
 // What a block has in shared memory after its plane.
 template <class T>
@@ -173,7 +168,7 @@ bool fits_in_block(const MaskProblem& o, const Device& device) {
 // Threads of a block for one sample: many for a large plane, few for a small one, so that blocks share a processor.
 template <class T>
 int block_threads(uint32_t pixels) {
-  return pixels >= 16384 ? kMaxBlock<T> : pixels >= 2048 ? 256 : 64;
+  return pixels >= 16384 ? max_block(sizeof(T)) : pixels >= 2048 ? 256 : 64;
 }
 
 // The run of neighbouring pixels that this thread owns: of odd length, so that a warp meets all banks.
@@ -263,7 +258,7 @@ __device__ void quantiles_in_block(const T* plane, const MaskProblem& o, const S
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxBlock<Accumulate<S>>)
+__global__ void __launch_bounds__(max_block(sizeof(S)), 1)
     mask_in_block_kernel(const S* R, MaskProblem o, uint32_t* long_lists, Accumulate<S>* mask, int64_t* support) {
   using T = Accumulate<S>;
   const int64_t sample = blockIdx.x, size = o.support();
@@ -348,7 +343,7 @@ __device__ void subtract_shares(Accumulate<S>* plane, const S* R, const MaskProb
 }
 
 template <class S>
-__global__ void __launch_bounds__(kMaxBlock<Accumulate<S>>)
+__global__ void __launch_bounds__(max_block(sizeof(S)), 1)
     mask_backward_in_block_kernel(const Accumulate<S>* grad_mask, const S* R, const Accumulate<S>* mask,
                                   const int64_t* support, MaskProblem o, Accumulate<S>* down, S* grad) {
   using T = Accumulate<S>;
@@ -411,18 +406,17 @@ struct Part {
 // f(pixel) for the pixels of this block's part, neighbouring threads at neighbouring pixels.
 template <class F>
 __device__ void each_pixel(const Part& part, uint32_t pixels, F f) {
-  const uint64_t begin = static_cast<uint64_t>(part.index) * kSpreadPixels;
 #pragma unroll
   for (int i = 0; i < kSpreadPixels / kThreads; ++i) {
-    const uint64_t p = begin + i * kThreads + threadIdx.x;
-    if (p < pixels) f(static_cast<uint32_t>(p));
+    const uint32_t p = part.index * kSpreadPixels + i * kThreads + threadIdx.x;
+    if (p < pixels) f(p);
   }
 }
 
 // f(pixel, mean_c R) likewise.
 template <class S, class F>
 __device__ void each_mean(const Part& part, const S* R, const MaskProblem& o, F f) {
-  const uint64_t begin = static_cast<uint64_t>(part.index) * kSpreadPixels, end = begin + kSpreadPixels;
+  const uint32_t begin = part.index * kSpreadPixels, end = begin + kSpreadPixels;  // fewer than 2^32: pixels are < 2^31
   each_mean<kSpreadPixels / kThreads>(R + part.sample * o.layout.batch, o, begin + threadIdx.x,
                                       end < o.pixels() ? end : o.pixels(), kThreads, f);
 }
