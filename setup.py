@@ -61,13 +61,20 @@ def cuda_problem() -> str | None:
     return problem
 
 
-def module(name: str, device: str, sources: list[str], extension, **options):
-    import pybind11
+def pybind11_include() -> list[str]:
+    """Empty without the package: torch has pybind11's headers among its own."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
 
+
+def module(name: str, device: str, sources: list[str], extension, **options):
     return extension(
         name=f"sib_ext.{name}",
         sources=["csrc/module.cpp", *sources],
-        include_dirs=[pybind11.get_include()],
+        include_dirs=pybind11_include(),
         define_macros=[("SIB_EXT_DEVICE", f'"{device}"')],
         **options,
     )
@@ -104,7 +111,10 @@ def cuda_module(flags: list[str], extension):
         CUDA_SOURCES,
         extension,
         library_dirs=[str(home / folder) for folder in ("lib", "lib64") if (home / folder).is_dir()],
-        extra_compile_args={"cxx": [*flags, "-DUSE_CUDA"], "nvcc": ["-O3", "-DUSE_CUDA"]},
+        extra_compile_args={
+            "cxx": [*flags, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"],
+        },
     )
 
 

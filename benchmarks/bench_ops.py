@@ -1,7 +1,9 @@
 """Both ops, forward and backward, against the literal reference (full sorts), eager and under torch.compile.
 
-    python benchmarks/bench_ops.py            # about four minutes; writes benchmarks/results/cpu/
-    python benchmarks/bench_ops.py --quick    # the headline size only; writes nothing
+    python benchmarks/bench_ops.py                 # about four minutes; writes benchmarks/results/cpu/
+    python benchmarks/bench_ops.py --device cuda   # about two minutes; writes benchmarks/results/<GPU>/
+    python benchmarks/bench_ops.py --quick         # the headline size only; writes nothing
+    python benchmarks/bench_ops.py --plot FILE     # draws a result again, where it was measured without matplotlib
 
 Every implementation gets the same inputs and the same cotangents, and its gradient is compared before it is timed.
 GB/s counts the bytes that each op declares (sib_ext/ops: traffic), whatever the implementation really moves.
@@ -10,21 +12,77 @@ GB/s counts the bytes that each op declares (sib_ext/ops: traffic), whatever the
 import argparse
 import json
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from measure import in_fresh_process, machine, peak_extra_bytes, save, time_calls
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from measure import (
+    RESULTS,
+    copy_bandwidth,
+    in_fresh_process,
+    machine,
+    peak_extra_bytes,
+    save,
+    time_calls,
+    time_graph,
+)
 
 from sib_ext import reference
-from sib_ext.ops import auto_window, density_mask, masked_statistics
+from sib_ext.ops import auto_window, density_mask, dispatch, masked_statistics
 
-HEADLINE = (8, 3, 224, 224)
-BATCHES = [(b, 3, 224, 224) for b in (1, 2, 4, 8, 16, 32, 64)]
-SIZES = [(8, 3, s, s) for s in (64, 128, 224, 320, 384, 512)]
-IMPLEMENTATIONS = ("native", "reference", "reference compiled")
-GOALS = {"speed-up over the literal reference, eager": 10.0, "peak memory, share of the reference's": 0.25}
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on a device."""
+
+    headline: Shape
+    batches: tuple[Shape, ...]
+    sizes: tuple[Shape, ...]
+    implementations: tuple[str, ...]
+    growing: tuple[str, ...]  # of them, those whose growth is measured
+    largest_reference: int  # elements of R up to which the reference's growth is
+    goals: dict[str, float]
+
+
+PLANS = {
+    "cpu": Plan(
+        (8, 3, 224, 224),
+        tuple((b, 3, 224, 224) for b in (1, 2, 4, 8, 16, 32, 64)),
+        tuple((8, 3, s, s) for s in (64, 128, 224, 320, 384, 512)),
+        ("native", "reference", "reference compiled"),
+        ("native", "reference"),
+        16 * 3 * 224 * 224,
+        {"speed-up over the literal reference, eager": 10.0, "peak memory, share of the reference's": 0.25},
+    ),
+    "cuda": Plan(
+        (128, 3, 224, 224),
+        tuple((b, 3, 224, 224) for b in (1, 8, 32, 64, 128, 256, 512, 1024)),
+        tuple((32, 3, s, s) for s in (64, 128, 224, 320, 384, 512)),
+        ("native", "triton", "reference", "reference compiled"),
+        ("native", "triton", "reference"),
+        256 * 3 * 224 * 224,
+        {
+            "native, ms": 0.6,
+            "triton, ms": 1.0,
+            "speed-up over the literal reference, eager": 20.0,
+            "speed-up over the literal reference, compiled": 5.0,
+            "peak memory, share of the reference's": 0.25,
+        },
+    ),
+}
+
+
+def tiny(plan: Plan) -> Plan:
+    """The same at sizes that take no time, to see that everything runs."""
+
+    def shrunk(shapes):
+        return tuple((min(b, 4), c, min(h, 32), min(w, 32)) for b, c, h, w in shapes)
+
+    batches = tuple((b, 3, 16, 16) for b in (1, 2, 3))
+    sizes = tuple((2, 3, s, s) for s in (8, 16, 24))
+    return replace(plan, headline=shrunk([plan.headline])[0], batches=batches, sizes=sizes)
 
 
 def traffic(vjp: torch.Tensor) -> int:
@@ -36,9 +94,9 @@ def tail(impl: str):
     """(vjp, x, cotangents) -> dL/dR: forward and backward of both ops."""
 
     def forward(vjp, x):
-        if impl == "native":
-            mask = density_mask(vjp, impl="native")
-            return tuple(masked_statistics(vjp, x, mask, impl="native"))
+        if impl in ("native", "triton"):
+            mask = density_mask(vjp, impl=impl)
+            return tuple(masked_statistics(vjp, x, mask, impl=impl))
         window = auto_window(*vjp.shape[2:])
         mask = reference.density_mask(vjp, window, 0.1, 10.0, 1e-8, "zeros", 0.2)
         return reference.masked_statistics(vjp, x, mask)
@@ -51,13 +109,13 @@ def tail(impl: str):
     return run
 
 
-def sample(shape: tuple[int, ...]):
+def sample(shape: Shape, device: str):
     generator = torch.Generator().manual_seed(0)
-    vjp = (1e-2 * torch.randn(shape, generator=generator)).requires_grad_()
-    x = torch.randn(shape, generator=generator)
+    vjp = (1e-2 * torch.randn(shape, generator=generator)).to(device).requires_grad_()
+    x = torch.randn(shape, generator=generator).to(device)
     batch = shape[0]
     sizes = ((batch, 7), (batch, batch), (batch, batch))
-    return vjp, x, tuple(torch.randn(size, generator=generator) for size in sizes)
+    return vjp, x, tuple(torch.randn(size, generator=generator).to(device) for size in sizes)
 
 
 def check(gradient: torch.Tensor, expected: torch.Tensor, impl: str) -> float:
@@ -70,28 +128,51 @@ def check(gradient: torch.Tensor, expected: torch.Tensor, impl: str) -> float:
     return error
 
 
-def measure(impl: str, shape: tuple[int, ...], expected: torch.Tensor | None, seconds: float) -> dict:
-    vjp, x, cotangents = sample(shape)
+def measure(impl: str, shape: Shape, expected: torch.Tensor | None, seconds: float, device: str) -> dict:
+    vjp, x, cotangents = sample(shape, device)
     run = tail(impl)
     error = None if expected is None else check(run(vjp, x, cotangents), expected, impl)
-    times = time_calls(lambda: run(vjp, x, cotangents), seconds)
-    return {
-        "impl": impl,
-        "shape": list(shape),
-        **times,
-        "gb_per_s": traffic(vjp) / times["median_ms"] / 1e6,
-        "ns_per_pixel": 1e6 * times["median_ms"] / (shape[0] * shape[2] * shape[3]),
-        "gradient_difference": error,
-    }
+    times = time_calls(lambda: run(vjp, x, cotangents), seconds, device=device)
+    row = {"impl": impl, "shape": list(shape), **times}
+    if device != "cpu" and not impl.startswith("reference"):
+        graph = time_graph(lambda: run(vjp, x, cotangents), seconds / 2)
+        row["graph_ms"] = graph["median_ms"]
+    fastest = row.get("graph_ms", row["median_ms"])
+    pixels = shape[0] * shape[2] * shape[3]
+    derived = {"gb_per_s": traffic(vjp) / fastest / 1e6, "ns_per_pixel": 1e6 * fastest / pixels}
+    return row | derived | {"gradient_difference": error}
 
 
-def measure_memory(impl: str, shape: tuple[int, ...]) -> int:
+def measure_memory(impl: str, shape: Shape, device: str) -> int:
     """Peak extra bytes of one forward and backward, after a warm-up that loads and compiles what is needed."""
     run = tail(impl)
     # Compiled code is warmed at the full size (it would recompile); eager code at a tiny one.
-    run(*sample(shape if impl.endswith("compiled") else (2, 3, 16, 16)))
-    inputs = sample(shape)
-    return peak_extra_bytes(lambda: run(*inputs))
+    run(*sample(shape if impl.endswith("compiled") else (2, 3, 16, 16), device))
+    inputs = sample(shape, device)
+    return peak_extra_bytes(lambda: run(*inputs), device)
+
+
+def measure_parts(impl: str, shape: Shape, seconds: float, device: str) -> dict[str, float]:
+    """Milliseconds of each op by itself, forward and backward, without autograd: where the time goes."""
+    vjp, x, cotangents = sample(shape, device)
+    vjp, window = vjp.detach(), auto_window(*shape[2:])
+    options = (window, 0.1, 10.0, 1e-8, "zeros", 0.2)
+    op = {name: dispatch.overload(name, impl) for name in ("density_mask", "masked_statistics")}
+    back = {name: dispatch.overload(f"{name}_backward", impl) for name in op}
+    mask, support = op["density_mask"](vjp, *options)
+    grad_mask = torch.ones_like(mask)
+    moments_only = (cotangents[0], None, None, vjp, x, mask, False)
+    calls = {
+        "density_mask": lambda: op["density_mask"](vjp, *options),
+        "density_mask_backward": lambda: back["density_mask"](grad_mask, vjp, mask, support, *options),
+        "masked_statistics, moments only": lambda: op["masked_statistics"](vjp, x, mask, False, False),
+        "masked_statistics": lambda: op["masked_statistics"](vjp, x, mask, True, True),
+        "masked_statistics_backward, moments only": lambda: back["masked_statistics"](*moments_only),
+        "masked_statistics_backward": lambda: back["masked_statistics"](*cotangents, vjp, x, mask, False),
+    }
+    if device == "cpu":
+        return {name: time_calls(call, seconds / 4)["median_ms"] for name, call in calls.items()}
+    return {name: time_graph(call, seconds / 4)["median_ms"] for name, call in calls.items()}
 
 
 def slope(rows: list[dict], size) -> float:
@@ -101,93 +182,186 @@ def slope(rows: list[dict], size) -> float:
     return float((x * y).sum() / x.square().sum())
 
 
-def headline(seconds: float) -> list[dict]:
-    expected = tail("reference")(*sample(HEADLINE))
+def available(plan: Plan, device: str) -> list[str]:
+    """The implementations that run here; why the others do not is printed."""
+    problems = {"native": dispatch.native_problem(device), "triton": dispatch.triton_problem(device)}
+    for impl in plan.implementations:
+        if problems.get(impl):
+            print(f"not measured: {impl}, {problems[impl]}")
+    return [impl for impl in plan.implementations if not problems.get(impl)]
+
+
+def headline(plan: Plan, implementations: list[str], seconds: float, device: str) -> list[dict]:
+    expected = tail("reference")(*sample(plan.headline, device))
     rows = []
-    for impl in track(IMPLEMENTATIONS, "headline size"):
-        row = measure(impl, HEADLINE, expected, seconds)
-        arguments = ("--memory", impl, "--threads", str(torch.get_num_threads()))
-        rows.append(row | in_fresh_process(__file__, *arguments))
+    for impl in implementations:
+        print(f"headline size: {impl}", flush=True)
+        row = measure(impl, plan.headline, expected, seconds, device)
+        if device == "cpu":
+            shape = ",".join(map(str, plan.headline))
+            arguments = ("--memory", impl, "--shape", shape, "--threads", str(torch.get_num_threads()))
+            row |= in_fresh_process(__file__, *arguments)
+        else:
+            row["peak_extra_bytes"] = measure_memory(impl, plan.headline, device)
+        if not impl.startswith("reference"):
+            row["parts_ms"] = measure_parts(impl, plan.headline, seconds, device)
+        rows.append(row)
     return rows
 
 
-def growth(impl: str, shapes: list[tuple[int, ...]], seconds: float) -> list[dict]:
-    return [measure(impl, shape, None, seconds) for shape in track(shapes, f"growth, {impl}")]
+def growth(
+    plan: Plan, implementations: list[str], shapes: tuple[Shape, ...], seconds: float, device: str
+) -> list[dict]:
+    rows = []
+    for impl in (impl for impl in plan.growing if impl in implementations):
+        print(f"growth: {impl}", flush=True)
+        for shape in shapes:
+            elements = shape[0] * shape[1] * shape[2] * shape[3]
+            if impl != "reference" or elements <= plan.largest_reference:
+                rows.append(measure(impl, shape, None, seconds, device))
+    return rows
 
 
 def summarise(results: dict) -> dict:
     rows = {row["impl"]: row for row in results["headline"]}
-    native, literal, compiled = (rows[impl] for impl in IMPLEMENTATIONS)
-    summary = {
-        "speed-up over the literal reference, eager": literal["median_ms"] / native["median_ms"],
-        "speed-up over the literal reference, compiled": compiled["median_ms"] / native["median_ms"],
-        "peak memory, share of the reference's": native["peak_extra_bytes"] / literal["peak_extra_bytes"],
-    }
-    if "batches" in results:
-        native_rows = [[r for r in results[key] if r["impl"] == "native"] for key in ("batches", "sizes")]
-        summary["growth exponent in B"] = slope(native_rows[0], lambda shape: shape[0])
-        summary["growth exponent in H*W"] = slope(native_rows[1], lambda shape: shape[2] * shape[3])
+    literal, compiled = rows["reference"], rows["reference compiled"]
+    summary = {}
+    for impl in ("native", "triton"):
+        if impl not in rows:
+            continue
+        mine = rows[impl]
+        prefix = "" if impl == "native" else f"{impl}: "
+        summary |= {
+            f"{impl}, ms": mine.get("graph_ms", mine["median_ms"]),
+            f"{prefix}speed-up over the literal reference, eager": literal["median_ms"] / mine["median_ms"],
+            f"{prefix}speed-up over the literal reference, compiled": compiled["median_ms"] / mine["median_ms"],
+            f"{prefix}peak memory, share of the reference's": mine["peak_extra_bytes"] / literal["peak_extra_bytes"],
+        }
+        if "copy_gb_per_s" in results:
+            summary[f"{prefix}share of the copy bandwidth"] = mine["gb_per_s"] / results["copy_gb_per_s"]
+        if "batches" in results:
+            by_batch, by_size = ([r for r in results[key] if r["impl"] == impl] for key in ("batches", "sizes"))
+            summary[f"{prefix}growth exponent in B"] = slope(by_batch, lambda shape: shape[0])
+            summary[f"{prefix}growth exponent in H*W"] = slope(by_size, lambda shape: shape[2] * shape[3])
     return summary
 
 
 def show(results: dict) -> None:
-    console = Console()
-    table = Table(title=f"forward + backward of both ops, {results['headline'][0]['shape']} float32")
-    for column in ("implementation", "median ms", "p20", "p80", "GB/s", "peak extra MB"):
-        table.add_column(column, justify="left" if column == "implementation" else "right")
+    print(f"\nforward + backward of both ops, {results['headline'][0]['shape']} float32")
+    print(f"{'implementation':20}{'median ms':>11}{'p20':>9}{'p80':>9}{'graph ms':>10}{'GB/s':>9}{'peak extra MB':>15}")
     for r in results["headline"]:
-        cells = (r["median_ms"], r["p20_ms"], r["p80_ms"], r["gb_per_s"], r["peak_extra_bytes"] / 1e6)
-        table.add_row(r["impl"], *(f"{cell:.3g}" for cell in cells))
-    console.print(table)
+        cells = (
+            r["median_ms"],
+            r["p20_ms"],
+            r["p80_ms"],
+            r.get("graph_ms"),
+            r["gb_per_s"],
+            r["peak_extra_bytes"] / 1e6,
+        )
+        text = [f"{cell:.3g}" if cell is not None else "-" for cell in cells]
+        print(f"{r['impl']:20}" + "".join(f"{t:>{w}}" for t, w in zip(text, (11, 9, 9, 10, 9, 15), strict=True)))
+    for r in results["headline"]:
+        for part, milliseconds in r.get("parts_ms", {}).items():
+            print(f"  {r['impl']}: {part:42}{milliseconds:9.4f} ms")
+    if "copy_gb_per_s" in results:
+        print(f"copy bandwidth (read + written): {results['copy_gb_per_s']:.0f} GB/s")
     for key, value in results["summary"].items():
-        goal = f"   (goal {GOALS[key]:g})" if key in GOALS else ""
-        console.print(f"{key}: {value:.3g}{goal}")
+        goal = f"   (goal {results['goals'][key]:g})" if key in results["goals"] else ""
+        print(f"{key}: {value:.3g}{goal}")
 
 
-def plot(results: dict, path) -> None:
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    device = results["machine"].get("gpu") or f"{results['machine']['threads']} threads"
+    copy = results.get("copy_gb_per_s")
+    size = results["batches"][0]["shape"][2]
+    batch = results["sizes"][0]["shape"][0]
     panels = (
-        ("batches", "batch size at 224 x 224", lambda s: s[0]),
-        ("sizes", "pixels at B = 8", lambda s: s[2] * s[3]),
+        ("batches", f"batch size at {size} x {size}", lambda s: s[0]),
+        ("sizes", f"pixels at B = {batch}", lambda s: s[2] * s[3]),
     )
-    for axis, (key, label, size) in zip(axes, panels, strict=True):
-        for impl in ("native", "reference"):
+    figure, axes = plt.subplots(
+        2 if copy else 1, 2, figsize=(10, 8 if copy else 4), layout="constrained", squeeze=False
+    )
+    for column, (key, label, size_of) in enumerate(panels):
+        for impl in dict.fromkeys(r["impl"] for r in results[key]):
             rows = [r for r in results[key] if r["impl"] == impl]
+            x = [size_of(r["shape"]) for r in rows]
             middle = [r["median_ms"] for r in rows]
             spread = [[r["median_ms"] - r["p20_ms"] for r in rows], [r["p80_ms"] - r["median_ms"] for r in rows]]
-            axis.errorbar([size(r["shape"]) for r in rows], middle, spread, marker="o", capsize=3, label=impl)
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="ms, forward + backward (median, p20-p80)")
+            line = axes[0, column].errorbar(x, middle, spread, marker="o", capsize=3, label=impl)
+            if "graph_ms" in rows[0]:
+                style = {"marker": "o", "mfc": "none", "ls": "--", "color": line[0].get_color()}
+                axes[0, column].plot(x, [r["graph_ms"] for r in rows], label=f"{impl}, kernels alone", **style)
+            if copy:
+                share = [100 * r["gb_per_s"] / copy for r in rows]
+                axes[1, column].plot(x, share, marker="o", color=line[0].get_color(), label=impl)
+        axes[0, column].set(xscale="log", yscale="log", xlabel=label)
+        axes[0, column].set_ylabel("ms, forward + backward (median, p20-p80)")
+        if copy:
+            axes[1, column].set(
+                xscale="log", ylim=(0, None), xlabel=label, ylabel="declared bytes: % of copy bandwidth"
+            )
+    for axis in axes.flat:
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
-    figure.suptitle(f"density_mask + masked_statistics, float32, {results['machine']['threads']} threads")
+    figure.suptitle(f"density_mask + masked_statistics, float32, {device}")
     figure.savefig(path, dpi=110)
+    print(f"written: {path}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=PLANS, default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, help="time for each measurement (default: 3, on a GPU 0.5)")
+    parser.add_argument("--quick", action="store_true", help="the headline size only; writes nothing")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plot of a result; measure nothing")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement")
-    parser.add_argument("--quick", action="store_true", help="the headline size only; writes nothing")
-    parser.add_argument("--memory", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.memory:
-        print(json.dumps({"peak_extra_bytes": measure_memory(options.memory, HEADLINE)}))
+    options = arguments()
+    if options.plot:
+        plot(json.loads(options.plot.read_text()), options.plot.with_suffix(".png"))
         return
+    if options.memory:
+        torch.set_num_threads(options.threads)
+        shape = tuple(map(int, options.shape.split(",")))
+        print(json.dumps({"peak_extra_bytes": measure_memory(options.memory, shape, "cpu")}))
+        return
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU: nothing is measured")
+    torch.set_num_threads(options.threads)
+    seconds = options.seconds or (3.0 if device == "cpu" else 0.5)
+    plan = tiny(PLANS[device]) if options.tiny else PLANS[device]
+    implementations = available(plan, device)
 
-    results = {"machine": machine(), "goals": GOALS, "headline": headline(options.seconds)}
+    results = {"machine": machine(), "goals": plan.goals}
+    if device == "cuda":
+        results["copy_gb_per_s"] = copy_bandwidth()
+    results["headline"] = headline(plan, implementations, seconds, device)
     if not options.quick:
-        half = options.seconds / 2
-        results["batches"] = growth("native", BATCHES, half) + growth("reference", BATCHES[:5], half)
-        results["sizes"] = growth("native", SIZES, half) + growth("reference", SIZES, half)
+        results["batches"] = growth(plan, implementations, plan.batches, seconds / 2, device)
+        results["sizes"] = growth(plan, implementations, plan.sizes, seconds / 2, device)
     results["summary"] = summarise(results)
     show(results)
     if not options.quick:
-        path = save("bench_ops", "cpu", results)
-        plot(results, path.with_suffix(".png"))
-        print(f"written: {path} and {path.with_suffix('.png').name}")
+        path = save("bench_ops", device, results, options.out)
+        print(f"written: {path}")
+        try:
+            plot(results, path.with_suffix(".png"))
+        except ImportError as error:
+            print(f"no plot: {error}; draw it elsewhere: python benchmarks/bench_ops.py --plot {path.name}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
         info["device"] = SIB_EXT_DEVICE;
         info["compiler"] = compiler();
         info["cxx_standard"] = static_cast<long>(__cplusplus);
-        info["vector_instructions"] = vector_instructions();
+        if (info["device"].cast<std::string>() == "cpu") info["vector_instructions"] = vector_instructions();
         return info;
       },
-      "What this module was built with, and the vector instructions its CPU kernels use on this machine.");
+      "What this module was built with, and the vector instructions that CPU kernels use on this machine.");
 }

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace sib_ext {
 
 // Published normalisation of the density: its 5 % and 95 % soft quantiles.
@@ -28,16 +30,28 @@ inline int64_t support_start(int64_t n, double q, double temperature, int64_t si
   return static_cast<int64_t>(std::clamp(first, 0.0, static_cast<double>(n - size)));
 }
 
-// softmax_i(-|i - q(n-1)|/temperature) on the support.
+// A soft quantile of n sorted values: sum_k weight(k) v_(start + k), weights softmax_i(-|i - q(n-1)|/temperature).
+struct SoftQuantile {
+  double target, temperature, nearest, total;
+  int64_t start, size;
+
+  SIB_HOST_DEVICE double unscaled_weight(int64_t k) const {
+    return std::exp((nearest - std::abs(start + k - target)) / temperature);
+  }
+  SIB_HOST_DEVICE double weight(int64_t k) const { return unscaled_weight(k) / total; }
+};
+
+inline SoftQuantile soft_quantile(int64_t n, double q, double temperature, int64_t size) {
+  SoftQuantile s{q * (n - 1), temperature, HUGE_VAL, 0, support_start(n, q, temperature, size), size};
+  for (int64_t k = 0; k < size; ++k) s.nearest = std::min(s.nearest, std::abs(s.start + k - s.target));
+  for (int64_t k = 0; k < size; ++k) s.total += s.unscaled_weight(k);
+  return s;
+}
+
 template <class T>
 void support_weights(int64_t n, double q, double temperature, int64_t size, T* weights) {
-  const double target = q * (n - 1);
-  const int64_t start = support_start(n, q, temperature, size);
-  double nearest = HUGE_VAL, total = 0;
-  for (int64_t k = 0; k < size; ++k) nearest = std::min(nearest, std::abs(start + k - target));
-  for (int64_t k = 0; k < size; ++k) total += std::exp((nearest - std::abs(start + k - target)) / temperature);
-  for (int64_t k = 0; k < size; ++k)
-    weights[k] = static_cast<T>(std::exp((nearest - std::abs(start + k - target)) / temperature) / total);
+  const SoftQuantile s = soft_quantile(n, q, temperature, size);
+  for (int64_t k = 0; k < size; ++k) weights[k] = static_cast<T>(s.weight(k));
 }
 
 }  // namespace sib_ext

@@ -11,14 +11,22 @@ from .ops import dispatch
 
 
 def implementations() -> list[tuple[str, str, str | None]]:
-    """(device type, implementation, None or why it cannot run): ``impl="auto"`` takes the first, but never Triton."""
+    """(device type, implementation, None or why it cannot run); ``impl="auto"`` takes :func:`auto_order`'s first."""
     rows = []
     for device_type in ("cpu", "cuda"):
-        rows.append((device_type, "native", dispatch.native_problem(device_type)))
         absent = "torch sees no GPU" if device_type == "cuda" and not torch.cuda.is_available() else None
-        rows.append((device_type, "reference", absent))
-        rows.append((device_type, "triton", dispatch.triton_problem(device_type) or absent))
+        problems = {
+            "native": dispatch.native_problem(device_type) or absent,
+            "reference": absent,
+            "triton": dispatch.triton_problem(device_type) or absent,
+        }
+        rows += [(device_type, name, problem) for name, problem in problems.items()]
     return rows
+
+
+def auto_order(device_type: str) -> tuple[str, ...]:
+    """What ``impl="auto"`` chooses from; everything else runs only when it is asked for."""
+    return ("native", "reference") if device_type in dispatch.AUTO_TAKES_NATIVE else ("reference",)
 
 
 def build_options() -> dict[str, str]:
@@ -41,10 +49,11 @@ def report() -> str:
         f"torch   {torch.__version__}, {torch.get_num_threads()} CPU threads, {torch.cuda.device_count()} GPUs",
         f"impl    {os.environ.get('SIB_EXT_IMPL', 'auto')} (SIB_EXT_IMPL, or sib_ext.use_impl, or impl=...)",
         "",
-        "implementations; auto takes native if available, else the reference, and triton only runs when asked for:",
+        "implementations (auto takes the device's first that is available and not marked as only when asked for):",
     ]
     for device_type, name, problem in implementations():
-        lines.append(f"  {device_type:5} {name:10} {'available' if problem is None else f'no: {problem}'}")
+        asked = "" if name in auto_order(device_type) else ", only when asked for"
+        lines.append(f"  {device_type:5} {name:10} {'available' + asked if problem is None else f'no: {problem}'}")
     lines += ["", "build:"]
     lines += [f"  {key:16} {value}" for key, value in build_options().items()]
     return "\n".join(lines)

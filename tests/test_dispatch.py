@@ -105,10 +105,22 @@ def test_triton_runs_on_a_gpu_when_asked_for_and_auto_takes_the_reference(monkey
         dispatch.resolve("triton", "cuda")
 
 
-def test_auto_takes_native_kernels_of_a_gpu_before_triton(monkeypatch):
+def test_cuda_kernels_run_on_a_gpu_when_asked_for_and_auto_takes_the_reference(monkeypatch):
+    """Until they have run on a GPU; then "cuda" goes into AUTO_TAKES_NATIVE, and auto takes them before Triton."""
     monkeypatch.setitem(dispatch._native_problems, "cuda", None)
     monkeypatch.setitem(dispatch._triton_problems, "cuda", None)
+    assert dispatch.resolve("native", "cuda") == "native"
+    assert dispatch.resolve("auto", "cuda") == "reference"
+    monkeypatch.setattr(dispatch, "AUTO_TAKES_NATIVE", ("cpu", "cuda"))
     assert dispatch.resolve("auto", "cuda") == "native"
+
+
+def test_where_the_cuda_module_is_loaded_native_means_its_kernels():
+    if problem := dispatch.native_problem("cuda"):
+        pytest.skip(problem)
+    for op in OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sib_ext::{op}", "CUDA")
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"sib_ext::{op}.reference", "CUDA")
 
 
 def test_triton_that_is_not_installed_says_so_and_how_to_get_it(monkeypatch):

@@ -18,8 +18,17 @@ def test_the_report_names_the_version_and_every_implementation_with_its_state():
 
 
 def test_auto_takes_the_first_implementation_that_the_report_calls_available():
-    first = next(name for device_type, name, problem in info.implementations() if device_type == "cpu" and not problem)
-    assert dispatch.resolve("auto", "cpu") == first
+    for device in ("cpu", "cuda"):
+        state = {name: problem for device_type, name, problem in info.implementations() if device_type == device}
+        if usable := [name for name in info.auto_order(device) if state[name] is None]:
+            assert dispatch.resolve("auto", device) == usable[0]
+
+
+def test_what_auto_never_takes_is_marked_where_it_is_available(monkeypatch):
+    monkeypatch.setattr(info, "implementations", lambda: [("cuda", "native", None), ("cuda", "reference", None)])
+    lines = info.report().splitlines()
+    assert "  cuda  native     available, only when asked for" in lines
+    assert "  cuda  reference  available" in lines
 
 
 def test_a_loaded_module_tells_what_it_was_built_with(native):

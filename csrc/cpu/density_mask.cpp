@@ -15,20 +15,12 @@
 #include <utility>
 #include <vector>
 
+#include "../box_average.h"
+#include "../density_mask.h"
 #include "../order_statistics.h"
 
 namespace sib_ext {
 namespace {
-
-struct Options {
-  int64_t C, H, W, radius;
-  double temperature, slope, eps, level;
-  bool count_padding;
-  int64_t support;
-
-  int64_t pixels() const { return H * W; }
-  double quantile(int row) const { return row == kRowLow ? kLow : row == kRowHigh ? kHigh : level; }
-};
 
 // ---------------------------------------------------------------------------------------- order statistics
 
@@ -123,8 +115,7 @@ SIB_INLINE void box_sums(int64_t H, int64_t W, int64_t radius, T* plane, std::ve
 
 // 1 / divisor of the average at a pixel, as a product of a row's and a column's factor.
 inline double inverse_span(int64_t position, int64_t size, const Options& o) {
-  if (o.count_padding) return 1.0 / (2 * o.radius + 1);
-  return 1.0 / (std::min(position + o.radius, size - 1) - std::max<int64_t>(position - o.radius, 0) + 1);
+  return 1.0 / box_span(position, size, o.radius, o.count_padding);
 }
 
 // ------------------------------------------------------------------------------------------ one sample's M
@@ -285,18 +276,6 @@ SIB_CLONES void backward_sample(const T* grad_mask, const S* R, Layout layout, c
 
 // --------------------------------------------------------------------------------------------------- ops
 
-Options options_of(const Tensor& R, int64_t window, double temperature, double slope, double eps,
-                   const std::string& padding, double area) {
-  check_field("vjp", R);
-  STD_TORCH_CHECK(window > 0 && window % 2 == 1, "window must be odd and positive, got ", window);
-  STD_TORCH_CHECK(temperature > 0, "temperature must be > 0, got ", temperature);
-  STD_TORCH_CHECK(padding == "zeros" || padding == "exclude", "padding must be 'zeros' or 'exclude', got '", padding, "'");
-  STD_TORCH_CHECK(area > 0 && area < 1, "area must lie between 0 and 1, got ", area);
-  Options o{R.size(1), R.size(2), R.size(3), window / 2, temperature, slope, eps, 1 - area, padding == "zeros", 0};
-  o.support = support_size(o.pixels(), temperature);
-  return o;
-}
-
 std::tuple<Tensor, Tensor> density_mask(const Tensor& vjp, int64_t window, double temperature, double slope, double eps,
                                         std::string padding, double area) {
   const Options o = options_of(vjp, window, temperature, slope, eps, padding, area);
@@ -324,11 +303,8 @@ Tensor density_mask_backward(const Tensor& grad_mask, const Tensor& vjp, const T
                              int64_t window, double temperature, double slope, double eps, std::string padding,
                              double area) {
   const Options o = options_of(vjp, window, temperature, slope, eps, padding, area);
-  check_plane("grad_mask", grad_mask, vjp);
-  check_plane("mask", mask, vjp);
+  check_saved(grad_mask, vjp, mask, support, o);
   const int64_t B = vjp.size(0);
-  STD_TORCH_CHECK(support.dim() == 3 && support.size(0) == B && support.size(1) == kRows && support.size(2) == o.support,
-                  "support must be the second output of density_mask for the same vjp and options");
   const Tensor R = canonical(vjp), G = torch::stable::contiguous(grad_mask), M = torch::stable::contiguous(mask);
   const Tensor picks = torch::stable::contiguous(support);
   Tensor grad = empty_field(R);

@@ -12,10 +12,11 @@
 #include <tuple>
 #include <vector>
 
+#include "../masked_statistics.h"
+
 namespace sib_ext {
 namespace {
 
-constexpr int kMoments = 7;
 constexpr int64_t kChunk = 512;        // pixels a chunk: a row of a or b is 2 KB of float
 constexpr int kRowBlock = 4;           // Gram tiles: 4 x 2 rows, products: 4 rows x 2 vectors
 constexpr int64_t kMaxPartials = 64;   // at most this many ranges, and at most kPartialBytes of partial Grams
@@ -311,19 +312,6 @@ void backward(const Inputs<S>& in, const Cotangents<S>& g, const Gradients<S>& g
 }
 
 // --------------------------------------------------------------------------------------------------- ops
-
-void check_inputs(const Tensor& R, const Tensor& x, const Tensor& M) {
-  check_field("vjp", R);
-  check_field("x", x);
-  for (int dim = 0; dim < 4; ++dim) STD_TORCH_CHECK(R.size(dim) == x.size(dim), "x must have the size of vjp");
-  STD_TORCH_CHECK(R.scalar_type() == x.scalar_type(), "x must have the type of vjp");
-  check_plane("mask", M, R);
-}
-
-void check_cotangent(const char* name, const Tensor& g, int64_t rows, int64_t columns, const Tensor& R) {
-  STD_TORCH_CHECK(g.dim() == 2 && g.size(0) == rows && g.size(1) == columns && g.scalar_type() == accumulation_type(R.scalar_type()),
-                  name, " must be [", rows, ",", columns, "] in the type of the forward's output");
-}
 
 template <class S>
 Inputs<S> inputs_of(const Tensor& R, const Tensor& x, const Tensor& M) {

@@ -1,4 +1,4 @@
-"""One dispatch rule for every op: the device's native kernel, else the reference; Triton where it is asked for.
+"""One dispatch rule for every op: the device's native kernel, else the reference; what no GPU has run yet, if asked.
 
 Each op is registered once from Python: schema, fake kernel, autograd rule, and the reference at
 CompositeExplicitAutograd. ``sib_ext._C`` (CPU) and ``sib_ext._C_cuda`` (CUDA) only implement their device's key of
@@ -19,6 +19,9 @@ import torch
 
 IMPLEMENTATIONS = ("auto", "native", "triton", "reference")
 MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
+# Device types whose native kernels auto takes. Not "cuda" until its kernels have run on a GPU: so far they ran in an
+# emulation (tests/cuda_emulation), as Triton's did in its interpreter, and a wrong gradient would be silent.
+AUTO_TAKES_NATIVE = ("cpu",)
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps sib-ext (or the path of its source)"
 
 LIBRARY = torch.library.Library("sib_ext", "DEF")
@@ -104,8 +107,8 @@ def resolve(impl: str | None, device_type: str) -> str:
     """The implementation that will run: an explicit choice that cannot run raises and says why."""
     impl = _default if impl is None else _checked(impl, "impl")
     if impl == "auto":
-        # Not Triton on a GPU: its kernels have run in the interpreter only, and a wrong gradient would be silent.
-        return "native" if native_problem(device_type) is None else "reference"
+        proven = device_type in AUTO_TAKES_NATIVE and native_problem(device_type) is None
+        return "native" if proven else "reference"
     problem = {"native": native_problem, "triton": triton_problem}.get(impl, lambda _: None)(device_type)
     if problem is not None:
         raise RuntimeError(f"impl={impl!r} cannot run on {device_type}: {problem}. impl='auto' takes what is there.")

@@ -1,0 +1,704 @@
+// density_mask on a GPU. Two ways through the same pieces:
+//
+//   in one block: a plane of the sample and the selection's histograms fit into a block's shared memory (224 x 224
+//     float32 on Hopper): one block a sample, R is read once and M written once;
+//   in many blocks: planes lie in global memory, and each step is a launch of its own.
+//
+// Steps (csrc/cpu/density_mask.cpp has the formulas): g = |mean_c R|, its three quantiles, h, box average d (down, then
+// along the rows), its quantile, M. The backward goes the same way back.
+#pragma once
+
+#include "../box_average.h"
+#include "selection.cuh"
+
+namespace sib_ext::cuda {
+
+struct MaskProblem {
+  int64_t batch;
+  int channels, height, width;
+  Layout layout;
+  int64_t radius;
+  bool count_padding;
+  double slope, eps;
+  SoftQuantile quantiles[3];  // of the rows kRowLow, kRowHigh, kRowLevel; kRowAverage has the level's
+
+  SIB_HOST_DEVICE uint32_t pixels() const { return static_cast<uint32_t>(height) * static_cast<uint32_t>(width); }
+  SIB_HOST_DEVICE int64_t support() const { return quantiles[0].size; }
+  SIB_HOST_DEVICE int64_t list() const { return list_length(support()); }  // the room that its pixels take to be sorted
+};
+
+// ------------------------------------------------------------------------------------- pixel by pixel
+
+template <class S>
+__device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uint32_t pixel) {
+  const S* at = sample + pixel * o.layout.pixel;
+  Accumulate<S> total = widen(at[0]);
+  for (int c = 1; c < o.channels; ++c) total += widen(at[c * o.layout.channel]);
+  return total / static_cast<Accumulate<S>>(o.channels);
+}
+
+// f(pixel, mean_c R) for the pixels first, first + step, ...; loads of several pixels are under way at once.
+template <int AtOnce, class S, class F>
+__device__ void each_mean(const S* sample, const MaskProblem& o, uint32_t first, uint32_t last, uint32_t step, F f) {
+  using T = Accumulate<S>;
+  for (uint32_t start = first; start < last; start += AtOnce * step) {
+    T total[AtOnce] = {};
+    for (int c = 0; c < o.channels; ++c) {
+      const S* at = sample + c * o.layout.channel + start * o.layout.pixel;
+      T values[AtOnce];
+#pragma unroll
+      for (int i = 0; i < AtOnce; ++i) values[i] = start + i * step < last ? widen(at[i * step * o.layout.pixel]) : T(0);
+#pragma unroll
+      for (int i = 0; i < AtOnce; ++i) total[i] += values[i];
+    }
+#pragma unroll
+    for (int i = 0; i < AtOnce; ++i)
+      if (start + i * step < last) f(start + i * step, total[i] / static_cast<T>(o.channels));
+  }
+}
+
+template <class T>
+__device__ bool not_finite(T v) {
+  return ordered(v) >= Bits<T>::kInfinity;
+}
+
+template <class T>
+__device__ T not_a_number() {
+  return static_cast<T>(NAN);
+}
+
+// 1 / divisor of the average at a pixel.
+__device__ inline double inverse_area(const MaskProblem& o, int y, int x) {
+  return 1.0 / static_cast<double>(box_span(y, o.height, o.radius, o.count_padding) *
+                                   box_span(x, o.width, o.radius, o.count_padding));
+}
+
+// The quantiles of g as h needs them.
+template <class T>
+struct Steps {
+  T level, scale;  // u = (g - level) * scale, h = sigmoid(slope u)
+
+  __device__ Steps(const T* quantiles, const MaskProblem& o)
+      : level(quantiles[kRowLevel]), scale(T(1) / (quantiles[kRowHigh] - quantiles[kRowLow] + static_cast<T>(o.eps))) {}
+};
+
+// dL/d(d - q80(d)) from dL/dM.
+template <class T>
+__device__ T through_mask(T grad, T m, const MaskProblem& o) {
+  return grad * static_cast<T>(o.slope) * m * (T(1) - m);
+}
+
+// dg/dR: the sign of mean_c R, shared by the channels; NaN stays NaN.
+template <class T>
+__device__ T through_magnitude(T mean, const MaskProblem& o) {
+  const T share = T(1) / static_cast<T>(o.channels);
+  return mean > 0 ? share : mean < 0 ? -share : mean;
+}
+
+// out(i, sum over the 2*radius+1 values around i) for i in [begin, end) of a line. Sums slide in double: adding and
+// later subtracting the same floats leaves no drift.
+template <class T, class Out>
+__device__ void slide(const T* line, int64_t stride, int length, int64_t radius, int begin, int end, Out out) {
+  const int reach = radius < length ? static_cast<int>(radius) : length - 1;
+  double sum = 0;
+  for (int i = begin > reach ? begin - reach - 1 : 0; i < begin + reach && i < length; ++i) sum += line[i * stride];
+  for (int i = begin; i < end; ++i) {
+    if (i + reach < length) sum += line[(i + reach) * stride];
+    if (i > reach) sum -= line[(i - reach - 1) * stride];
+    out(i, sum);
+  }
+}
+
+// Sums down the columns of a plane, for one stretch of one column; neighbouring items are neighbouring columns.
+template <class T>
+__device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int rows, T* out) {
+  const int x = static_cast<int>(item % o.width), begin = static_cast<int>(item / o.width) * rows;
+  const int end = begin + rows < o.height ? begin + rows : o.height;
+  slide(plane + x, o.width, o.height, o.radius, begin, end,
+        [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
+}
+
+// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero.
+template <class T>
+__device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
+                          T* out) {
+  const double inside = inverse_area(o, 0, 0);  // the same everywhere, if padding counts
+  while (first < last) {
+    const int64_t row = first / o.width;
+    const int begin = static_cast<int>(first % o.width);
+    const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
+    slide(plane + row * o.width, 1, o.width, o.radius, begin, end, [&](int x, double sum) {
+      if (average) {
+        const int y = first_row + static_cast<int>(row);
+        sum = (sum < 0 ? 0 : sum) * (o.count_padding ? inside : inverse_area(o, y, x));
+      }
+      out[row * o.width + x] = static_cast<T>(sum);
+    });
+    first += end - begin;
+  }
+}
+
+// ------------------------------------------------------------------------------ one block works on a sample
+
+// Threads of a block at most: as many as have the registers that the kernels want.
+constexpr int max_block(size_t element) { return element == sizeof(double) ? 512 : 768; }
+constexpr int kMaxWarps = max_block(sizeof(float)) / kWarp;
+
+// What a block has in shared memory after its plane.
+template <class T>
+struct alignas(16) BlockScratch {
+  Selection<T, 3> selection;  // its histograms serve as lists of pixels and as staging room, too
+  double sums[kMaxWarps];
+  T quantiles[kRows];
+};
+
+constexpr int64_t kStagingBytes = Selection<float, 3>::kWords * sizeof(uint32_t);
+constexpr int64_t kShortList = 2048;  // lists up to this length stay in shared memory
+static_assert(3 * kShortList <= Selection<float, 3>::kWords && kShortList <= Selection<float, 1>::kWords,
+              "lists overlay the histograms");
+
+inline int64_t plane_bytes(int64_t pixels, int64_t element) { return ceil_div(pixels * element, 16) * 16; }
+
+template <class T>
+bool fits_in_block(const MaskProblem& o, const Device& device) {
+  const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + static_cast<int64_t>(sizeof(BlockScratch<T>));
+  return bytes <= device.shared_bytes && o.width * static_cast<int64_t>(sizeof(T)) <= kStagingBytes;
+}
+
+// Threads of a block for one sample: many for a large plane, few for a small one, so that blocks share a processor.
+template <class T>
+int block_threads(uint32_t pixels) {
+  return pixels >= 16384 ? max_block(sizeof(T)) : pixels >= 2048 ? 256 : 64;
+}
+
+// The run of neighbouring pixels that this thread owns: of odd length, so that a warp meets all banks.
+struct Run {
+  uint32_t first, last;
+
+  __device__ explicit Run(uint32_t pixels) {
+    const uint32_t length = (pixels + blockDim.x - 1) / blockDim.x | 1;
+    const uint64_t begin = static_cast<uint64_t>(length) * threadIdx.x;
+    first = begin < pixels ? static_cast<uint32_t>(begin) : pixels;
+    last = pixels - first < length ? pixels : first + length;
+  }
+};
+
+template <class T>
+struct BlockMemory {
+  T* plane;
+  BlockScratch<T>& scratch;
+
+  __device__ explicit BlockMemory(const MaskProblem& o)
+      : plane(reinterpret_cast<T*>(block_memory())),
+        scratch(*reinterpret_cast<BlockScratch<T>*>(
+            block_memory() + (static_cast<int64_t>(o.pixels()) * sizeof(T) + 15) / 16 * 16)) {}
+};
+
+// The box sums of a block's plane, in place; down is a plane in global memory for the sums in between.
+template <class T>
+__device__ void box_in_block(T* plane, T* down, const MaskProblem& o, bool average, T* staging) {
+  const int threads = blockDim.x, segments = threads > o.width ? threads / o.width : 1;
+  const int rows = (o.height + segments - 1) / segments;
+  __syncthreads();
+  for (int64_t item = threadIdx.x; item < static_cast<int64_t>(segments) * o.width; item += blockDim.x)
+    box_down(plane, o, item, rows, down);
+  const int band = static_cast<int>(kStagingBytes / sizeof(T)) / o.width;
+  for (int row = 0; row < o.height; row += band) {
+    const int count = o.height - row < band ? o.height - row : band;
+    const uint32_t pixels = static_cast<uint32_t>(count) * o.width;
+    const int64_t start = static_cast<int64_t>(row) * o.width;
+    __syncthreads();
+    for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) staging[p] = down[start + p];
+    __syncthreads();
+    const Run run(pixels);
+    box_along(staging, o, row, run.first, run.last, average, plane + start);
+  }
+  __syncthreads();
+}
+
+// The supports of Q quantiles of the block's plane, and the quantiles; long_lists may be null if lists are short.
+template <class T, int Q>
+__device__ void quantiles_in_block(const T* plane, const MaskProblem& o, const SoftQuantile* quantiles,
+                                   Selection<T, Q>& s, uint32_t* long_lists, int64_t* support, T* result) {
+  const uint32_t pixels = o.pixels();
+  const Run run(pixels);
+  start_selection(s, quantiles, pixels);
+  for (int i = 0; i < value_digits<T>(); ++i) {
+    __syncthreads();
+    prepare_count(s);
+    __syncthreads();
+    count_run(plane, run.first, run.last, s, value_digit<T>(i), s.histograms);
+    __syncthreads();
+    descend_all(s, value_digit<T>(i));
+  }
+  __syncthreads();
+  settle_values(s);
+  __syncthreads();
+  const bool open = any_open(s);
+  for (int i = 0; open && i < pixel_digits(pixels); ++i) {
+    prepare_count(s);
+    __syncthreads();
+    count_run(plane, run.first, run.last, s, pixel_digit(pixels, i), s.histograms);
+    __syncthreads();
+    descend_all(s, pixel_digit(pixels, i));
+    __syncthreads();
+  }
+  const int64_t size = o.support(), length = o.list();
+  uint32_t* lists = long_lists ? long_lists : s.histograms;
+  pad_lists(lists, Q, length, size);
+  collect_run(plane, run.first, run.last, s, s.filled, lists, length);
+  sort_lists(plane, lists, Q, length);
+  for (int q = 0; q < Q; ++q)
+    for (int64_t k = threadIdx.x; k < size; k += blockDim.x) support[q * size + k] = lists[q * length + k];
+  for (int q = threadIdx.x / kWarp; q < Q; q += blockDim.x / kWarp) {
+    const T value = take_quantile<T>(quantiles[q], [&](int64_t k) { return plane[lists[q * length + k]]; });
+    if (threadIdx.x % kWarp == 0) result[q] = value;
+  }
+  __syncthreads();
+}
+
+template <class S>
+__global__ void __launch_bounds__(max_block(sizeof(S)), 1)
+    mask_in_block_kernel(const S* R, MaskProblem o, uint32_t* long_lists, Accumulate<S>* mask, int64_t* support) {
+  using T = Accumulate<S>;
+  const int64_t sample = blockIdx.x, size = o.support();
+  const uint32_t pixels = o.pixels();
+  const BlockMemory<T> memory(o);
+  T* plane = memory.plane;
+  BlockScratch<T>& scratch = memory.scratch;
+  R += sample * o.layout.batch;
+  mask += sample * pixels;
+  support += sample * kRows * size;
+  if (long_lists) long_lists += sample * 3 * o.list();
+
+  int spoilt = 0;
+  each_mean<8>(R, o, threadIdx.x, pixels, blockDim.x, [&](uint32_t p, T mean) {
+    plane[p] = mean < 0 ? -mean : mean;
+    spoilt |= not_finite(mean);
+  });
+  if (__syncthreads_or(spoilt)) {
+    for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) mask[p] = not_a_number<T>();
+    for (int64_t k = threadIdx.x; k < kRows * size; k += blockDim.x) support[k] = 0;
+    return;
+  }
+
+  quantiles_in_block(plane, o, o.quantiles, scratch.selection, long_lists, support, scratch.quantiles);
+  const Steps<T> steps(scratch.quantiles, o);
+  const T slope = static_cast<T>(o.slope);
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
+    plane[p] = sigmoid(slope * ((plane[p] - steps.level) * steps.scale));
+
+  // M's own memory holds the sums in between.
+  box_in_block(plane, mask, o, true, reinterpret_cast<T*>(scratch.selection.histograms));
+
+  auto& selection = *reinterpret_cast<Selection<T, 1>*>(&scratch.selection);
+  quantiles_in_block(plane, o, o.quantiles + kRowLevel, selection, long_lists, support + kRowAverage * size,
+                     scratch.quantiles + kRowAverage);
+  const T level = scratch.quantiles[kRowAverage];
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) mask[p] = sigmoid(slope * (plane[p] - level));
+}
+
+// plane[p] -= total * weight * factor(p) for the pixels p of a support, by the whole block.
+template <class T, class Factor>
+__device__ void subtract_at(T* plane, const int64_t* pixels, const SoftQuantile& q, double total, Factor factor) {
+  for (int64_t k = threadIdx.x; k < q.size; k += blockDim.x)
+    plane[pixels[k]] -= static_cast<T>(total * q.weight(k)) * factor(static_cast<uint32_t>(pixels[k]));
+}
+
+// The three quantiles of g from their supports, by the whole block.
+template <class S>
+__device__ void quantiles_from_support(const S* R, const MaskProblem& o, const int64_t* support, Accumulate<S>* result) {
+  using T = Accumulate<S>;
+  for (int row = threadIdx.x / kWarp; row < 3; row += blockDim.x / kWarp) {
+    const T value = take_quantile<T>(o.quantiles[row], [&](int64_t k) {
+      const T g = channel_mean(R, o, static_cast<uint32_t>(support[row * o.support() + k]));
+      return g < 0 ? -g : g;
+    });
+    if (threadIdx.x % kWarp == 0) result[row] = value;
+  }
+}
+
+// From dL/dh at a pixel to its share of dL/dR, before the quantiles' shares; adds to the two sums that these need.
+template <class T>
+__device__ T through_steps(T grad, T mean, const Steps<T>& steps, const MaskProblem& o, double& sum, double& slip) {
+  const T slope = static_cast<T>(o.slope), u = ((mean < 0 ? -mean : mean) - steps.level) * steps.scale;
+  const T h = sigmoid(slope * u), through = grad * slope * h * (T(1) - h);
+  slip += static_cast<double>(through * u) * steps.scale;
+  sum += through * steps.scale;
+  return through * steps.scale * through_magnitude(mean, o);
+}
+
+// Takes the quantiles' shares off the pixels they rest on, by the whole block.
+template <class S>
+__device__ void subtract_shares(Accumulate<S>* plane, const S* R, const MaskProblem& o, const int64_t* support,
+                                double sum, double slip) {
+  const auto sign = [&](uint32_t p) { return through_magnitude(channel_mean(R, o, p), o); };
+  const int64_t size = o.support();
+  subtract_at(plane, support + kRowLevel * size, o.quantiles[kRowLevel], sum, sign);
+  __syncthreads();
+  subtract_at(plane, support + kRowHigh * size, o.quantiles[kRowHigh], slip, sign);
+  __syncthreads();
+  subtract_at(plane, support + kRowLow * size, o.quantiles[kRowLow], -slip, sign);
+  __syncthreads();
+}
+
+template <class S>
+__global__ void __launch_bounds__(max_block(sizeof(S)), 1)
+    mask_backward_in_block_kernel(const Accumulate<S>* grad_mask, const S* R, const Accumulate<S>* mask,
+                                  const int64_t* support, MaskProblem o, Accumulate<S>* down, S* grad) {
+  using T = Accumulate<S>;
+  const int64_t sample = blockIdx.x, size = o.support();
+  const uint32_t pixels = o.pixels();
+  const BlockMemory<T> memory(o);
+  T* plane = memory.plane;
+  BlockScratch<T>& scratch = memory.scratch;
+  grad_mask += sample * pixels;
+  R += sample * o.layout.batch;
+  mask += sample * pixels;
+  support += sample * kRows * size;
+  down += sample * pixels;
+  grad += sample * o.layout.batch;
+
+  double total = 0;
+#pragma unroll 4
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) {
+    plane[p] = through_mask(grad_mask[p], mask[p], o);
+    total += plane[p];
+  }
+  total = block_sum(total, scratch.sums);
+  subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
+  __syncthreads();
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
+    plane[p] *= static_cast<T>(inverse_area(o, p / o.width, p % o.width));
+  box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.selection.histograms));
+
+  quantiles_from_support(R, o, support, scratch.quantiles);
+  __syncthreads();
+  const Steps<T> steps(scratch.quantiles, o);
+  double sum = 0, slip = 0;
+  each_mean<4>(R, o, threadIdx.x, pixels, blockDim.x,
+               [&](uint32_t p, T mean) { plane[p] = through_steps(plane[p], mean, steps, o, sum, slip); });
+  sum = block_sum(sum, scratch.sums);
+  slip = block_sum(slip, scratch.sums);
+  subtract_shares(plane, R, o, support, sum, slip);
+  for (int c = 0; c < o.channels; ++c) {
+#pragma unroll 4
+    for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
+      grad[c * o.layout.channel + p * o.layout.pixel] = narrow<S>(plane[p]);
+  }
+}
+
+// ----------------------------------------------------------------------------- many blocks work on a sample
+
+constexpr int kThreads = 256;
+constexpr int kRunPixels = 64;                        // that a thread counts, or along which it slides
+constexpr int kTilePixels = kThreads * kRunPixels;    // that a block counts
+constexpr int kSpreadPixels = 4 * kThreads;           // that a block works on one by one
+
+// Sample and number of this block, where each sample has so many.
+struct Part {
+  int64_t sample;
+  uint32_t index;
+
+  __device__ explicit Part(uint32_t parts) : sample(blockIdx.x / parts), index(blockIdx.x % parts) {}
+};
+
+// f(pixel) for the pixels of this block's part, neighbouring threads at neighbouring pixels.
+template <class F>
+__device__ void each_pixel(const Part& part, uint32_t pixels, F f) {
+#pragma unroll
+  for (int i = 0; i < kSpreadPixels / kThreads; ++i) {
+    const uint32_t p = part.index * kSpreadPixels + i * kThreads + threadIdx.x;
+    if (p < pixels) f(p);
+  }
+}
+
+// f(pixel, mean_c R) likewise.
+template <class S, class F>
+__device__ void each_mean(const Part& part, const S* R, const MaskProblem& o, F f) {
+  const uint32_t begin = part.index * kSpreadPixels, end = begin + kSpreadPixels;  // fewer than 2^32: pixels are < 2^31
+  each_mean<kSpreadPixels / kThreads>(R + part.sample * o.layout.batch, o, begin + threadIdx.x,
+                                      end < o.pixels() ? end : o.pixels(), kThreads, f);
+}
+
+inline int64_t parts_of(const MaskProblem& o) { return ceil_div(o.pixels(), kSpreadPixels); }
+
+template <class S>
+__global__ void density_kernel(const S* R, MaskProblem o, uint32_t parts, Accumulate<S>* plane, int* spoilt) {
+  const Part part(parts);
+  each_mean(part, R, o, [&](uint32_t p, Accumulate<S> mean) {
+    plane[part.sample * o.pixels() + p] = mean < 0 ? -mean : mean;
+    if (not_finite(mean)) atomicOr(&spoilt[part.sample], 1);
+  });
+}
+
+template <class T, int Q>
+__global__ void start_selection_kernel(MaskProblem o, int quantile, int64_t length, Selection<T, Q>* selections,
+                                       uint32_t* lists) {
+  Selection<T, Q>& s = selections[blockIdx.x];
+  start_selection(s, o.quantiles + quantile, o.pixels());
+  pad_lists(lists + blockIdx.x * Q * length, Q, length, o.support());
+  __syncthreads();
+  prepare_count(s);
+}
+
+template <class T, int Q>
+__global__ void count_kernel(const T* plane, MaskProblem o, Digit digit, uint32_t parts, Selection<T, Q>* selections) {
+  const Part part(parts);
+  Selection<T, Q>& s = selections[part.sample];
+  if (digit.of_pixel && !any_open(s)) return;
+  uint32_t* histograms = reinterpret_cast<uint32_t*>(block_memory());
+  for (int word = threadIdx.x; word < s.kWords; word += blockDim.x) histograms[word] = 0;
+  __syncthreads();
+  const uint64_t pixels = o.pixels(), begin = (static_cast<uint64_t>(part.index) * kThreads + threadIdx.x) * kRunPixels;
+  const uint32_t first = static_cast<uint32_t>(begin < pixels ? begin : pixels);
+  const uint32_t last = static_cast<uint32_t>(begin + kRunPixels < pixels ? begin + kRunPixels : pixels);
+  count_run(plane + part.sample * o.pixels(), first, last, s, digit, histograms);
+  __syncthreads();
+  for (int word = threadIdx.x; word < s.kWords; word += blockDim.x)
+    if (histograms[word]) atomicAdd(&s.histograms[word], histograms[word]);
+}
+
+template <class T, int Q>
+__global__ void descend_kernel(Digit digit, bool last_value_digit, Selection<T, Q>* selections) {
+  Selection<T, Q>& s = selections[blockIdx.x];
+  if (digit.of_pixel && !any_open(s)) return;
+  descend_all(s, digit);
+  __syncthreads();
+  if (last_value_digit) settle_values(s);
+  __syncthreads();
+  prepare_count(s);
+}
+
+template <class T, int Q>
+__global__ void collect_kernel(const T* plane, MaskProblem o, int64_t length, uint32_t parts,
+                               Selection<T, Q>* selections, uint32_t* lists) {
+  const Part part(parts);
+  Selection<T, Q>& s = selections[part.sample];
+  const uint64_t pixels = o.pixels(), begin = (static_cast<uint64_t>(part.index) * kThreads + threadIdx.x) * kRunPixels;
+  const uint32_t first = static_cast<uint32_t>(begin < pixels ? begin : pixels);
+  const uint32_t last = static_cast<uint32_t>(begin + kRunPixels < pixels ? begin + kRunPixels : pixels);
+  collect_run(plane + part.sample * o.pixels(), first, last, s, s.filled, lists + part.sample * Q * length, length);
+}
+
+// Sorts the supports of a sample; a spoilt one gets zeros, as its mask is NaN.
+template <class T, int Q>
+__global__ void rank_kernel(const T* plane, MaskProblem o, int quantile, int row, int64_t length, const int* spoilt,
+                            uint32_t* lists, int64_t* support, T* quantiles) {
+  const int64_t sample = blockIdx.x, size = o.support();
+  plane += sample * o.pixels();
+  lists += sample * Q * length;
+  support += (sample * kRows + row) * size;
+  sort_lists(plane, lists, Q, length);
+  for (int q = 0; q < Q; ++q)
+    for (int64_t k = threadIdx.x; k < size; k += blockDim.x)
+      support[q * size + k] = spoilt[sample] ? 0 : lists[q * length + k];
+  for (int q = threadIdx.x / kWarp; q < Q; q += blockDim.x / kWarp) {
+    const T value = take_quantile<T>(o.quantiles[quantile + q], [&](int64_t k) { return plane[lists[q * length + k]]; });
+    if (threadIdx.x % kWarp == 0) quantiles[sample * Q + q] = value;
+  }
+}
+
+template <class T>
+__global__ void steps_kernel(MaskProblem o, uint32_t parts, const T* quantiles, T* plane) {
+  const Part part(parts);
+  const Steps<T> steps(quantiles + part.sample * 3, o);
+  each_pixel(part, o.pixels(), [&](uint32_t p) {
+    T& value = plane[part.sample * o.pixels() + p];
+    value = sigmoid(static_cast<T>(o.slope) * ((value - steps.level) * steps.scale));
+  });
+}
+
+template <class T>
+__global__ void box_down_kernel(const T* plane, MaskProblem o, uint32_t parts, int64_t items, T* out) {
+  const Part part(parts);
+  const int64_t item = static_cast<int64_t>(part.index) * blockDim.x + threadIdx.x, offset = part.sample * o.pixels();
+  if (item < items) box_down(plane + offset, o, item, kRunPixels, out + offset);
+}
+
+template <class T>
+__global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, uint32_t parts, T* out) {
+  const Part part(parts);
+  const int64_t first = (static_cast<int64_t>(part.index) * blockDim.x + threadIdx.x) * kRunPixels, pixels = o.pixels();
+  const int64_t last = first + kRunPixels < pixels ? first + kRunPixels : pixels, offset = part.sample * pixels;
+  box_along(plane + offset, o, 0, first, last, average, out + offset);
+}
+
+template <class T>
+__global__ void finish_mask_kernel(const T* plane, MaskProblem o, uint32_t parts, const T* level, const int* spoilt,
+                                   T* mask) {
+  const Part part(parts);
+  each_pixel(part, o.pixels(), [&](uint32_t p) {
+    const int64_t at = part.sample * o.pixels() + p;
+    const T m = sigmoid(static_cast<T>(o.slope) * (plane[at] - level[part.sample]));
+    mask[at] = spoilt[part.sample] ? not_a_number<T>() : m;
+  });
+}
+
+template <class T>
+__global__ void through_mask_kernel(const T* grad_mask, const T* mask, MaskProblem o, uint32_t parts, T* plane,
+                                    double* partials) {
+  const Part part(parts);
+  double total = 0;
+  each_pixel(part, o.pixels(), [&](uint32_t p) {
+    const int64_t at = part.sample * o.pixels() + p;
+    plane[at] = through_mask(grad_mask[at], mask[at], o);
+    total += plane[at];
+  });
+  total = block_sum(total, reinterpret_cast<double*>(block_memory()));
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+}
+
+// The sum of a sample's partial sums, by the whole block.
+__device__ inline double sum_partials(const double* partials, uint32_t count) {
+  double total = 0;
+  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) total += partials[i];
+  return block_sum(total, reinterpret_cast<double*>(block_memory()));
+}
+
+template <class T>
+__global__ void average_share_kernel(const double* partials, uint32_t parts, MaskProblem o, const int64_t* support,
+                                     T* plane) {
+  const int64_t sample = blockIdx.x, size = o.support();
+  const double total = sum_partials(partials + sample * parts, parts);
+  subtract_at(plane + sample * o.pixels(), support + (sample * kRows + kRowAverage) * size, o.quantiles[kRowLevel],
+              total, [](uint32_t) { return T(1); });
+}
+
+template <class T>
+__global__ void divide_kernel(MaskProblem o, uint32_t parts, T* plane) {
+  const Part part(parts);
+  each_pixel(part, o.pixels(), [&](uint32_t p) {
+    plane[part.sample * o.pixels() + p] *= static_cast<T>(inverse_area(o, p / o.width, p % o.width));
+  });
+}
+
+template <class S>
+__global__ void support_quantiles_kernel(const S* R, MaskProblem o, const int64_t* support, Accumulate<S>* quantiles) {
+  const int64_t sample = blockIdx.x;
+  quantiles_from_support(R + sample * o.layout.batch, o, support + sample * kRows * o.support(), quantiles + sample * 3);
+}
+
+template <class S>
+__global__ void through_steps_kernel(const S* R, MaskProblem o, uint32_t parts, const Accumulate<S>* quantiles,
+                                     Accumulate<S>* plane, double* sums, double* slips) {
+  using T = Accumulate<S>;
+  const Part part(parts);
+  const Steps<T> steps(quantiles + part.sample * 3, o);
+  double sum = 0, slip = 0;
+  each_mean(part, R, o, [&](uint32_t p, T mean) {
+    T& value = plane[part.sample * o.pixels() + p];
+    value = through_steps(value, mean, steps, o, sum, slip);
+  });
+  double* scratch = reinterpret_cast<double*>(block_memory());
+  sum = block_sum(sum, scratch);
+  slip = block_sum(slip, scratch);
+  if (threadIdx.x == 0) {
+    sums[blockIdx.x] = sum;
+    slips[blockIdx.x] = slip;
+  }
+}
+
+template <class S>
+__global__ void subtract_shares_kernel(const double* sums, const double* slips, uint32_t parts, const S* R,
+                                       MaskProblem o, const int64_t* support, Accumulate<S>* plane) {
+  const int64_t sample = blockIdx.x;
+  const double sum = sum_partials(sums + sample * parts, parts), slip = sum_partials(slips + sample * parts, parts);
+  subtract_shares(plane + sample * o.pixels(), R + sample * o.layout.batch, o, support + sample * kRows * o.support(),
+                  sum, slip);
+}
+
+template <class S>
+__global__ void to_channels_kernel(const Accumulate<S>* plane, MaskProblem o, uint32_t parts, S* grad) {
+  const Part part(parts);
+  each_pixel(part, o.pixels(), [&](uint32_t p) {
+    const S value = narrow<S>(plane[part.sample * o.pixels() + p]);
+    S* at = grad + part.sample * o.layout.batch + p * o.layout.pixel;
+    for (int c = 0; c < o.channels; ++c) at[c * o.layout.channel] = value;
+  });
+}
+
+// ----------------------------------------------------------------------------------------- the launches
+
+constexpr int64_t kSumBytes = kThreads / kWarp * sizeof(double);
+
+// Q quantiles of planes in global memory, from the given one on; their supports go to rows from the given one on.
+template <class T, int Q>
+T* launch_quantiles(const T* plane, const MaskProblem& o, int quantile, int row, const Device& device, const int* spoilt,
+                    int64_t* support) {
+  const int64_t length = o.list(), parts = ceil_div(o.pixels(), kTilePixels);
+  auto* selections = device.array<Selection<T, Q>>(o.batch);
+  uint32_t* lists = device.array<uint32_t>(o.batch * Q * length);
+  T* quantiles = device.array<T>(o.batch * Q);
+  launch(device, start_selection_kernel<T, Q>, o.batch, kThreads, 0, o, quantile, length, selections,
+         lists);
+  const auto take = [&](Digit digit, bool last_value_digit) {
+    launch(device, count_kernel<T, Q>, o.batch * parts, kThreads, Selection<T, Q>::kWords * sizeof(uint32_t), plane, o, digit,
+           parts, selections);
+    launch(device, descend_kernel<T, Q>, o.batch, kThreads, 0, digit, last_value_digit, selections);
+  };
+  for (int i = 0; i < value_digits<T>(); ++i) take(value_digit<T>(i), i == value_digits<T>() - 1);
+  for (int i = 0; i < pixel_digits(o.pixels()); ++i) take(pixel_digit(o.pixels(), i), false);
+  launch(device, collect_kernel<T, Q>, o.batch * parts, kThreads, 0, plane, o, length, parts, selections, lists);
+  launch(device, rank_kernel<T, Q>, o.batch, kThreads, 0, plane, o, quantile, row, length, spoilt, lists,
+         support, quantiles);
+  return quantiles;
+}
+
+// Box sums from a plane back into it.
+template <class T>
+void launch_box(T* plane, T* between, const MaskProblem& o, bool average, const Device& device) {
+  const int64_t items = static_cast<int64_t>(o.width) * ceil_div(o.height, kRunPixels);
+  const int64_t down = ceil_div(items, kThreads), along = ceil_div(o.pixels(), kTilePixels);
+  launch(device, box_down_kernel<T>, o.batch * down, kThreads, 0, plane, o, down, items, between);
+  launch(device, box_along_kernel<T>, o.batch * along, kThreads, 0, between, o, average, along, plane);
+}
+
+template <class S>
+void mask_forward(const S* R, const MaskProblem& o, const Device& device, Accumulate<S>* mask, int64_t* support) {
+  using T = Accumulate<S>;
+  if (o.batch == 0) return;
+  if (fits_in_block<T>(o, device)) {
+    uint32_t* lists = o.list() > kShortList ? device.array<uint32_t>(o.batch * 3 * o.list()) : nullptr;
+    const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + sizeof(BlockScratch<T>);
+    launch(device, mask_in_block_kernel<S>, o.batch, block_threads<T>(o.pixels()), bytes, R, o, lists, mask, support);
+    return;
+  }
+  const int64_t parts = parts_of(o), blocks = o.batch * parts;
+  T* plane = device.array<T>(o.batch * o.pixels());
+  int* spoilt = device.array<int>(o.batch);
+  check(cudaMemsetAsync(spoilt, 0, o.batch * sizeof(int), device.stream), "sib_ext: clearing memory");
+  launch(device, density_kernel<S>, blocks, kThreads, 0, R, o, parts, plane, spoilt);
+  const T* quantiles = launch_quantiles<T, 3>(plane, o, kRowLow, kRowLow, device, spoilt, support);
+  launch(device, steps_kernel<T>, blocks, kThreads, 0, o, parts, quantiles, plane);
+  launch_box(plane, mask, o, true, device);  // M's own memory holds the sums in between
+  const T* level = launch_quantiles<T, 1>(plane, o, kRowLevel, kRowAverage, device, spoilt, support);
+  launch(device, finish_mask_kernel<T>, blocks, kThreads, 0, plane, o, parts, level, spoilt, mask);
+}
+
+template <class S>
+void mask_backward(const Accumulate<S>* grad_mask, const S* R, const Accumulate<S>* mask, const int64_t* support,
+                   const MaskProblem& o, const Device& device, S* grad) {
+  using T = Accumulate<S>;
+  if (o.batch == 0) return;
+  T* between = device.array<T>(o.batch * o.pixels());
+  if (fits_in_block<T>(o, device)) {
+    const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + sizeof(BlockScratch<T>);
+    launch(device, mask_backward_in_block_kernel<S>, o.batch, block_threads<T>(o.pixels()), bytes, grad_mask, R, mask,
+           support, o, between, grad);
+    return;
+  }
+  const int64_t parts = parts_of(o), blocks = o.batch * parts;
+  T *plane = device.array<T>(o.batch * o.pixels()), *quantiles = device.array<T>(o.batch * 3);
+  double *sums = device.array<double>(blocks), *slips = device.array<double>(blocks);
+  launch(device, through_mask_kernel<T>, blocks, kThreads, kSumBytes, grad_mask, mask, o, parts, plane, sums);
+  launch(device, average_share_kernel<T>, o.batch, kThreads, kSumBytes, sums, parts, o, support, plane);
+  launch(device, divide_kernel<T>, blocks, kThreads, 0, o, parts, plane);
+  launch_box(plane, between, o, false, device);
+  launch(device, support_quantiles_kernel<S>, o.batch, kThreads, 0, R, o, support, quantiles);
+  launch(device, through_steps_kernel<S>, blocks, kThreads, kSumBytes, R, o, parts, quantiles, plane, sums, slips);
+  launch(device, subtract_shares_kernel<S>, o.batch, kThreads, kSumBytes, sums, slips, parts, R, o, support, plane);
+  launch(device, to_channels_kernel<S>, blocks, kThreads, 0, plane, o, parts, grad);
+}
+
+}  // namespace sib_ext::cuda
