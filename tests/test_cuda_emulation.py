@@ -14,7 +14,7 @@ import torch
 
 from sib_ext import reference
 
-from . import cuda_emulation
+from . import cuda_emulation, test_norm_double_backward
 from .compare import (
     GRADIENTS,
     VALUES,
@@ -430,3 +430,34 @@ def test_the_emulation_notices_a_planted_mistake(mistake, tmp_path):
     subprocess.run(["g++", "-std=c++17", *include, str(tmp_path / "planted.cpp"), "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert outcome in done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------ norm_double_backward
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("name", test_norm_double_backward.CASES)
+def test_the_second_derivative_of_a_normalisation_is_the_formula(name, affine, emulated):
+    arguments = test_norm_double_backward.arguments(name, affine=affine)
+    results = emulated.norm_double_backward(*arguments)
+    for value, truth in zip(results, reference.norm_double_backward(*arguments[:6]), strict=True):
+        assert_near(value, truth, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["batch", "group", "batch, rows in fours"])
+def test_the_second_derivative_of_a_normalisation_in_narrow_types(name, dtype, emulated):
+    arguments = test_norm_double_backward.arguments(name, dtype)
+    exact = reference.norm_double_backward(*(None if t is None else t.double() for t in arguments[:6]))
+    for value, truth in zip(emulated.norm_double_backward(*arguments), exact, strict=True):
+        assert relative_error(value, truth) <= 2 * relative_error(truth.to(value.dtype), truth) + 1e-6
+
+
+def test_the_second_derivative_of_a_normalisation_does_not_depend_on_the_order_of_threads(emulated):
+    arguments = test_norm_double_backward.arguments("batch, rows in fours", torch.float32)
+    results = []
+    for order in cuda_emulation.ORDERS:
+        emulated.set_order(order)
+        results.append(emulated.norm_double_backward(*arguments))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -16,6 +16,7 @@ CASES = {
     "batch, channels_last": ((4, 6, 5, 7), None),
     "batch, vectors": ((5, 3), None),
     "batch, long rows": ((2, 3, 37, 41), None),
+    "batch, rows in fours": ((35, 3, 12, 12), None),
     "batch, volumes": ((2, 3, 2, 3, 4), None),
     "group": ((3, 6, 5, 7), 2),
     "group, channels_last": ((3, 6, 5, 7), 3),

@@ -55,6 +55,10 @@ class _Statistics(ctypes.Structure):
     ]
 
 
+class _Norm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in "type batch channels groups length over_batch".split()]
+
+
 def canonical(field: Tensor) -> Tensor:
     """What the extension does before it calls a kernel: other layouts are copied."""
     return field.detach().contiguous(memory_format=dispatch.field_format(field))
@@ -74,7 +78,7 @@ def poisoned(tensor: Tensor) -> Tensor:
 
 
 class Emulation:
-    """Both ops with the signatures of the registered ones."""
+    """The ops with the signatures of the registered ones."""
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(os.fspath(library))
@@ -129,3 +133,12 @@ class Emulation:
             ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, (*cotangents, vjp, x, mask, *outputs))
         )
         return outputs
+
+    def norm_double_backward(self, grad_grad, grad, x, mean, rstd, weight, eps):
+        v, g, x = (t.contiguous() for t in (grad_grad, grad, x))
+        batch, channels = x.shape[:2]
+        sizes = (batch, channels, mean.shape[-1], x[0, 0].numel(), mean.dim() == 1)
+        outputs = [poisoned(torch.empty_like(t)) for t in (x, x, mean.new_empty(channels))]
+        tensors = (v, g, x, mean.contiguous(), rstd.contiguous(), weight, *outputs)
+        self.library.norm_double_backward(ctypes.byref(_Norm(TYPES[x.dtype], *sizes)), *map(pointer, tensors))
+        return tuple(outputs)

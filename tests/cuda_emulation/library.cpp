@@ -1,6 +1,7 @@
 // The CUDA kernels as functions of a shared library that runs them on the CPU; tests/test_cuda_emulation.py calls them.
 #include "density_mask_kernels.cuh"
 #include "masked_statistics_kernels.cuh"
+#include "norm_double_backward_kernels.cuh"
 
 namespace {
 
@@ -62,6 +63,10 @@ struct StatisticsArguments {
   }
 };
 
+struct NormArguments {
+  int64_t type, batch, channels, groups, length, over_batch;
+};
+
 }  // namespace
 
 extern "C" {
@@ -110,6 +115,20 @@ void masked_statistics_backward(const StatisticsArguments* a, const void* grad_m
                                       static_cast<const T*>(grad_gram_x),  static_cast<S*>(grad_R),
                                       static_cast<S*>(grad_x),             static_cast<T*>(grad_M)};
     statistics_backward(a->fields<S>(R, x, M), grad, memory.device(0, a->multiprocessors));
+  });
+}
+
+void norm_double_backward(const NormArguments* a, const void* v, const void* g, const void* x, const void* mean,
+                          const void* rstd, const void* weight, void* grad_g, void* grad_x, void* grad_weight) {
+  Allocations memory;
+  with_type(a->type, [&](auto type) {
+    using S = decltype(type);
+    using T = Accumulate<S>;
+    const NormFields<S> fields{static_cast<const S*>(v),       static_cast<const S*>(g),    static_cast<const S*>(x),
+                               static_cast<const T*>(mean),    static_cast<const T*>(rstd), static_cast<const T*>(weight),
+                               false};
+    const NormGradients<S> gradients{static_cast<S*>(grad_g), static_cast<S*>(grad_x), static_cast<T*>(grad_weight)};
+    norm_second({a->batch, a->channels, a->groups, a->length, a->over_batch != 0}, fields, gradients, memory.device(0, 4));
   });
 }
 
