@@ -323,6 +323,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plot of a result; measure nothing")
+    parser.add_argument(
+        "--parts", metavar="IMPL", help="only the time of each op of one implementation; writes nothing"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -344,6 +347,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (3.0 if device == "cpu" else 0.5)
     plan = tiny(PLANS[device]) if options.tiny else PLANS[device]
+    if options.parts:
+        for part, milliseconds in measure_parts(options.parts, plan.headline, seconds, device).items():
+            print(f"  {options.parts}: {part:42}{milliseconds:9.4f} ms")
+        return
     implementations = available(plan, device)
 
     results = {"machine": machine(), "goals": plan.goals}
