@@ -24,7 +24,7 @@ __device__ inline uint32_t to_tf32(float v) {
 // sums [16,8] += a [16,8] @ b [8,8], by a warp (PTX: mma.m16n8k8, which says who holds what).
 __device__ inline void multiply_add_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -51,6 +51,7 @@ class TensorProduct {
         lane_column_(threadIdx.x % kWarp % 4) {}
 
   __device__ void add(const float* left, const float* right) {
+    __syncwarp();  // lanes may have parted where they loaded
     uint32_t high_a[2][4], low_a[2][4], high_b[2][2], low_b[2][2];
 #pragma unroll
     for (int m = 0; m < 2; ++m)
