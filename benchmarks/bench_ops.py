@@ -191,59 +191,84 @@ def available(plan: Plan, device: str) -> list[str]:
     return [impl for impl in plan.implementations if not problems.get(impl)]
 
 
-def headline(plan: Plan, implementations: list[str], seconds: float, device: str) -> list[dict]:
+def headline(plan: Plan, impl: str, seconds: float, device: str) -> dict:
     expected = tail("reference")(*sample(plan.headline, device))
-    rows = []
-    for impl in implementations:
-        print(f"headline size: {impl}", flush=True)
-        row = measure(impl, plan.headline, expected, seconds, device)
-        if device == "cpu":
-            shape = ",".join(map(str, plan.headline))
-            arguments = ("--memory", impl, "--shape", shape, "--threads", str(torch.get_num_threads()))
-            row |= in_fresh_process(__file__, *arguments)
-        else:
-            row["peak_extra_bytes"] = measure_memory(impl, plan.headline, device)
-        if not impl.startswith("reference"):
-            row["parts_ms"] = measure_parts(impl, plan.headline, seconds, device)
-        rows.append(row)
-    return rows
+    row = measure(impl, plan.headline, expected, seconds, device)
+    if device == "cpu":
+        shape = ",".join(map(str, plan.headline))
+        arguments = ("--memory", impl, "--shape", shape, "--threads", str(torch.get_num_threads()))
+        row |= in_fresh_process(__file__, *arguments)
+    else:
+        row["peak_extra_bytes"] = measure_memory(impl, plan.headline, device)
+    if not impl.startswith("reference"):
+        row["parts_ms"] = measure_parts(impl, plan.headline, seconds, device)
+    return row
 
 
-def growth(
-    plan: Plan, implementations: list[str], shapes: tuple[Shape, ...], seconds: float, device: str
-) -> list[dict]:
-    rows = []
-    for impl in (impl for impl in plan.growing if impl in implementations):
-        print(f"growth: {impl}", flush=True)
-        for shape in shapes:
-            elements = shape[0] * shape[1] * shape[2] * shape[3]
-            if impl != "reference" or elements <= plan.largest_reference:
-                rows.append(measure(impl, shape, None, seconds, device))
-    return rows
+def growth(plan: Plan, impl: str, shapes: tuple[Shape, ...], seconds: float, device: str) -> list[dict]:
+    def elements(shape: Shape) -> int:
+        return shape[0] * shape[1] * shape[2] * shape[3]
+
+    affordable = [s for s in shapes if impl != "reference" or elements(s) <= plan.largest_reference]
+    return [measure(impl, shape, None, seconds, device) for shape in affordable]
 
 
 def summarise(results: dict) -> dict:
+    """Ratios and exponents of whatever has been measured so far."""
     rows = {row["impl"]: row for row in results["headline"]}
-    literal, compiled = rows["reference"], rows["reference compiled"]
+    literal, compiled = rows.get("reference"), rows.get("reference compiled")
     summary = {}
     for impl in ("native", "triton"):
         if impl not in rows:
             continue
         mine = rows[impl]
         prefix = "" if impl == "native" else f"{impl}: "
-        summary |= {
-            f"{impl}, ms": mine.get("graph_ms", mine["median_ms"]),
-            f"{prefix}speed-up over the literal reference, eager": literal["median_ms"] / mine["median_ms"],
-            f"{prefix}speed-up over the literal reference, compiled": compiled["median_ms"] / mine["median_ms"],
-            f"{prefix}peak memory, share of the reference's": mine["peak_extra_bytes"] / literal["peak_extra_bytes"],
-        }
+        summary[f"{impl}, ms"] = mine.get("graph_ms", mine["median_ms"])
+        for name, other in (("eager", literal), ("compiled", compiled)):
+            if other:
+                speed_up = other["median_ms"] / mine["median_ms"]
+                summary[f"{prefix}speed-up over the literal reference, {name}"] = speed_up
+        if literal:
+            share = mine["peak_extra_bytes"] / literal["peak_extra_bytes"]
+            summary[f"{prefix}peak memory, share of the reference's"] = share
         if "copy_gb_per_s" in results:
             summary[f"{prefix}share of the copy bandwidth"] = mine["gb_per_s"] / results["copy_gb_per_s"]
-        if "batches" in results:
-            by_batch, by_size = ([r for r in results[key] if r["impl"] == impl] for key in ("batches", "sizes"))
-            summary[f"{prefix}growth exponent in B"] = slope(by_batch, lambda shape: shape[0])
-            summary[f"{prefix}growth exponent in H*W"] = slope(by_size, lambda shape: shape[2] * shape[3])
+        for key, name, size in (
+            ("batches", "B", lambda shape: shape[0]),
+            ("sizes", "H*W", lambda shape: shape[2] * shape[3]),
+        ):
+            grown = [r for r in results[key] if r["impl"] == impl]
+            if len(grown) > 1:
+                summary[f"{prefix}growth exponent in {name}"] = slope(grown, size)
     return summary
+
+
+def run_all(plan: Plan, seconds: float, device: str, quick: bool, keep) -> dict:
+    """Measures everything; ``keep(results)`` after each step, so that a failure or a time limit loses only the rest."""
+    results = {"machine": machine(), "goals": plan.goals, "headline": [], "batches": [], "sizes": [], "failed": {}}
+    if device == "cuda":
+        results["copy_gb_per_s"] = copy_bandwidth()
+
+    def step(name: str, rows: list, measured) -> None:
+        print(f"measuring: {name}", flush=True)
+        try:
+            found = measured()
+        except Exception as error:
+            print(f"FAILED: {name}: {error}", flush=True)
+            results["failed"][name] = str(error)
+            return
+        rows += found
+        results["summary"] = summarise(results)
+        keep(results)
+
+    implementations = available(plan, device)
+    for impl in implementations:
+        step(f"headline size, {impl}", results["headline"], lambda i=impl: [headline(plan, i, seconds, device)])
+    for impl in plan.growing if not quick else ():
+        for key in ("batches", "sizes") if impl in implementations else ():
+            shapes = getattr(plan, key)
+            step(f"{key}, {impl}", results[key], lambda i=impl, s=shapes: growth(plan, i, s, seconds / 2, device))
+    return results
 
 
 def show(results: dict) -> None:
@@ -323,6 +348,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plot of a result; measure nothing")
+    parser.add_argument(
+        "--parts", metavar="IMPL", help="only the time of each op of one implementation; writes nothing"
+    )
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -344,24 +372,28 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     seconds = options.seconds or (3.0 if device == "cpu" else 0.5)
     plan = tiny(PLANS[device]) if options.tiny else PLANS[device]
-    implementations = available(plan, device)
+    if options.parts:
+        for part, milliseconds in measure_parts(options.parts, plan.headline, seconds, device).items():
+            print(f"  {options.parts}: {part:42}{milliseconds:9.4f} ms")
+        return
 
-    results = {"machine": machine(), "goals": plan.goals}
-    if device == "cuda":
-        results["copy_gb_per_s"] = copy_bandwidth()
-    results["headline"] = headline(plan, implementations, seconds, device)
-    if not options.quick:
-        results["batches"] = growth(plan, implementations, plan.batches, seconds / 2, device)
-        results["sizes"] = growth(plan, implementations, plan.sizes, seconds / 2, device)
-    results["summary"] = summarise(results)
-    show(results)
-    if not options.quick:
+    def keep(results: dict) -> None:
+        if not options.quick:
+            save("bench_ops", device, results, options.out)
+
+    results = run_all(plan, seconds, device, options.quick, keep)
+    if results["headline"]:
+        show(results)
+    if not options.quick and results["headline"]:
         path = save("bench_ops", device, results, options.out)
         print(f"written: {path}")
         try:
-            plot(results, path.with_suffix(".png"))
+            if results["batches"] and results["sizes"]:
+                plot(results, path.with_suffix(".png"))
         except ImportError as error:
             print(f"no plot: {error}; draw it elsewhere: python benchmarks/bench_ops.py --plot {path.name}")
+    if results["failed"]:
+        raise SystemExit(f"failed: {', '.join(results['failed'])}")
 
 
 if __name__ == "__main__":

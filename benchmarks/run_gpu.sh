@@ -83,6 +83,8 @@ stage "tests, CUDA kernels" 120 "$PYTHON" -m pytest tests/gpu -k native -q -rs -
 bench=(--device "$DEVICE" --out "$OUT/results")
 if [[ $DEVICE == cpu ]]; then bench+=(--tiny --seconds 0.05); fi
 stage "benchmark of the ops" 150 "$PYTHON" benchmarks/bench_ops.py "${bench[@]}"
+# For comparison: the products without tensor cores.
+stage "ops, plain products" 40 env SIB_EXT_TENSOR_CORES=0 "$PYTHON" benchmarks/bench_ops.py "${bench[@]}" --parts native
 sanitizer memcheck 80
 sanitizer racecheck 80
 if [[ -f benchmarks/bench_step.py ]]; then
@@ -93,7 +95,7 @@ fi
 stage "tests, Triton" 120 "$PYTHON" -m pytest tests/gpu -k triton -q -rs --durations=5 -p no:cacheprovider
 
 printf '\n--- the benchmark\n'
-sed -n '/^forward + backward of both ops/,/^=== /p' "$LOG" | grep -v '^===' | head -60
+sed -n '/^forward + backward of both ops/,/^=== memcheck/p' "$LOG" | head -70
 printf '\n--- what failed in the tests and checks\n'
 grep -E '^(FAILED|ERROR) |^E  |========= (ERROR|RACECHECK|Invalid)|RuntimeError' "$LOG" | cut -c1-300 | head -60
 printf '\n--- summary (%d s; everything in %s)\n' "$SECONDS" "$OUT"

@@ -40,7 +40,9 @@ def test_the_sdist_ships_every_native_source_and_both_packages(sdist):
     folders = ("csrc", "sib_ext", "python", "tests", "benchmarks", "docs")
     sources = [p for folder in folders for p in (ROOT / folder).rglob("*")]
     wanted = {
-        str(p.relative_to(ROOT)) for p in sources if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".py", ".typed", ".j2", ".md", ".sh")
+        str(p.relative_to(ROOT))
+        for p in sources
+        if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".py", ".typed", ".j2", ".md", ".sh")
     }
     assert not wanted - shipped
     assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "README.md"} <= shipped

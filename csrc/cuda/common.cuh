@@ -19,6 +19,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #include "../field.h"
@@ -38,6 +39,7 @@ struct Device {
   cudaStream_t stream;
   int multiprocessors;
   int64_t shared_bytes;  // the most shared memory that a block may have
+  bool tensor_cores;     // that multiply TF32
   std::function<void*(int64_t)> allocate;
 
   template <class T>

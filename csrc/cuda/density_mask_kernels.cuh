@@ -67,11 +67,23 @@ __device__ T not_a_number() {
   return static_cast<T>(NAN);
 }
 
-// 1 / divisor of the average at a pixel.
-__device__ inline double inverse_area(const MaskProblem& o, int y, int x) {
-  return 1.0 / static_cast<double>(box_span(y, o.height, o.radius, o.count_padding) *
-                                   box_span(x, o.width, o.radius, o.count_padding));
-}
+// 1 / divisor of the average at a pixel: computed once where it is the same everywhere.
+class InverseArea {
+ public:
+  __device__ explicit InverseArea(const MaskProblem& o) : o_(o), everywhere_(at(0, 0)) {}
+
+  __device__ double operator()(int y, int x) const { return o_.count_padding ? everywhere_ : at(y, x); }
+  __device__ double operator()(uint32_t p) const { return o_.count_padding ? everywhere_ : at(p / o_.width, p % o_.width); }
+
+ private:
+  __device__ double at(int y, int x) const {
+    return 1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
+                                     box_span(x, o_.width, o_.radius, o_.count_padding));
+  }
+
+  const MaskProblem& o_;
+  double everywhere_;
+};
 
 // The quantiles of g as h needs them.
 template <class T>
@@ -122,16 +134,13 @@ __device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int
 template <class T>
 __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
                           T* out) {
-  const double inside = inverse_area(o, 0, 0);  // the same everywhere, if padding counts
+  const InverseArea inverse_area(o);
   while (first < last) {
     const int64_t row = first / o.width;
     const int begin = static_cast<int>(first % o.width);
     const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
     slide(plane + row * o.width, 1, o.width, o.radius, begin, end, [&](int x, double sum) {
-      if (average) {
-        const int y = first_row + static_cast<int>(row);
-        sum = (sum < 0 ? 0 : sum) * (o.count_padding ? inside : inverse_area(o, y, x));
-      }
+      if (average) sum = (sum < 0 ? 0 : sum) * inverse_area(first_row + static_cast<int>(row), x);
       out[row * o.width + x] = static_cast<T>(sum);
     });
     first += end - begin;
@@ -368,8 +377,8 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   total = block_sum(total, scratch.sums);
   subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
   __syncthreads();
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
-    plane[p] *= static_cast<T>(inverse_area(o, p / o.width, p % o.width));
+  const InverseArea inverse_area(o);
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= static_cast<T>(inverse_area(p));
   box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.selection.histograms));
 
   quantiles_from_support(R, o, support, scratch.quantiles);
@@ -568,9 +577,9 @@ __global__ void average_share_kernel(const double* partials, uint32_t parts, Mas
 template <class T>
 __global__ void divide_kernel(MaskProblem o, uint32_t parts, T* plane) {
   const Part part(parts);
-  each_pixel(part, o.pixels(), [&](uint32_t p) {
-    plane[part.sample * o.pixels() + p] *= static_cast<T>(inverse_area(o, p / o.width, p % o.width));
-  });
+  const InverseArea inverse_area(o);
+  each_pixel(part, o.pixels(),
+             [&](uint32_t p) { plane[part.sample * o.pixels() + p] *= static_cast<T>(inverse_area(p)); });
 }
 
 template <class S>

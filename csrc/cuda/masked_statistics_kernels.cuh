@@ -8,6 +8,7 @@
 
 #include "../moments.h"
 #include "common.cuh"
+#include "tensor_product.cuh"
 
 namespace sib_ext::cuda {
 
@@ -238,24 +239,28 @@ struct GramPlan {
 template <int Tile>
 constexpr int kDepth = kBlock * kVector / Tile;  // elements of a row that are in shared memory at once
 
-template <class S, int Tile>
+// How far apart the rows of a tile are in shared memory.
+template <int Tile, bool Tensor>
+constexpr int kTileStride = Tensor ? TensorProduct::kStride : Tile;
+
+template <class S, int Tile, bool Tensor>
 constexpr int64_t gram_shared_bytes() {
   constexpr int groups = kBlock / ((Tile / kMicro) * (Tile / kMicro));
-  constexpr int64_t operands = 2 * kDepth<Tile> * Tile, sums = groups > 1 ? groups * Tile * Tile : 0;
+  constexpr int64_t operands = 2 * kDepth<Tile> * kTileStride<Tile, Tensor>, sums = groups > 1 ? groups * Tile * Tile : 0;
   return (operands > sums ? operands : sums) * sizeof(Accumulate<S>);
 }
 
 // partials[split][pair] = one tile of the Gram over one split. A small tile is formed by several groups of threads, each
-// taking every so many-th element.
-template <class S, int Tile>
+// taking every so many-th element. Tensor: on tensor cores.
+template <class S, int Tile, bool Tensor>
 __global__ void __launch_bounds__(kBlock) gram_kernel(Rows<S> rows, GramPlan plan, Accumulate<S>* partials) {
   using T = Accumulate<S>;
-  constexpr int kLanes = Tile / kMicro, kGroups = kBlock / (kLanes * kLanes);
+  constexpr int kLanes = Tile / kMicro, kGroups = kBlock / (kLanes * kLanes), kStride = kTileStride<Tile, Tensor>;
   const int64_t split = blockIdx.x / plan.pairs, pair = blockIdx.x % plan.pairs;
   const TilePair tile(pair);
   const bool diagonal = tile.row == tile.column;
-  T* left = reinterpret_cast<T*>(block_memory());  // [kDepth][Tile]
-  T* right = diagonal ? left : left + kDepth<Tile> * Tile;
+  T* left = reinterpret_cast<T*>(block_memory());  // [kDepth][kStride]
+  T* right = diagonal ? left : left + kDepth<Tile> * kStride;
 
   const int row = threadIdx.x % Tile, vector = threadIdx.x / Tile;
   const int group = threadIdx.x / (kLanes * kLanes), lane = threadIdx.x % (kLanes * kLanes);
@@ -268,32 +273,42 @@ __global__ void __launch_bounds__(kBlock) gram_kernel(Rows<S> rows, GramPlan pla
     return masked_elements(rows, static_cast<int64_t>(which) * Tile + row, element, end, at);
   };
 
-  T sums[kMicro][kMicro] = {};
+  [[maybe_unused]] T sums[kMicro][kMicro] = {};
+  [[maybe_unused]] std::conditional_t<Tensor, TensorProduct, int> product{};
   Four<T> next_left = load(tile.row), next_right = diagonal ? none<T>() : load(tile.column);
   for (int64_t start = begin; start < end; start += kDepth<Tile>) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      left[(vector * kVector + i) * Tile + row] = next_left.v[i];
-      if (!diagonal) right[(vector * kVector + i) * Tile + row] = next_right.v[i];
+      left[(vector * kVector + i) * kStride + row] = next_left.v[i];
+      if (!diagonal) right[(vector * kVector + i) * kStride + row] = next_right.v[i];
     }
     __syncthreads();
     element += kDepth<Tile>;
     at.advance(rows, kDepth<Tile>);
     next_left = load(tile.row);
     if (!diagonal) next_right = load(tile.column);
+    if constexpr (Tensor) {
 #pragma unroll
-    for (int k = group; k < kDepth<Tile>; k += kGroups) {
-      const Four<T> l = *reinterpret_cast<const Four<T>*>(left + k * Tile + y);
-      const Four<T> r = *reinterpret_cast<const Four<T>*>(right + k * Tile + x);
+      for (int k = 0; k < kDepth<Tile>; k += TensorProduct::kRows) product.add(left + k * kStride, right + k * kStride);
+    } else {
 #pragma unroll
-      for (int i = 0; i < kMicro; ++i)
+      for (int k = group; k < kDepth<Tile>; k += kGroups) {
+        const Four<T> l = *reinterpret_cast<const Four<T>*>(left + k * kStride + y);
+        const Four<T> r = *reinterpret_cast<const Four<T>*>(right + k * kStride + x);
 #pragma unroll
-        for (int j = 0; j < kMicro; ++j) sums[i][j] += l.v[i] * r.v[j];
+        for (int i = 0; i < kMicro; ++i)
+#pragma unroll
+          for (int j = 0; j < kMicro; ++j) sums[i][j] += l.v[i] * r.v[j];
+      }
     }
     __syncthreads();
   }
 
   T* out = partials + blockIdx.x * static_cast<int64_t>(Tile * Tile);
+  if constexpr (Tensor) {
+    product.store(out, Tile);
+    return;
+  }
   T* into = kGroups > 1 ? left + group * Tile * Tile : out;
 #pragma unroll
   for (int i = 0; i < kMicro; ++i)
@@ -354,14 +369,16 @@ struct BackwardProblem {
 };
 
 // sums += weights [Samples, batch] @ rows of four pixels a thread, for one channel of one field.
-template <class S, int Samples>
+template <class S, int Samples, bool Tensor>
 __device__ void add_products(const Fields<S>& in, const S* field, const Layout& layout, const Accumulate<S>* weights,
                              int64_t padded, int64_t first_row, int64_t first_pixel, int channel,
                              Accumulate<S> (&sums)[kMicro][kVector]) {
   using T = Accumulate<S>;
   constexpr int kPixels = 16 * kBlock / Samples, kAcross = kPixels / kVector, kDeep = kBlock / kAcross;
-  T* values = reinterpret_cast<T*>(block_memory());  // [kDeep][kPixels]
-  T* scales = values + kDeep * kPixels;              // [kDeep][Samples]
+  constexpr int kStride = kTileStride<kPixels, Tensor>, kScaleStride = kTileStride<Samples, Tensor>;
+  T* values = reinterpret_cast<T*>(block_memory());  // [kDeep][kStride]
+  T* scales = values + kDeep * kStride;              // [kDeep][kScaleStride]
+  [[maybe_unused]] std::conditional_t<Tensor, TensorProduct, int> product{};
   const int x = threadIdx.x % kAcross * kVector, y = threadIdx.x / kAcross;
   const int64_t p = first_pixel + x;
   const auto load = [&](int64_t row) {
@@ -376,32 +393,51 @@ __device__ void add_products(const Fields<S>& in, const S* field, const Layout& 
   };
   Four<T> next = load(y);
   for (int64_t start = 0; start < in.batch; start += kDeep) {
-    *reinterpret_cast<Four<T>*>(values + y * kPixels + x) = next;
+    *reinterpret_cast<Four<T>*>(values + y * kStride + x) = next;
     for (int i = threadIdx.x; i < kDeep * Samples; i += kBlock)
-      scales[i] = weights[(start + i / Samples) * padded + first_row + i % Samples];
+      scales[i / Samples * kScaleStride + i % Samples] = weights[(start + i / Samples) * padded + first_row + i % Samples];
     __syncthreads();
     next = load(start + kDeep + y);
+    if constexpr (Tensor) {
 #pragma unroll
-    for (int k = 0; k < kDeep; ++k) {
-      const Four<T> scale = *reinterpret_cast<const Four<T>*>(scales + k * Samples + y * kMicro);
-      const Four<T> value = *reinterpret_cast<const Four<T>*>(values + k * kPixels + x);
+      for (int k = 0; k < kDeep; k += TensorProduct::kRows) product.add(scales + k * kScaleStride, values + k * kStride);
+    } else {
 #pragma unroll
-      for (int i = 0; i < kMicro; ++i)
+      for (int k = 0; k < kDeep; ++k) {
+        const Four<T> scale = *reinterpret_cast<const Four<T>*>(scales + k * kScaleStride + y * kMicro);
+        const Four<T> value = *reinterpret_cast<const Four<T>*>(values + k * kStride + x);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) sums[i][j] += scale.v[i] * value.v[j];
+        for (int i = 0; i < kMicro; ++i)
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) sums[i][j] += scale.v[i] * value.v[j];
+      }
+    }
+    __syncthreads();
+  }
+  if constexpr (Tensor) {
+    // From the warps' order to the threads' own 4 x 4 values.
+    product.store(values, kStride);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kMicro; ++i) {
+      const Four<T> line = *reinterpret_cast<const Four<T>*>(values + (y * kMicro + i) * kStride + x);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) sums[i][j] = line.v[j];
     }
     __syncthreads();
   }
 }
 
-template <class S, int Samples>
+template <class S, int Samples, bool Tensor>
 constexpr int64_t backward_shared_bytes() {
-  constexpr int64_t pixels = 16 * kBlock / Samples, rows = kBlock * kVector / pixels;
-  return rows * (pixels + Samples) * sizeof(Accumulate<S>);
+  constexpr int pixels = 16 * kBlock / Samples, rows = kBlock * kVector / pixels;
+  constexpr int64_t operands = rows * (kTileStride<pixels, Tensor> + kTileStride<Samples, Tensor>);
+  constexpr int64_t result = Tensor ? Samples * kTileStride<pixels, Tensor> : 0;
+  return (operands > result ? operands : result) * sizeof(Accumulate<S>);
 }
 
 // A block has a tile of samples x pixels, a thread 4 x 4 of it, and a group of channels.
-template <class S, int Samples>
+template <class S, int Samples, bool Tensor>
 __global__ void __launch_bounds__(kBlock) statistics_backward_kernel(Fields<S> in, BackwardProblem<S> g) {
   using T = Accumulate<S>;
   constexpr int kPixels = 16 * kBlock / Samples, kAcross = kPixels / kVector;
@@ -416,9 +452,9 @@ __global__ void __launch_bounds__(kBlock) statistics_backward_kernel(Fields<S> i
   for (int c = first_channel; c < last_channel; ++c) {
     T from_a[kMicro][kVector] = {}, from_b[kMicro][kVector] = {};
     if (g.weights_a)
-      add_products<S, Samples>(in, in.R, in.layout_R, g.weights_a, g.padded, first_row, first_pixel, c, from_a);
+      add_products<S, Samples, Tensor>(in, in.R, in.layout_R, g.weights_a, g.padded, first_row, first_pixel, c, from_a);
     if (g.weights_b)
-      add_products<S, Samples>(in, in.x, in.layout_x, g.weights_b, g.padded, first_row, first_pixel, c, from_b);
+      add_products<S, Samples, Tensor>(in, in.x, in.layout_x, g.weights_b, g.padded, first_row, first_pixel, c, from_b);
 #pragma unroll
     for (int i = 0; i < kMicro; ++i) {
       if (row + i >= in.batch) continue;
@@ -481,25 +517,34 @@ void launch_moments(const Fields<S>& in, const Device& device, Accumulate<S>* mo
   launch(device, finish_moments_kernel<Accumulate<S>>, in.batch, kMoments * kWarp, 0, partials, parts.count(), moments);
 }
 
-template <class S, int Tile>
+template <class S, int Tile, bool Tensor>
 void launch_gram(const Rows<S>& rows, const Device& device, Accumulate<S>* gram) {
   using T = Accumulate<S>;
   const GramPlan plan(rows.batch, rows.elements, Tile, kDepth<Tile>, sizeof(T), device.multiprocessors);
   const int64_t values = plan.pairs * Tile * Tile;
   T* partials = device.array<T>(plan.splits * values);
-  launch(device, gram_kernel<S, Tile>, plan.splits * plan.pairs, kBlock, gram_shared_bytes<S, Tile>(), rows, plan,
-         partials);
+  launch(device, gram_kernel<S, Tile, Tensor>, plan.splits * plan.pairs, kBlock,
+         gram_shared_bytes<S, Tile, Tensor>(), rows, plan, partials);
   launch(device, finish_gram_kernel<T>, values / kWarp, kBlock, kBlock * sizeof(double), partials, plan, Tile, rows.batch,
          gram);
 }
 
-// Tiles of 32 samples for small batches and for float64, of 64 for the others.
+// Calls f(tile, tensor): tiles of 32 samples for small batches and for float64, of 64 for the others, those on tensor
+// cores where there are any.
+template <class S, class F>
+void with_tile(int64_t batch, const Device& device, F f) {
+  if constexpr (!std::is_same_v<S, double>) {
+    if (batch > 32 && device.tensor_cores) return f(std::integral_constant<int, 64>{}, std::true_type{});
+    if (batch > 32) return f(std::integral_constant<int, 64>{}, std::false_type{});
+  }
+  f(std::integral_constant<int, 32>{}, std::false_type{});
+}
+
 template <class S>
 void launch_gram(const Rows<S>& rows, const Device& device, Accumulate<S>* gram) {
-  if constexpr (!std::is_same_v<S, double>) {
-    if (rows.batch > 32) return launch_gram<S, 64>(rows, device, gram);
-  }
-  launch_gram<S, 32>(rows, device, gram);
+  with_tile<S>(rows.batch, device, [&](auto tile, auto tensor) {
+    launch_gram<S, decltype(tile)::value, decltype(tensor)::value>(rows, device, gram);
+  });
 }
 
 template <class S>
@@ -537,7 +582,7 @@ struct StatisticsGradients {
   T* M;
 };
 
-template <class S, int Samples>
+template <class S, int Samples, bool Tensor>
 void launch_backward(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device) {
   using T = Accumulate<S>;
   const int64_t padded = ceil_div(in.batch, kWeightsAlignment) * kWeightsAlignment;
@@ -558,8 +603,8 @@ void launch_backward(const Fields<S>& in, const StatisticsGradients<S>& grad, co
                              pixel_tiles,
                              row_tiles,
                              group_channels};
-  launch(device, statistics_backward_kernel<S, Samples>, groups * pixel_tiles * row_tiles, kBlock,
-         backward_shared_bytes<S, Samples>(), in, g);
+  launch(device, statistics_backward_kernel<S, Samples, Tensor>, groups * pixel_tiles * row_tiles, kBlock,
+         backward_shared_bytes<S, Samples, Tensor>(), in, g);
   if (groups > 1) {
     launch(device, add_groups_kernel<T>, ceil_div(count, kBlock), kBlock, 0, g.grad_M, groups, count, grad.M);
   }
@@ -570,10 +615,9 @@ void statistics_backward(Fields<S> in, const StatisticsGradients<S>& grad, const
   if (in.batch == 0) return;
   in.vector = in.vector && vectorisable(grad.R, in.pixels, sizeof(S)) && vectorisable(grad.x, in.pixels, sizeof(S)) &&
               vectorisable(grad.M, in.pixels, sizeof(Accumulate<S>));
-  if constexpr (!std::is_same_v<S, double>) {
-    if (in.batch > 32) return launch_backward<S, 64>(in, grad, device);
-  }
-  launch_backward<S, 32>(in, grad, device);
+  with_tile<S>(in.batch, device, [&](auto samples, auto tensor) {
+    launch_backward<S, decltype(samples)::value, decltype(tensor)::value>(in, grad, device);
+  });
 }
 
 }  // namespace sib_ext::cuda

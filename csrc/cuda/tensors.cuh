@@ -7,7 +7,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include <memory>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 namespace sib_ext::cuda {
@@ -26,6 +27,12 @@ struct OnDevice<Half> {
   using Type = __half;
 };
 
+// SIB_EXT_TENSOR_CORES=0 keeps products in plain float32, to measure or to rule out what tensor cores do.
+inline bool tensor_cores_wanted() {
+  static const char* const value = std::getenv("SIB_EXT_TENSOR_CORES");
+  return !value || std::string(value) != "0";
+}
+
 // Makes a tensor's device the current one for the length of a call, and holds the memory of the call's temporaries:
 // tensors of the caching allocator, given back to it (in the order of the stream) when the call returns.
 class Call {
@@ -34,10 +41,14 @@ class Call {
     const int index = static_cast<int>(on.get_device_index());
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    int multiprocessors = 0, shared_bytes = 0;
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "sib_ext: asking the device");
-    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "sib_ext: asking the device");
-    device_ = {static_cast<cudaStream_t>(stream), multiprocessors, shared_bytes, [this](int64_t bytes) {
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, attribute, index), "sib_ext: asking the device");
+      return value;
+    };
+    const bool tensor_cores = ask(cudaDevAttrComputeCapabilityMajor) >= 8 && tensor_cores_wanted();
+    device_ = {static_cast<cudaStream_t>(stream), ask(cudaDevAttrMultiProcessorCount),
+               ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), tensor_cores, [this](int64_t bytes) {
                  temporaries_.push_back(empty_dense(on_, {bytes}, ScalarType::Byte));
                  return temporaries_.back().data_ptr();
                }};

@@ -51,7 +51,7 @@ class _Mask(ctypes.Structure):
 class _Statistics(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in "type batch channels pixels channels_last_R channels_last_x multiprocessors".split()
+        for name in "type batch channels pixels channels_last_R channels_last_x multiprocessors tensor_cores".split()
     ]
 
 
@@ -83,6 +83,7 @@ class Emulation:
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(os.fspath(library))
         self.shared_bytes = HOPPER
+        self.tensor_cores = True
 
     def set_order(self, name: str) -> None:
         self.library.set_order(ORDERS[name])
@@ -112,7 +113,8 @@ class Emulation:
     def _statistics_arguments(self, vjp, x) -> _Statistics:
         batch, channels, height, width = vjp.shape
         layouts = (channels_last(vjp), channels_last(x))
-        return _Statistics(TYPES[vjp.dtype], batch, channels, height * width, *layouts, MULTIPROCESSORS)
+        machine = (MULTIPROCESSORS, self.tensor_cores)
+        return _Statistics(TYPES[vjp.dtype], batch, channels, height * width, *layouts, *machine)
 
     def masked_statistics(self, vjp, x, mask, gram_vjp=True, gram_input=True):
         vjp, x, mask = canonical(vjp), canonical(x), mask.contiguous()

@@ -88,6 +88,10 @@ enum class Wait { kNothing, kBlock, kWarp };
 constexpr size_t kStack = 64 << 10;
 constexpr int kWarpSize = 32;
 
+struct Words {
+  unsigned char bytes[24];
+};
+
 struct Fiber {
   ucontext_t context;
   char* stack = nullptr;
@@ -95,8 +99,8 @@ struct Fiber {
   bool done = false;
   Wait wait = Wait::kNothing;
   int place = 0;         // which kind of exchange a warp's lane waits in
-  uint64_t value = 0;    // what it brings
-  uint64_t results[kWarpSize];  // what all lanes brought
+  Words value;           // what it brings
+  Words results[kWarpSize];  // what all lanes brought
 };
 
 struct Block {
@@ -238,9 +242,9 @@ inline void run_block(Block& b) {
 
 // A warp's lanes bring a value each; every lane sees all of them.
 template <class T>
-const uint64_t* exchange(T value, int place) {
+const Words* exchange(T value, int place) {
+  static_assert(sizeof value <= sizeof(Words), "an exchange carries so much");
   Fiber* self = block->running;
-  self->value = 0;
   std::memcpy(&self->value, &value, sizeof value);
   self->place = place;
   yield(Wait::kWarp);
@@ -248,13 +252,38 @@ const uint64_t* exchange(T value, int place) {
 }
 
 template <class T>
-T from_word(uint64_t word) {
+T from_words(const Words& words) {
   T value;
-  std::memcpy(&value, &word, sizeof value);
+  std::memcpy(&value, &words, sizeof value);
   return value;
 }
 
 inline int lane() { return block->running->thread % kWarpSize; }
+
+// Rounds to TF32: 10 bits after the leading one, nearest, ties away from zero.
+inline uint32_t to_tf32(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return std::isfinite(v) ? (bits + 0x1000u) & ~0x1fffu : bits;
+}
+
+// mma.sync.m16n8k8 with TF32 operands. Lane l holds, with g = l/4 and t = l%4: of a [16,8] the elements (g,t), (g+8,t),
+// (g,t+4), (g+8,t+4); of b [8,8] (t,g), (t+4,g); of the sums [16,8] (g,2t), (g,2t+1), (g+8,2t), (g+8,2t+1).
+inline void multiply_add_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    float a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  const Words* all = exchange(mine, 5);
+  Operands of[kWarpSize];
+  for (int i = 0; i < kWarpSize; ++i) of[i] = from_words<Operands>(all[i]);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 8; ++k)
+      sums[i] += of[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2] * of[column * 4 + k % 4].b[k / 4];
+  }
+}
 
 }  // namespace emulation
 
@@ -278,20 +307,20 @@ inline void __syncwarp() { emulation::exchange(0, 1); }
 template <class T>
 T __shfl_down_sync(unsigned, T value, int offset) {
   const int source = emulation::lane() + offset;
-  const uint64_t* all = emulation::exchange(value, 2);
-  return source < emulation::kWarpSize ? emulation::from_word<T>(all[source]) : value;
+  const emulation::Words* all = emulation::exchange(value, 2);
+  return source < emulation::kWarpSize ? emulation::from_words<T>(all[source]) : value;
 }
 
 template <class T>
 T __shfl_up_sync(unsigned, T value, int offset) {
   const int source = emulation::lane() - offset;
-  const uint64_t* all = emulation::exchange(value, 3);
-  return source >= 0 ? emulation::from_word<T>(all[source]) : value;
+  const emulation::Words* all = emulation::exchange(value, 3);
+  return source >= 0 ? emulation::from_words<T>(all[source]) : value;
 }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int source) {
-  return emulation::from_word<T>(emulation::exchange(value, 4)[source % emulation::kWarpSize]);
+  return emulation::from_words<T>(emulation::exchange(value, 4)[source % emulation::kWarpSize]);
 }
 
 inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {

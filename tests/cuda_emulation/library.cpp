@@ -11,8 +11,8 @@ using namespace sib_ext::cuda;
 // Memory for a call's temporaries: each its own allocation, full of garbage, so that a checker sees where one ends.
 class Allocations {
  public:
-  Device device(int64_t shared_bytes, int multiprocessors) {
-    return {nullptr, multiprocessors, shared_bytes, [this](int64_t bytes) {
+  Device device(int64_t shared_bytes, int multiprocessors, bool tensor_cores = false) {
+    return {nullptr, multiprocessors, shared_bytes, tensor_cores, [this](int64_t bytes) {
               blocks_.emplace_back(new unsigned char[bytes]);
               std::memset(blocks_.back().get(), 0xff, bytes);
               return blocks_.back().get();
@@ -53,7 +53,7 @@ struct MaskArguments {
 };
 
 struct StatisticsArguments {
-  int64_t type, batch, channels, pixels, channels_last_R, channels_last_x, multiprocessors;
+  int64_t type, batch, channels, pixels, channels_last_R, channels_last_x, multiprocessors, tensor_cores;
 
   template <class S>
   Fields<S> fields(const void* R, const void* x, const void* M) const {
@@ -99,7 +99,7 @@ void masked_statistics(const StatisticsArguments* a, const void* R, const void* 
   with_type(a->type, [&](auto type) {
     using S = decltype(type);
     using T = Accumulate<S>;
-    statistics_forward(a->fields<S>(R, x, M), memory.device(0, a->multiprocessors), static_cast<T*>(moments),
+    statistics_forward(a->fields<S>(R, x, M), memory.device(0, a->multiprocessors, a->tensor_cores), static_cast<T*>(moments),
                        static_cast<T*>(gram_R), static_cast<T*>(gram_x));
   });
 }
@@ -114,7 +114,7 @@ void masked_statistics_backward(const StatisticsArguments* a, const void* grad_m
     const StatisticsGradients<S> grad{static_cast<const T*>(grad_moments), static_cast<const T*>(grad_gram_R),
                                       static_cast<const T*>(grad_gram_x),  static_cast<S*>(grad_R),
                                       static_cast<S*>(grad_x),             static_cast<T*>(grad_M)};
-    statistics_backward(a->fields<S>(R, x, M), grad, memory.device(0, a->multiprocessors));
+    statistics_backward(a->fields<S>(R, x, M), grad, memory.device(0, a->multiprocessors, a->tensor_cores));
   });
 }
 
