@@ -3,13 +3,15 @@
 Prints and saves time and peak memory as ratios to the plain cross-entropy step of the same network in the same run,
 and the relative error of the parameter gradients against float64 double backward.
 
-    python benchmarks/bench_step.py --networks resnet18 --batch 8
-    python benchmarks/bench_step.py --device cuda --batch 128 --engines plain,double_backward,compiled
+    python benchmarks/bench_step.py                           # six networks, [8,3,224,224], writes results/cpu
+    python benchmarks/bench_step.py --networks resnet18 --compiled
+    python benchmarks/bench_step.py --device cuda             # ResNet-18 and -50, [128,3,224,224]
 """
 
 import argparse
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import statistics
@@ -61,7 +63,9 @@ def network(name: str, size: int) -> nn.Module:
     return models.get_model(name, num_classes=CLASSES)
 
 
+BATCH = {"cpu": 8, "cuda": 128}
 NETWORKS = ("resnet18", "resnet50", "densenet121", "vit_b_32", "resnet18_groupnorm", "resnet18_gelu")
+ON_A_GPU = ("resnet50", "resnet18")
 SMOOTH = ("vit_b_32", "resnet18_gelu")
 
 
@@ -150,7 +154,7 @@ def seconds(arguments, engines: dict, model: nn.Module) -> dict[str, dict]:
 
 
 def peak(arguments, engine: str, name: str) -> int:
-    """Bytes over those of the idle model, without gradients, in this process: one engine only."""
+    """Bytes over those of the idle model, without gradients; on a CPU in a process of its own, one engine only."""
     engines, model = prepared(arguments, name)
     x, y = batch(arguments)
     step = engines[engine]
@@ -159,12 +163,20 @@ def peak(arguments, engine: str, name: str) -> int:
     if engine.startswith("every"):
         step.steps = 0
     model.zero_grad(set_to_none=True)
-    if arguments.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(model, step, x, y, arguments.precision)
-        return torch.cuda.max_memory_allocated() - before
-    return measure.peak_extra_bytes(lambda: run(model, step, x, y, arguments.precision))
+    return measure.peak_extra_bytes(lambda: run(model, step, x, y, arguments.precision), arguments.device)
+
+
+def peaks(arguments, engines: dict, name: str) -> dict[str, int]:
+    found = {}
+    for engine in engines:
+        if arguments.device == "cuda":
+            own = copy.copy(arguments)
+            own.engines = engine
+            found[engine] = peak(own, engine, name)
+        else:
+            child = [*sys.argv[1:], "--peak", engine, "--networks", name]
+            found[engine] = measure.in_fresh_process(__file__, *child)["bytes"]
+    return found
 
 
 def gradient_errors(arguments, name: str) -> dict[str, float]:
@@ -206,11 +218,7 @@ def measured(arguments, name: str) -> dict:
     times = seconds(arguments, engines, model)
     errors = gradient_errors(arguments, name)
     del model
-    memory = {}
-    for engine in engines:
-        print(f"  memory of {engine}", file=sys.stderr, flush=True)
-        child = [*sys.argv[1:], "--peak", engine, "--networks", name]
-        memory[engine] = measure.in_fresh_process(__file__, *child)["bytes"]
+    memory = peaks(arguments, engines, name)
     rows = {}
     for engine, row in times.items():
         of = baseline(engine)
@@ -266,18 +274,25 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=",".join(NETWORKS), help=f"of {', '.join(NETWORKS)}")
+    parser.add_argument("--networks", help=f"of {', '.join(NETWORKS)} (default: all; on a GPU {', '.join(ON_A_GPU)})")
     parser.add_argument("--engines", default="", help="comma-separated; all by default")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="images (default: 8; on a GPU 128)")
     parser.add_argument("--size", type=int, default=224, help="side of the images, px")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", type=lambda v: getattr(torch, v), help="autocast: bfloat16 or float16")
     parser.add_argument("--compiled", action="store_true", help="also under torch.compile (minutes of compiling)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measured steps of each engine")
-    parser.add_argument("--out", default="bench_step", help="name of the result files")
+    parser.add_argument("--name", default="bench_step", help="of the result files")
+    parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder; results go to OUT/<device>/")
+    parser.add_argument("--tiny", action="store_true", help="a small size, to see that it runs")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.size, arguments.batch, arguments.rounds = SMALL, 2, 1
+        arguments.networks = arguments.networks or "resnet18"
+    arguments.batch = arguments.batch or BATCH[arguments.device]
+    arguments.networks = arguments.networks or ",".join(NETWORKS if arguments.device == "cpu" else ON_A_GPU)
     if arguments.peak:
         arguments.engines = arguments.peak
         print(json.dumps({"bytes": peak(arguments, arguments.peak, arguments.networks)}))
@@ -288,14 +303,14 @@ def main() -> None:
         "precision": str(arguments.precision or torch.float32),
         "networks": {},
     }
-    device = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().replace(" ", "_")
     for name in arguments.networks.split(","):
         print(name, file=sys.stderr, flush=True)
         results["networks"][name] = measured(arguments, name)
-        path = measure.save(arguments.out, device, results)
-    plot(results, path.with_suffix(".png"))
+        path = measure.save(arguments.name, arguments.device, results, arguments.out)
+    if importlib.util.find_spec("matplotlib"):
+        plot(results, path.with_suffix(".png"))
     print(table(results))
-    print(f"saved {path} and its .png")
+    print(f"saved {path}")
 
 
 if __name__ == "__main__":

@@ -87,11 +87,9 @@ stage "benchmark of the ops" 150 "$PYTHON" benchmarks/bench_ops.py "${bench[@]}"
 stage "ops, plain products" 40 env SIB_EXT_TENSOR_CORES=0 "$PYTHON" benchmarks/bench_ops.py "${bench[@]}" --parts native
 sanitizer memcheck 80
 sanitizer racecheck 80
-if [[ -f benchmarks/bench_step.py ]]; then
-  stage "benchmark of a step" 60 "$PYTHON" benchmarks/bench_step.py "${bench[@]}"
-else
-  skip "benchmark of a step" "no benchmarks/bench_step.py"
-fi
+step=(--device "$DEVICE" --out "$OUT/results")
+if [[ $DEVICE == cpu ]]; then step+=(--tiny); fi
+stage "benchmark of a step" 110 "$PYTHON" benchmarks/bench_step.py "${step[@]}"
 stage "tests, Triton" 120 "$PYTHON" -m pytest tests/gpu -k triton -q -rs --durations=5 -p no:cacheprovider
 
 printf '\n--- the benchmark\n'

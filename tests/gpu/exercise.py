@@ -13,6 +13,7 @@ import torch
 from sib_ext import reference
 from sib_ext.ops import dispatch
 
+from .. import test_norm_double_backward as normalisation
 from ..samples import LARGE, Sample
 
 # Images that fit in shared memory in float32, and one whose float64 plane does not; ties; wide supports; odd sizes.
@@ -71,6 +72,14 @@ def masked_statistics(sample: Sample, dtype: torch.dtype, device: str) -> None:
         check("statistics", value, truth, dtype)
 
 
+def norm_double_backward(name: str, dtype: torch.dtype, device: str) -> None:
+    arguments = normalisation.arguments(name, dtype)
+    op = dispatch.overload("norm_double_backward", "native")
+    results = op(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments))
+    for value, truth in zip(results, reference.norm_double_backward(*(t.double() for t in arguments[:6])), strict=True):
+        check(f"norm_double_backward, {name}", value, truth, dtype)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -83,6 +92,8 @@ def main() -> None:
         density_mask(LARGE, dtype, device, ties=True)
         for sample in STATISTICS_SAMPLES:
             masked_statistics(sample, dtype, device)
+        for name in normalisation.CASES:
+            norm_double_backward(name, dtype, device)
     print(f"every native kernel of {device} ran and gave the formula's results")
 
 
