@@ -1,0 +1,341 @@
+"""Images in files, with masks or boxes beside them: reading, checking and splitting."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sib_ext.functional import boxes_to_mask
+
+from .base import (
+    Common,
+    DataSets,
+    ItemDataset,
+    Transform,
+    check_classes,
+    limited,
+    photo_transforms,
+    stratified,
+    visible,
+)
+from .errors import DataError
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+Box = tuple[float, float, float, float]  #: x1, y1, x2, y2 in pixels, x2 and y2 excluded
+THREADS = 4  #: that check files
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file with its label and at most one kind of annotation."""
+
+    image: Path
+    label: int
+    mask: Path | None = None
+    boxes: tuple[Box, ...] = ()  #: their union is the object
+
+    @property
+    def annotated(self) -> bool:
+        return self.mask is not None or bool(self.boxes)
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def read_image(path: Path) -> np.ndarray:
+    """RGB [H,W,3] uint8; greyscale and palette images are converted.
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        return np.asarray(_loaded(image, path).convert("RGB"))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Mask [H,W] uint8, 255 on the object: a greyscale image's value, or 0 and not 0 for 1-bit images, palettes and
+    values of at most 1.
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        _loaded(image, path)
+        values = np.asarray(image if image.mode in ("1", "P", "L") else image.convert("L"))
+        indices = image.mode in ("1", "P") or values.max(initial=0) <= 1
+    return np.where(values > 0, 255, 0).astype(np.uint8) if indices else values
+
+
+def read_trimap(path: Path) -> np.ndarray:
+    """Oxford-IIIT Pet's trimap -> mask [H,W] uint8: 255 on the animal (1) and on its unclassified outline (3), 0 on the
+    background (2).
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        return np.where(np.asarray(_loaded(image, path)) == 2, 0, 255).astype(np.uint8)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing.") from error
+    except Exception as error:  # PIL's decoders fail in many ways on damaged files
+        raise DataError(f"{path} cannot be read as an image.") from error
+
+
+def _loaded(image: Image.Image, path: Path) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:
+        raise DataError(f"{path} is damaged: it cannot be read to its end.") from error
+    return image
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Width and height from the file's header.
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+def read_xml_boxes(path: Path) -> tuple[Box, ...]:
+    """The boxes of an annotation in Pascal VOC's XML, as ImageNet and Stanford Dogs have them.
+
+    Raises:
+        DataError: the file is missing, is no such XML, or holds no box.
+    """
+    try:
+        boxes = [
+            tuple(float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax"))
+            for box in ElementTree.parse(path).iter("bndbox")
+        ]
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing.") from error
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an XML annotation with boxes.") from error
+    if not boxes:
+        raise DataError(f"{path} holds no box.")
+    return tuple(boxes)
+
+
+def rasterise(boxes: Sequence[Box], width: int, height: int) -> np.ndarray:
+    """Mask [H,W] uint8 of the union of boxes, clipped to the image; a pixel cut by an edge gets its covered share.
+
+    Raises:
+        DataError: a box has no area inside the image.
+    """
+    clipped = torch.tensor([clip(box, width, height) for box in boxes])
+    mask = boxes_to_mask(clipped, height, width).amax(0)[0]
+    return (mask * 255).round().to(torch.uint8).numpy()
+
+
+def clip(box: Box, width: int, height: int) -> Box:
+    """A box cut at the image's edges.
+
+    Raises:
+        DataError: nothing is left of it.
+    """
+    x1, y1, x2, y2 = box
+    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if not (inside[0] < inside[2] and inside[1] < inside[3]):
+        sides = ", ".join(f"{side:g}" for side in box)
+        raise DataError(f"the box ({sides}) has no area inside the image of {width} x {height} px.")
+    return inside
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+#: How far every file is read when a set is opened.
+CHECKS = ("none", "header", "full")
+
+
+def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> str | None:
+    """What is wrong with a sample, or None: image and mask are there and readable (their headers, or all of them),
+    of one size, and boxes have an area inside the image."""
+    try:
+        if check == "full":
+            read_layers(sample, mask_reader)
+        else:
+            size = read_size(sample.image)
+            if sample.mask is not None:
+                _check_size(sample, size, read_size(sample.mask))
+            _check_boxes(sample, *size)
+    except DataError as error:
+        return str(error).removesuffix(".")
+    return None
+
+
+def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    if size != mask_size:
+        raise DataError(
+            f"{sample.mask} is {mask_size[0]} x {mask_size[1]} px, but its image {sample.image} is "
+            f"{size[0]} x {size[1]} px."
+        )
+
+
+def _check_boxes(sample: Sample, width: int, height: int) -> None:
+    try:
+        for box in sample.boxes:
+            clip(box, width, height)
+    except DataError as error:
+        raise DataError(f"{sample.image}: {error}") from error
+
+
+def usable(
+    name: str,
+    samples: list[Sample],
+    check: str,
+    skip_broken: bool,
+    skipped: list[str],
+    mask_reader: Callable = read_mask,
+) -> list[Sample]:
+    """The samples without a problem; the others are added to ``skipped``, each with its reason.
+
+    Raises:
+        DataError: there are others and ``skip_broken`` is False.
+    """
+    if check == "none":
+        return samples
+    with ThreadPoolExecutor(THREADS) as pool:
+        problems = list(pool.map(lambda sample: problem(sample, check, mask_reader), samples))
+    found = [text for text in problems if text]
+    if found and not skip_broken:
+        raise broken(name, len(found), f"{len(samples)} images cannot be used", found[0])
+    skipped.extend(found)
+    return [sample for sample, text in zip(samples, problems, strict=True) if text is None]
+
+
+def broken(name: str, count: int, what: str, first: str) -> DataError:
+    """The sentence that stops a set with broken files."""
+    return DataError(
+        f"{name}: {count} of {what} (the first: {first}): repair or remove them, or leave them out with skip_broken."
+    )
+
+
+# -------------------------------------------------------------------------------------------------- sets
+
+
+def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
+    """Red, green, blue and mask of a sample, [4,H,W] uint8; without annotation the mask is 0.
+
+    Raises:
+        DataError: a file is missing or broken, or the mask has another size than its image.
+    """
+    image = read_image(sample.image)
+    height, width, _ = image.shape
+    if sample.mask is not None:
+        mask = mask_reader(sample.mask)
+        _check_size(sample, (width, height), mask.shape[::-1])
+    elif sample.boxes:
+        _check_boxes(sample, width, height)
+        mask = rasterise(sample.boxes, width, height)
+    else:
+        mask = np.zeros((height, width), dtype=np.uint8)
+    return torch.from_numpy(np.concatenate([image.transpose(2, 0, 1), mask[None]]))
+
+
+class ImageFiles(ItemDataset):
+    """Images read from their files when they are asked for."""
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        transform: Transform,
+        annotated: Sequence[bool] | Tensor,
+        mask_reader: Callable = read_mask,
+    ):
+        super().__init__([sample.label for sample in samples], transform, annotated)
+        self.samples = samples
+        self.mask_reader = mask_reader
+
+    def layers(self, row: int) -> Tensor:
+        return read_layers(self.samples[row], self.mask_reader)
+
+
+def file_sets(
+    name: str,
+    classes: Sequence[str],
+    parts: dict[str, list[Sample]],
+    common: Common,
+    shares: dict[str, float],
+    mask_reader: Callable = read_mask,
+    check: str = "header",
+    skipped: Sequence[str] = (),
+) -> DataSets:
+    """DataSets of image files.
+
+    Args:
+        parts: samples of ``train`` and of any of ``validation`` and ``test``.
+        shares: what is taken from every class of ``train`` for a part that is not there.
+        check: how far files are read now, of :data:`CHECKS`; with ``skip_broken``, "header" becomes "full".
+        skipped: what the caller has left out already.
+
+    Raises:
+        DataError: broken files (without ``skip_broken``), a class without training images, or an empty part.
+    """
+    parts, skipped = dict(parts), list(skipped)
+    if missing := {part: share for part, share in shares.items() if part not in parts}:
+        train = parts["train"]
+        rows = stratified([sample.label for sample in train], classes, missing, common.seed)
+        parts |= {part: [train[row] for row in chosen] for part, chosen in rows.items()}
+    if common.skip_broken and check == "header":
+        check = "full"
+    for part, samples in parts.items():
+        rows = limited([sample.label for sample in samples], common.limit, common.seed)
+        chosen = [samples[row] for row in rows]
+        parts[part] = usable(f"{name} ({part})", chosen, check, common.skip_broken, skipped, mask_reader)
+        if not parts[part]:
+            raise DataError(f"{name}: the {part} split has no image that can be used.")
+    check_classes(classes, [sample.label for sample in parts["train"]], name)
+    for_training, fixed = photo_transforms(common)
+    known = {part: [sample.annotated for sample in samples] for part, samples in parts.items()}
+    seen = visible(known["train"], common.annotated, common.seed)
+    return DataSets(
+        name,
+        tuple(classes),
+        common.size,
+        ImageFiles(parts["train"], for_training, seen, mask_reader),
+        {"validation": ImageFiles(parts["validation"], fixed, known["validation"], mask_reader)},
+        {"test": ImageFiles(parts["test"], fixed, known["test"], mask_reader)},
+        tuple(skipped),
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files under a folder, at any depth, in order; hidden ones left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def read_lines(path: Path, columns: int) -> list[list[str]]:
+    """The lines of a text table, split at white space into at least ``columns``; the last keeps what is left.
+
+    Raises:
+        DataError: the file is missing, or a line has fewer columns.
+    """
+    try:
+        text = path.read_text()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text.") from error
+    lines = [line.split(maxsplit=columns - 1) for line in text.splitlines() if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        if len(line) < columns:
+            raise DataError(f"{path}: entry {number} has {len(line)} columns where {columns} are expected.")
+    return lines
