@@ -4,8 +4,12 @@ import typing
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import DataError
+
+if TYPE_CHECKING:
+    from .base import DataSets
 
 __all__ = ["SETS", "DataError", "DataSets", "Item", "SetInfo", "open_data", "set_epoch", "stack"]
 

@@ -115,7 +115,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def stack(dataset: Dataset, rows: Sequence[int] | Tensor) -> Item:
-    """The given rows as one Item of stacked tensors: image [N,3,S,S], label [N], mask [N,1,S,S], annotated [N], group [N].
+    """The given rows as one Item of stacked tensors: image [N,3,S,S], mask [N,1,S,S], the other fields [N].
 
     Raises:
         DataError: no rows, or an image that cannot be read.
@@ -223,7 +223,7 @@ def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
 
 
 def visible(annotated: Sequence[bool] | Tensor, share: float, seed: int) -> Tensor:
-    """Which training masks the loss may see, [N] bool: a share of those there are; a larger share includes a smaller."""
+    """Which training masks the loss may see, [N] bool: a share of those there are; larger shares include smaller."""
     if not 0 <= share <= 1:
         raise DataError(f"annotated must be a share between 0 and 1, got {share:g}.")
     known = torch.as_tensor(annotated, dtype=torch.bool)
