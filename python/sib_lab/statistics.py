@@ -44,7 +44,7 @@ def estimate(values: Values) -> Estimate:
 
 
 def over_seeds(values: Values) -> Estimate:
-    """Mean of values [N] over training seeds, with Student's t interval (exact for few, normally distributed values)."""
+    """Mean of values [N] over training seeds, with Student's t interval (exact for normally distributed values)."""
     defined, undefined = _defined(values)
     return Estimate(*_mean_and_half_width(defined, _quantile(len(defined))), len(defined), undefined)
 
