@@ -1,10 +1,14 @@
 """Images in files, with masks or boxes beside them: reading, checking and splitting."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -32,12 +36,35 @@ THREADS = 4  #: that check files
 
 
 @dataclass(frozen=True)
+class ZipEntry:
+    """A file in a .zip, read where a Path would be."""
+
+    archive: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+    def open(self) -> BytesIO:
+        try:
+            return BytesIO(_archive(self.archive, os.getpid()).read(self.name))
+        except KeyError as error:
+            raise FileNotFoundError(str(self)) from error
+
+
+@lru_cache(maxsize=8)
+def _archive(path: Path, process: int) -> ZipFile:
+    """One handle a process: forked workers must not share a file position."""
+    return ZipFile(path)
+
+
+@dataclass(frozen=True)
 class Sample:
     """One image file with its label and at most one kind of annotation."""
 
-    image: Path
+    image: Path | ZipEntry
     label: int
-    mask: Path | None = None
+    mask: Path | ZipEntry | None = None
     boxes: tuple[Box, ...] = ()  #: their union is the object
 
     @property
@@ -83,9 +110,9 @@ def read_trimap(path: Path) -> np.ndarray:
         return np.where(np.asarray(_loaded(image, path)) == 2, 0, 255).astype(np.uint8)
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: "Path | ZipEntry") -> Image.Image:
     try:
-        return Image.open(path)
+        return Image.open(path if isinstance(path, Path) else path.open())
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except Exception as error:  # PIL's decoders fail in many ways on damaged files
