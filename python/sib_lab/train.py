@@ -1,213 +1,752 @@
-"""Training that can be interrupted at any batch and resumed without a trace in the result."""
+"""Training of any method on any data set and network, interrupted and resumed without a trace in the result.
 
+Everything random follows from the seed and the number of the step: the initial weights, the order of the batches
+(sib_lab/batches.py), augmentation (drawn for each epoch and image) and what the network itself draws (the generators
+are set before each step). So weights, buffers, optimiser and the number of steps done are the whole state of a
+training, and a run that is killed and resumed, at whatever step, ends with the same numbers.
+"""
+
+import csv
+import io
+import json
 import math
 import os
+import platform
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sib_ext import SpatialIBLoss
+from . import runs
+from .batches import Batches, all_batches, mean_object_area
+from .config import STEP_EPOCHS, STEP_FACTOR, TrainConfig
+from .data import DataSets, Item
+from .data.base import check_classes
+from .losses import Forward, TrainingLoss, make_criterion
+from .networks import build_network, cam_layer
+from .runs import Run, RunError, open_config_data, open_run, quantiles
 
-from .config import Config
-from .data.digits_on_textures import Split, normalise
-from .measure import accuracy
-from .models import SmallCNN
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from rich.console import Console
 
-#: The two networks of the demo: key in checkpoints and results -> name for people.
-NETWORKS = {"cross_entropy": "Cross-entropy", "spatial_ib": "S-IB"}
-WARM_UP = 0.1  #: share of all steps over which the learning rate rises
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be resumed; the message is one sentence for the user."""
+CURVE_POINTS = 1000  #: about so many points has a curve of steps.csv
+KEPT_SECONDS = 20_000  #: step times kept, the latest
+NEED_MASKS = ("rrr", "energy-loss")  #: methods that do nothing without an annotation
+PACKAGES = ("torch", "numpy", "sib-ext", "lightning-fabric", "torchvision", "captum", "torchcam", "timm")
 
 
-class Learner:
-    """One network on its way through training.
+class TrainingError(RunError):
+    """A training that cannot start or go on; the message is one sentence."""
 
-    The order of the batches follows from the seed and the epoch, and the network has no other randomness after its
-    initialisation, so weights, BatchNorm buffers, optimiser and the number of steps done are the whole state.
+
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be resumed; the message is one sentence."""
+
+
+def train(
+    config: TrainConfig,
+    folder: Path | str,
+    *,
+    resume: bool = True,
+    console: "Console | None" = None,
+    quiet: bool = False,
+    data: DataSets | None = None,
+) -> Run:
+    """Trains a network and leaves a run folder (see :mod:`sib_lab.runs`); a finished one is opened at once.
+
+    Several devices: ``config.devices`` processes are started here, or ``torchrun`` has started this program in several.
+
+    Args:
+        resume: go on where ``folder`` stands; False: start anew and remove what the old run left there.
+        console: where progress is shown (with several devices: the standard output).
+        quiet: show nothing.
+        data: opened data; None: opened as the config says. Must be what the config says, for the run to be repeatable.
+
+    Raises:
+        RunError: (TrainingError, CheckpointError) one sentence that says what is wrong and what to do.
+        DataError, NetworkError: the same for data and networks.
+        KeyboardInterrupt: Ctrl-C; the batch under way was finished and a checkpoint written. A second Ctrl-C
+            interrupts at once.
+        SystemExit: SIGTERM, in the same way; the code is 143.
+    """
+    folder = Path(folder)
+    config = _with_processes_of_torchrun(config)
+    if resume and (folder / runs.FINISHED).exists():
+        _check_same(config, runs.load_state(folder / runs.LAST), folder)
+        return open_run(folder)
+    fabric = _make_fabric(config)
+    if config.devices == 1 or _by_torchrun():
+        outcome = fabric.launch(_work, config, folder, resume, console, quiet, data)
+    else:
+        outcome = _launch_processes(fabric, config, folder, resume, None, quiet, data)
+    if outcome is not None:
+        raise outcome
+    return open_run(folder)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Of step ``step`` (from 0) of ``steps``.
+
+    ``one-cycle``: linear warm-up, then half a cosine down to 0. ``step``: times 0.1 every 30 epochs. ``constant``.
+    """
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "step":
+        return config.learning_rate * STEP_FACTOR ** (step // steps_per_epoch // STEP_EPOCHS)
+    done = (step + 1) / steps
+    if done < config.warm_up:
+        return config.learning_rate * done / config.warm_up
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - config.warm_up) / (1 - config.warm_up)))
+
+
+class Trainer:
+    """One network on its way through training, in one process.
+
+    Raises:
+        TrainingError, ValueError: options that this data set cannot meet.
     """
 
-    def __init__(self, config: Config, criterion: nn.Module):
-        """``criterion``: nn.CrossEntropyLoss, or SpatialIBLoss (then ``config.mask`` says which mask it gets)."""
-        self.config = config
-        self.criterion = criterion
+    def __init__(self, config: TrainConfig, data: DataSets, fabric: "Fabric"):
+        check_classes(data.classes, data.train.labels, data.name)
+        if config.method in NEED_MASKS and not data.train.annotated.any():
+            raise TrainingError(
+                f"The method {config.method} needs masks, but no training image of {data.name} has one."
+            )
+        self.config, self.data, self.fabric = config, data, fabric
+        self.batches = Batches(
+            data.train, config, fabric.global_rank, fabric.world_size, pin_memory=fabric.device.type == "cuda"
+        )
+        if self.batches.steps_per_epoch == 0:
+            raise TrainingError(
+                f"{data.name} has {len(data.train)} training images, too few for batches of {config.batch_size}: "
+                "take a smaller batch size."
+            )
+        self.steps = self.batches.steps_per_epoch * config.epochs
+        self.step = 0  #: done so far
+
         torch.manual_seed(config.seed)
-        self.model = SmallCNN()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=config.weight_decay)
-        self.steps_done = 0
-        self.history: dict[str, list[float]] = {
-            "loss": [],  # per step, like the next two
-            "cross_entropy": [],
-            "seconds": [],
-            "validation_matched": [],  # accuracy, per epoch, like the next
-            "validation_uncorrelated": [],
-        }
+        weights = Path(config.weights) if config.weights else None
+        self.network = fabric.to_device(build_network(config.network, len(data.classes), data.size, weights))
+        self.criterion = fabric.to_device(_criterion(config, data, self.network))
+        self.model = Forward(fabric.strategy.setup_module(self.network), fabric.autocast)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.network.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        self.epochs: list[dict[str, float]] = []  #: the lines of metrics.csv
+        self.curves: dict[str, list[float]] = {}  #: the columns of steps.csv
+        self.seconds: list[float] = []  #: of the latest steps
+        self.sums: dict[str, dict[str, float]] = {"epoch": {}, "window": {}}  #: of loss parts, since each began
+        self.best = -1.0  #: accuracy on the first validation split
+
+    # ------------------------------------------------------------------------------------------ training
 
     @property
-    def steps_per_epoch(self) -> int:
-        """The last, smaller batch is left out."""
-        return self.config.train_digits * self.config.copies // self.config.batch_size
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.batches.steps_per_epoch
 
     @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
+    def window(self) -> int:
+        """Steps in a point of the curves."""
+        return max(1, self.steps // CURVE_POINTS)
 
-    @property
-    def at_epoch_end(self) -> bool:
-        return self.steps_done % self.steps_per_epoch == 0
+    def run(self, stop_signal: Callable[[], int | None], keep: "Keeper", show: Callable[["Trainer"], None]) -> None:
+        """Trains from where it stands to the last epoch.
 
-    def batch(self) -> Tensor:
-        """Row numbers [batch_size] of the next batch."""
-        epoch, number = divmod(self.steps_done, self.steps_per_epoch)
-        rows = self.config.train_digits * self.config.copies
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(rows)
-        return torch.from_numpy(order[number * self.config.batch_size :][: self.config.batch_size])
+        Args:
+            stop_signal: the number of a signal that came, or None.
+            keep: writes checkpoints and curves.
+            show: called after every step.
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine down to 0."""
-        done = (self.steps_done + 1) / self.steps
-        if done < WARM_UP:
-            return self.config.learning_rate * done / WARM_UP
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
+        Raises:
+            KeyboardInterrupt, SystemExit: a signal came; the step was finished and a checkpoint written.
+        """
+        while self.step < self.steps:
+            epoch, number = divmod(self.step, self.batches.steps_per_epoch)
+            for item in self.batches.from_batch(epoch, number):
+                stopped, due = self.train_step(item, stop_signal, keep.is_due)
+                if self.step % self.batches.steps_per_epoch == 0:
+                    self._end_epoch(keep)
+                elif due or stopped:
+                    keep.checkpoint(self)
+                show(self)
+                if stopped:
+                    raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
 
-    def step(self, split: Split) -> None:
-        """One optimiser step on the next batch of ``split``."""
-        rows = self.batch()
-        x, labels, masks = normalise(split.images[rows]), split.labels[rows], split.masks[rows]
+    def train_step(
+        self,
+        item: Item,
+        stop_signal: Callable[[], int | None] = lambda: None,
+        is_due: Callable[[int], bool] = lambda step: False,
+    ) -> tuple[int, bool]:
+        """One optimiser step; the answers of both functions, agreed on by all processes (0 for no signal).
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite; the weights are those before the step.
+        """
+        x, y, mask, annotated = self._on_device(item)
+        self._seed_step()
         start = time.perf_counter()
+        rate = learning_rate(self.config, self.step, self.steps, self.batches.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = rate
         self.model.train()
-        loss, cross_entropy = self._losses(x, labels, masks)
+        self.criterion.advance(self.step / self.steps)
+        parts = self.criterion(self.model, x, y, mask, annotated)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.fabric.backward(parts["loss"])
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        values, (stopped, due) = self._agreed(
+            parts | {"gradient_norm": norm}, (float(stop_signal() or 0), float(is_due(self.step + 1)))
+        )
+        self._check_finite(values, rate)
         self.optimizer.step()
-        self.history["seconds"].append(time.perf_counter() - start)
-        self.history["loss"].append(loss.item())
-        self.history["cross_entropy"].append(cross_entropy.item())
-        self.steps_done += 1
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
+        self.seconds.append(time.perf_counter() - start)
+        self.step += 1
+        self._add(values)
+        return int(stopped), due > 0
 
-    def _losses(self, x: Tensor, labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to descend and the cross-entropy in it, scalars."""
-        if not isinstance(self.criterion, SpatialIBLoss):
-            loss = self.criterion(self.model(x), labels)
-            return loss, loss.detach()
-        x.requires_grad_()
-        terms = self.criterion.terms(self.model(x), labels, x, mask=masks if self.config.mask == "given" else None)
-        return terms.loss, terms.cross_entropy.detach()
+    def _on_device(self, item: Item) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Image, label, mask (None where no sample has one) and annotated (None where all have)."""
+        x, y = self.fabric.to_device((item.image, item.label))
+        known = torch.as_tensor(item.annotated, dtype=torch.bool)
+        if not known.any():
+            return x, y, None, None
+        mask = self.fabric.to_device(item.mask)
+        return x, y, mask, None if known.all() else self.fabric.to_device(known)
 
-    def validate(self, splits: Mapping[str, Split]) -> None:
-        """Adds this epoch's accuracy on both validation splits to the history."""
-        for name in ("validation_matched", "validation_uncorrelated"):
-            self.history[name].append(accuracy(self.model, splits[name]))
+    def _seed_step(self) -> None:
+        """Sets the generators that a network may draw from (dropout) for this step of this process."""
+        words = np.random.SeedSequence([self.config.seed, self.step, self.fabric.global_rank])
+        key = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        torch.default_generator.manual_seed(key)
+        if self.fabric.device.type == "cuda":
+            torch.cuda.manual_seed(key)
 
-    def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
+    def _agreed(
+        self, parts: Mapping[str, Tensor], flags: tuple[float, ...]
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Loss parts, averaged over the processes, and flags, the highest of any process, as numbers."""
+        values = torch.stack([value.detach().double() for value in parts.values()])
+        if self.fabric.world_size > 1:
+            values = self.fabric.all_reduce(values, reduce_op="mean")
+            flags = self.fabric.all_reduce(torch.tensor(flags, device=values.device), reduce_op="max").tolist()
+        return dict(zip(parts, values.tolist(), strict=True)), tuple(flags)
+
+    def _check_finite(self, values: Mapping[str, float], rate: float) -> None:
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                lower = "a lower learning rate" if self.config.method == "ce" else "a lower learning rate or strength"
+                precise = "" if self.config.precision == "32-true" else ", or precision 32-true"
+                raise TrainingError(
+                    f"The {name.replace('_', ' ')} is {values[name]} at step {self.step + 1} of {self.steps} "
+                    f"(learning rate {rate:.3g}): train anew with {lower}{precise}."
+                )
+
+    def _add(self, values: Mapping[str, float]) -> None:
+        """Notes a step's loss parts in the sums and, at the end of a window, in the curves."""
+        for sums in self.sums.values():
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+        if self.step % self.window == 0:
+            self.curves.setdefault("step", []).append(self.step)
+            for name, total in self.sums["window"].items():
+                self.curves.setdefault(name, []).append(total / self.window)
+            self.sums["window"] = {}
+        self.seconds = self.seconds[-max(KEPT_SECONDS, self.batches.steps_per_epoch) :]
+
+    def _end_epoch(self, keep: "Keeper") -> None:
+        """Validates, adds the epoch's line to the history and saves."""
+        count = self.batches.steps_per_epoch
+        line = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "learning_rate": learning_rate(self.config, self.step - 1, self.steps, count),
+        } | {name: total / count for name, total in self.sums["epoch"].items()}
+        self.sums["epoch"] = {}
+        for name, split in self.data.validation.items():
+            line[f"accuracy_{name}"], line[f"cross_entropy_{name}"] = self.evaluate(split)
+        line |= {f"seconds_{name}": value for name, value in quantiles(self.seconds[-count:]).items()}
+        self.epochs.append(line)
+        accuracy = line[f"accuracy_{next(iter(self.data.validation))}"]
+        if accuracy >= self.best:  # of equals the one that trained longer
+            self.best = accuracy
+            keep.best(self)
+        keep.checkpoint(self)
+
+    def evaluate(self, split: torch.utils.data.Dataset) -> tuple[float, float]:
+        """Accuracy and mean cross-entropy on a split, in eval mode, over all processes."""
+        self.model.eval()
+        # Past the wrapper of distributed training: processes may have different numbers of batches.
+        model = Forward(self.network, self.fabric.autocast)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+        with torch.no_grad():
+            for item in all_batches(split, self.config.workers, self.fabric.global_rank, self.fabric.world_size):
+                x, y = self.fabric.to_device((item.image, item.label))
+                logits = model(x)
+                loss = F.cross_entropy(logits, y, reduction="sum")
+                sums += torch.stack([(logits.argmax(1) == y).sum(), loss, torch.ones_like(y).sum()]).double()
+        if self.fabric.world_size > 1:
+            sums = self.fabric.all_reduce(sums, reduce_op="sum")
+        right, loss, count = sums.tolist()
+        return right / count, loss / count
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, for ``last.pt``."""
+        return self.best_state() | {
             "optimizer": self.optimizer.state_dict(),
-            "steps_done": self.steps_done,
-            "history": self.history,
+            "criterion": self.criterion.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "sums": self.sums,
+            "history": {"epochs": self.epochs, "curves": self.curves, "seconds": self.seconds},
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+    def best_state(self) -> dict[str, Any]:
+        """The network alone, for ``best.pt``."""
+        return {
+            "config": runs.plain(asdict(self.config)),
+            "classes": list(self.data.classes),
+            "size": self.data.size,
+            "epoch": self.epoch,
+            "model": self.network.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Puts the training where a checkpoint of :meth:`state` stands."""
+        if state["classes"] != list(self.data.classes) or state["size"] != self.data.size:
+            raise ValueError("the checkpoint's classes or image size are not those of the data")
+        self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done = state["steps_done"]
-        self.history = state["history"]
+        self.criterion.load_state_dict(state["criterion"])
+        self.step, self.best, self.sums = state["step"], state["best"], state["sums"]
+        history = state["history"]
+        self.epochs, self.curves, self.seconds = history["epochs"], history["curves"], history["seconds"]
 
 
-def make_learners(config: Config) -> dict[str, Learner]:
-    """Both networks, from the same initial weights."""
+def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
+    layer = area = None
+    if config.method == "energy-loss" and config.loss_options.get("attribution", "gradcam") == "gradcam":
+        layer = None if "layer" in config.loss_options else cam_layer(network)
+    if config.method == "centre-mask" and "centre_area" not in config.loss_options:
+        area = mean_object_area(data.train)
+    try:
+        return make_criterion(config, layer, area)
+    except ValueError as error:
+        raise TrainingError(f"The loss cannot be made: {error}.") from error
+
+
+# --------------------------------------------------------------------------------------------- run folder
+
+
+class Keeper:
+    """Writes the run folder, in the first process; the others wait and hear of its errors."""
+
+    def __init__(self, folder: Path, config: TrainConfig, fabric: "Fabric"):
+        self.folder, self.config, self.fabric = folder, config, fabric
+        self.saved_at = time.monotonic()
+        self.writer = None  # of TensorBoard
+        self.written = {"epochs": 0, "curves": 0}  # of the history, to TensorBoard
+
+    def begin(self, trainer: Trainer) -> None:
+        """Notes the start in config.json and brings the curves to where the training stands."""
+        self._first(lambda: self._begin(trainer))
+
+    def checkpoint(self, trainer: Trainer) -> None:
+        """last.pt, and the curves up to it."""
+        self._first(lambda: self._checkpoint(trainer))
+        self.saved_at = time.monotonic()
+
+    def best(self, trainer: Trainer) -> None:
+        self._first(lambda: runs.save_state(self.folder / runs.BEST, trainer.best_state()))
+
+    def finish(self, trainer: Trainer) -> None:
+        """finished.json: the run's end in a few numbers."""
+        self._first(lambda: self._finish(trainer))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint within the epoch is due after ``step`` steps."""
+        by_steps = self.config.save_steps > 0 and step % self.config.save_steps == 0
+        return by_steps or time.monotonic() - self.saved_at > 60 * self.config.save_minutes
+
+    def _begin(self, trainer: Trainer) -> None:
+        record = {"config": runs.plain(asdict(self.config)), "starts": []}
+        if trainer.step:
+            record["starts"] = runs.read_record(self.folder).get("starts", [])
+        record["starts"].append({"step": trainer.step} | surroundings(self.fabric.device))
+        runs.write_text(self.folder / runs.CONFIG, json.dumps(record, indent=2) + "\n")
+        # Curves are written again from the checkpoint, so that nothing after it appears twice.
+        shutil.rmtree(self.folder / runs.TENSORBOARD, ignore_errors=True)
+        self._write_curves(trainer)
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        runs.save_state(self.folder / runs.LAST, trainer.state())
+        self._write_curves(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        first = f"accuracy_{next(iter(trainer.data.validation))}"
+        best = max(trainer.epochs, key=lambda line: (line[first], line["epoch"]))
+        summary = {"steps": trainer.steps, "selected_by": first, "best": best, "last": trainer.epochs[-1]}
+        summary["seconds_per_step"] = quantiles(trainer.seconds)
+        runs.write_text(self.folder / runs.FINISHED, json.dumps(summary, indent=2) + "\n")
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write_curves(self, trainer: Trainer) -> None:
+        runs.write_text(self.folder / runs.METRICS, as_csv(trainer.epochs))
+        points = [
+            dict(zip(trainer.curves, values, strict=True)) for values in zip(*trainer.curves.values(), strict=True)
+        ]
+        runs.write_text(self.folder / runs.STEPS, as_csv(points))
+        try:
+            self._write_tensorboard(trainer.epochs, points)
+        except OSError as error:
+            raise TrainingError(
+                f"{self.folder / runs.TENSORBOARD} cannot be written ({error.strerror or error}): the checkpoint is "
+                "whole; make room there and run the same command again."
+            ) from error
+
+    def _write_tensorboard(self, epochs: list[dict], points: list[dict]) -> None:
+        """What is new since the last call: epochs under ``epoch/``, curves under ``step/``."""
+        if self.writer is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of tensorboard's own imports
+                from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / runs.TENSORBOARD))
+        for kind, group, lines in (("epochs", "epoch", epochs), ("curves", "step", points)):
+            for line in lines[self.written[kind] :]:
+                for name in line.keys() - {"epoch", "step"}:
+                    self.writer.add_scalar(f"{group}/{name}", line[name], int(line["step"]))
+            self.written[kind] = len(lines)
+        self.writer.flush()
+
+    def _first(self, action: Callable[[], None]) -> None:
+        """Does something in the first process; its RunError is raised in all."""
+        error = None
+        if self.fabric.global_rank == 0:
+            try:
+                action()
+            except RunError as problem:
+                error = problem
+        if self.fabric.world_size > 1:
+            error = self.fabric.broadcast(error)
+        if error is not None:
+            raise error
+
+
+def as_csv(lines: list[dict[str, float]]) -> str:
+    """A header and the lines; numbers so that reading them gives the same number back."""
+    text = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return text.getvalue()
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """When, with what and on what a run was started."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
     return {
-        "cross_entropy": Learner(config, nn.CrossEntropyLoss()),
-        "spatial_ib": Learner(config, SpatialIBLoss(config.preset)),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "git_commit": git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
     }
 
 
-def fit(
-    learners: Sequence[Learner],
-    splits: Mapping[str, Split],
-    save: Callable[[], None],
-    on_step: Callable[[Learner], None],
-) -> None:
-    """Trains each learner from where it stands to its last epoch; calls ``save`` at the end of every epoch.
+def git_commit() -> str | None:
+    """The commit of this program's source, with ``+changes`` where files differ from it; None outside git."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(here.parent), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    # Installed into an environment that lies in some other repository, the file is not tracked there.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+# ----------------------------------------------------------------------------------------------- processes
+
+
+def _work(
+    fabric: "Fabric",
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    console: "Console | None",
+    quiet: bool,
+    data: DataSets | None,
+) -> BaseException | None:
+    """One process's training. What stops it is returned: an exception would reach no other process."""
+    try:
+        with _settings(config, fabric.device), deferred_signals() as stop_signal:
+            trainer = Trainer(config, open_config_data(config) if data is None else data, fabric)
+            _resume_or_clear(trainer, folder, resume)
+            keep = Keeper(folder, config, fabric)
+            keep.begin(trainer)
+            with _progress(trainer, folder, console, quiet or fabric.global_rank > 0) as show:
+                trainer.run(stop_signal, keep, show)
+            keep.finish(trainer)
+    except (Exception, KeyboardInterrupt, SystemExit) as outcome:
+        if fabric.global_rank > 0 and not isinstance(outcome, (RunError, KeyboardInterrupt, SystemExit)):
+            raise  # the first process may not have it: end this one, so that nobody waits for it
+        return outcome
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return None
+
+
+def _resume_or_clear(trainer: Trainer, folder: Path, resume: bool) -> None:
+    """Loads ``last.pt``; or, without one or told to start anew, removes what an old run left."""
+    path = folder / runs.LAST
+    if resume and path.exists():
+        state = _loaded(path)
+        _check_same(trainer.config, state, folder)
+        try:
+            trainer.load(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The checkpoint {path} does not fit this training: start anew with --fresh or in another folder."
+            ) from error
+        return
+    trainer.fabric.barrier()  # before the first process removes what another still looks for
+    if trainer.fabric.global_rank == 0:
+        for name in (runs.LAST, runs.BEST, runs.METRICS, runs.STEPS, runs.FINISHED):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        return runs.load_state(path)
+    except RunError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged or not one of this program: "
+            "start anew with --fresh or in another folder."
+        ) from error
+
+
+def _check_same(config: TrainConfig, state: Mapping[str, Any], folder: Path) -> None:
+    if differing := config.differing(state.get("config", {})):
+        options = ", ".join(f"{name} = {value}" for name, value in differing.items())
+        raise CheckpointError(
+            f"The run in {folder} was made with {options}: "
+            "go on with the same options, take another folder, or start anew with --fresh."
+        )
+
+
+def _by_torchrun() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+
+
+def _with_processes_of_torchrun(config: TrainConfig) -> TrainConfig:
+    if not _by_torchrun():
+        return config
+    world = int(os.environ["WORLD_SIZE"])
+    if config.devices not in (1, world):
+        raise TrainingError(f"torchrun started {world} processes, but {config.devices} devices were asked for.")
+    try:
+        return replace(config, devices=world)
+    except ValueError as error:
+        raise TrainingError(f"{error}.") from error
+
+
+def _make_fabric(config: TrainConfig) -> "Fabric":
+    """Devices, precision and processes.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; the batch under way was finished and ``save`` called.
+        TrainingError: a device that is not there.
     """
-    with deferred_interrupt() as interrupted:
-        for learner in learners:
-            while learner.steps_done < learner.steps:
-                learner.step(splits["train"])
-                if learner.at_epoch_end:
-                    learner.validate(splits)
-                on_step(learner)
-                if learner.at_epoch_end or interrupted():
-                    save()
-                if interrupted():
-                    raise KeyboardInterrupt
+    import logging
+
+    from lightning_fabric import Fabric
+
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = config.device if config.device != "auto" else "cuda" if there else "cpu"
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if _by_torchrun() else config.devices
+    if device == "cuda" and local > there:
+        seen = f"torch sees {there}" if there else "torch sees none (`python -m sib_ext.info` says what is installed)"
+        raise TrainingError(f"{local} CUDA device{'s' * (local > 1)} asked for, but {seen}: use --device cpu or fewer.")
+    strategy = "ddp" if _by_torchrun() else "ddp_spawn" if config.devices > 1 else "auto"
+    return Fabric(
+        accelerator=device,
+        devices=local,
+        num_nodes=config.devices // local if _by_torchrun() else 1,
+        strategy=strategy,
+        precision=config.precision,
+    )
+
+
+def _launch_processes(fabric: "Fabric", *arguments) -> BaseException | None:
+    """Starts the processes and waits; signals are theirs to answer."""
+    import multiprocessing
+
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    def hand_on(signum, frame):
+        # Ctrl-C reaches every process of the terminal by itself.
+        for child in multiprocessing.active_children() if signum == signal.SIGTERM else ():
+            child.terminate()
+
+    with _handlers(hand_on):
+        try:
+            return fabric.launch(_work, *arguments)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            last = str(error).strip().splitlines()[-1]
+            return TrainingError(f"Process {error.error_index} of the training failed: {last}")
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT only sets a flag (yielded as a function); a second one interrupts at once."""
-    pressed = False
-
-    def on_interrupt(signum, frame):
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+def _handlers(handler) -> Iterator[None]:
+    """SIGINT and SIGTERM go to ``handler``; elsewhere than in the main thread nothing can be set."""
     try:
-        yield lambda: pressed
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        previous = {}
+    try:
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
+@contextmanager
+def deferred_signals() -> Iterator[Callable[[], int | None]]:
+    """Inside, the first SIGINT or SIGTERM only sets what the yielded function returns; a second one acts at once."""
+    came: list[int] = []
+
+    def note(signum, frame):
+        came.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    with _handlers(note):
+        yield lambda: came[0] if came else None
 
 
-def save_checkpoint(path: Path, config: Config, learners: Mapping[str, Learner]) -> None:
-    """Writes beside ``path`` and renames, so that ``path`` is whole at every moment."""
-    state = {"config": asdict(config), "learners": {name: learner.state_dict() for name, learner in learners.items()}}
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, config: Config, learners: Mapping[str, Learner]) -> None:
-    """Puts the learners where the checkpoint stands.
-
-    Raises:
-        CheckpointError: no file, not readable as a checkpoint, or written with another configuration.
-    """
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}: start without --resume.")
-    broken = CheckpointError(f"The checkpoint {path} cannot be read: start anew without --resume.")
+@contextmanager
+def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Threads and repeatable kernels, as they were afterwards."""
+    threads = torch.get_num_threads()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    cudnn, before = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    flags = (cudnn.deterministic, cudnn.benchmark)
+    if config.deterministic and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.deterministic, cudnn.benchmark = True, False
     try:
-        state = torch.load(path, weights_only=True)
-        saved = state["config"]
-    except Exception as error:  # torch.load fails in many ways on a damaged file
-        raise broken from error
-    differing = {name: saved.get(name) for name, value in asdict(config).items() if saved.get(name) != value}
-    if differing:
-        options = ", ".join(f"{name} = {value}" for name, value in differing.items())
-        raise CheckpointError(
-            f"The checkpoint {path} was made with {options}: "
-            "resume with the same options, or start anew without --resume."
-        )
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(before)
+        cudnn.deterministic, cudnn.benchmark = flags
+
+
+@contextmanager
+def _progress(
+    trainer: Trainer, folder: Path, console: "Console | None", quiet: bool
+) -> Iterator[Callable[[Trainer], None]]:
+    """A bar with the time left; where the output is no terminal, a line an epoch."""
+    if quiet:
+        yield lambda trainer: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = console or Console()
+    if trainer.step:
+        console.print(f"Going on at step {trainer.step} of {trainer.steps} in {folder}.")
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+        transient=not console.is_terminal,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task(trainer.config.method, total=trainer.steps, completed=trainer.step, state="")
+
+    def show(trainer: Trainer) -> None:
+        ended = trainer.step % trainer.batches.steps_per_epoch == 0
+        if not console.is_terminal:
+            if ended:
+                console.print(
+                    f"{trainer.config.method} epoch {trainer.epoch}/{trainer.config.epochs}: {_state(trainer)}"
+                )
+            return
+        progress.update(task, completed=trainer.step, state=_state(trainer))
+
+    with progress:
+        yield show
+
+
+def _state(trainer: Trainer) -> str:
+    """Recent cross-entropy and the latest accuracy."""
+    words = []
+    if trainer.curves:
+        recent = trainer.curves["cross_entropy"][-20:]
+        words.append(f"cross-entropy {sum(recent) / len(recent):.3f}")
+    if trainer.epochs:
+        first = next(iter(trainer.data.validation))
+        words.append(f"accuracy {trainer.epochs[-1][f'accuracy_{first}']:.3f}")
+    return ", ".join(words)
+
+
+def __getattr__(name: str):
+    # The demo's own trainer, until the demo trains with the above.
+    from . import demo_training
+
     try:
-        for name, learner in learners.items():
-            learner.load_state_dict(state["learners"][name])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise broken from error
+        return getattr(demo_training, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
