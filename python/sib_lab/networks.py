@@ -4,7 +4,8 @@ The S-IB loss takes the derivative of a derivative. What stands in its way is pu
 
 - fused attention kernels have no second derivative: the whole forward runs with the math version;
 - nor has ``nn.Hardsigmoid``: it is replaced by the same function made of ``relu6`` (``nn.Hardswish`` has one);
-- in-place activations overwrite what a hook has kept: ``inplace`` is switched off, as is DenseNet's functional one.
+- in-place activations overwrite what a hook has kept: ``inplace`` is switched off, and DenseNet's last, functional
+  ReLU is a module, whose output Grad-CAM wants.
 
 The names in a model's state dict stay what they are. What cannot be put right from outside: a second derivative that
 a custom op does not have, and in-place additions inside a block (ResNet's ``out += identity``), so that hooks belong
@@ -105,12 +106,16 @@ def _densenet121(classes: int, size: int) -> nn.Module:
     from torchvision.models import DenseNet
 
     class DenseNet121(DenseNet):
-        """torchvision's, with a ReLU that does not overwrite the last feature map."""
+        """torchvision's, whose last ReLU is a module (it has no state) and does not overwrite the feature map."""
+
+        def __init__(self):
+            super().__init__(32, (6, 12, 24, 16), 64, num_classes=classes)
+            self.relu = nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.classifier(F.relu(self.features(x)).mean((2, 3)))
+            return self.classifier(self.relu(self.features(x)).mean((2, 3)))
 
-    return DenseNet121(32, (6, 12, 24, 16), 64, num_classes=classes)
+    return DenseNet121()
 
 
 def _vit_b_32(classes: int, size: int) -> nn.Module:

@@ -100,7 +100,7 @@ SETS: dict[str, SetInfo] = {
         224,
         "imagenet",
         "train/<class>/*.JPEG, val/<class>/*.JPEG, optionally Annotations/ with XML boxes and meta.bin with names",
-        _VALIDATION,
+        {"validation_share": "share of each class's training images kept for validation (0.01)"},
     ),
     "folder": SetInfo(
         "Your own images: one folder a class, or train/, val/ and test/ with such folders in each.",

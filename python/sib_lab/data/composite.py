@@ -74,8 +74,6 @@ def open_set(
     classes, photographs = find_objects(_objects_path(root, objects), common, skipped)
     by_part = split_objects(photographs, classes, {"validation": validation_share, "test": test_share}, common.seed)
     groups, regions = find_backgrounds(_backgrounds_path(root, backgrounds), common, skipped)
-    check_classes(classes, [photograph.label for photograph in by_part["train"]], "composite")
-
     for_training, fixed = gentle_transforms(common, flip=True)
 
     def composites(part: str, agreement: float | str | None, transform: Transform = fixed) -> Composites:
@@ -159,7 +157,7 @@ def find_objects(path: Path, common: Common, skipped: list[str]) -> tuple[list[s
             "add masks of the same path, or leave them out with skip_broken."
         )
     skipped.extend(f"{image} has no mask" for image in bare)
-    photographs = [Photograph(image, number[name], mask, (), thing) for name, image, mask, thing in found if mask]
+    photographs = [Photograph(image, number[name], mask, object=thing) for name, image, mask, thing in found if mask]
     check = "full" if common.skip_broken else "header"
     return classes, usable("composite (objects)", photographs, check, common.skip_broken, skipped)
 
@@ -243,12 +241,12 @@ def split_objects(
         raise DataError("validation_share and test_share must lie between 0 and 1 and leave objects to train on.")
     parts: dict[str, list[Photograph]] = {part: [] for part in PARTS}
     for label, name in enumerate(classes):
-        things: dict[tuple, list[Photograph]] = defaultdict(list)
-        for place, photograph in enumerate(p for p in photographs if p.label == label):
-            # By chance where no name is given: the file's place in a shuffled order.
-            things[_natural(photograph.object) if photograph.object else (place,)].append(photograph)
-        order = sorted(things, key=str) if len({len(k) for k in things}) > 1 else sorted(things)
-        if not any(p.object for listed in things.values() for p in listed):
+        of_class = [photograph for photograph in photographs if photograph.label == label]
+        things: dict[str, list[Photograph]] = defaultdict(list)
+        for photograph in of_class:
+            things[photograph.object or str(photograph.image)].append(photograph)
+        order = sorted(things, key=_natural)
+        if not any(photograph.object for photograph in of_class):
             order = [order[i] for i in np.random.default_rng([seed, 3, label]).permutation(len(order))]
         held = {part: max(1, round(share * len(order))) for part, share in shares.items()}
         if len(order) <= sum(held.values()):
@@ -267,11 +265,11 @@ def _natural(name: str) -> tuple:
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
 
 
-@lru_cache(maxsize=512)
-def cut_out(photograph: Sample) -> Tensor:
+def cut_out(photograph: Sample, longest: float) -> Tensor:
     """The object alone, cropped to its mask, [4,h,w] float32 in [0,1]: colours times opacity, and opacity.
 
-    The mask loses 1 px and its edge is blurred, never beyond the mask, so that no backdrop is pasted along.
+    The mask loses 1 px and its edge is blurred, never beyond the mask, so that no backdrop is pasted along. Objects of
+    more than twice ``longest`` px, the longer side that is wanted, are made smaller first.
 
     Raises:
         DataError: a file is missing or broken, or the mask is empty.
@@ -281,15 +279,32 @@ def cut_out(photograph: Sample) -> Tensor:
         raise DataError(f"{photograph.mask} has another size than its image {photograph.image}.")
     if mask.max(initial=0) < 128:
         raise DataError(f"{photograph.mask} is empty: no object to paste.")
-    eroded = Image.fromarray(mask).filter(ImageFilter.MinFilter(3))
+    inside = _bounds(mask)
+    image, mask = _at_most(image[inside], 2 * longest), _at_most(mask[inside], 2 * longest)
+    framed = Image.fromarray(np.pad(mask, 1))
+    eroded = framed.filter(ImageFilter.MinFilter(3))
     if np.asarray(eroded).max() < 128:  # too thin to lose anything
-        eroded = Image.fromarray(mask)
-    opacity = np.minimum(np.asarray(eroded.filter(ImageFilter.GaussianBlur(EDGE_BLUR))), mask)
-    rows, columns = np.flatnonzero(opacity.any(1)), np.flatnonzero(opacity.any(0))
-    inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        eroded = framed
+    opacity = np.minimum(np.asarray(eroded.filter(ImageFilter.GaussianBlur(EDGE_BLUR)))[1:-1, 1:-1], mask)
+    inside = _bounds(opacity)
     alpha = torch.from_numpy(opacity[inside].astype(np.float32) / 255)
     colours = torch.from_numpy(image[inside].astype(np.float32) / 255).permute(2, 0, 1)
     return torch.cat([colours * alpha, alpha[None]])
+
+
+def _bounds(mask: np.ndarray) -> tuple[slice, slice]:
+    """The smallest box of rows and columns with all that is not 0."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _at_most(values: np.ndarray, longest: float) -> np.ndarray:
+    """An image [h,w] or [h,w,3] uint8, made smaller where its longer side is above ``longest`` px."""
+    factor = longest / max(values.shape[:2])
+    if factor >= 1:
+        return values
+    height, width = (max(1, round(side * factor)) for side in values.shape[:2])
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
 
 
 # -------------------------------------------------------------------------------------------- backgrounds
@@ -471,15 +486,15 @@ class Composites(ItemDataset):
     def compose(self, row: int) -> Tensor:
         """Red, green, blue and opacity of the object, [4,size,size] uint8."""
         rng = np.random.default_rng([*self.key, row])
-        pasted = self._placed(cut_out(self.photographs[row]), rng)
+        longest = rng.uniform(*self.scale) * self.size
+        pasted = self._placed(cut_out(self.photographs[row], longest), longest, rng)
         among = self.regions[self.groups[row]]
         behind = background(among[rng.integers(len(among))], self.size, rng)
         shown = pasted[:3] + behind * (1 - pasted[3:])
         return (torch.cat([shown, pasted[3:]]) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def _placed(self, thing: Tensor, rng: np.random.Generator) -> Tensor:
-        """An object [4,h,w] at a random scale and place of an empty image, [4,size,size]."""
-        longest = rng.uniform(*self.scale) * self.size
+    def _placed(self, thing: Tensor, longest: float, rng: np.random.Generator) -> Tensor:
+        """An object [4,h,w] at a random place of an empty image, [4,size,size]; ``longest``: its longer side, px."""
         height, width = (max(1, round(side * longest / max(thing.shape[1:]))) for side in thing.shape[1:])
         resized = F.interpolate(thing[None], (height, width), mode="bilinear", antialias=True, align_corners=False)[0]
         y, x = rng.integers(self.size - height + 1), rng.integers(self.size - width + 1)

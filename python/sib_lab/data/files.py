@@ -66,10 +66,14 @@ class Sample:
     label: int
     mask: Path | ZipEntry | None = None
     boxes: tuple[Box, ...] = ()  #: their union is the object
+    xml: Path | None = None  #: an annotation with the boxes, read when they are wanted
 
     @property
     def annotated(self) -> bool:
-        return self.mask is not None or bool(self.boxes)
+        return self.mask is not None or bool(self.boxes) or self.xml is not None
+
+    def all_boxes(self) -> tuple[Box, ...]:
+        return self.boxes if self.xml is None else read_xml_boxes(self.xml)
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -198,7 +202,7 @@ def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> st
             size = read_size(sample.image)
             if sample.mask is not None:
                 _check_size(sample, size, read_size(sample.mask))
-            _check_boxes(sample, *size)
+            _check_boxes(sample, sample.all_boxes(), *size)
     except DataError as error:
         return str(error).removesuffix(".")
     return None
@@ -212,9 +216,9 @@ def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int
         )
 
 
-def _check_boxes(sample: Sample, width: int, height: int) -> None:
+def _check_boxes(sample: Sample, boxes: Sequence[Box], width: int, height: int) -> None:
     try:
-        for box in sample.boxes:
+        for box in boxes:
             clip(box, width, height)
     except DataError as error:
         raise DataError(f"{sample.image}: {error}") from error
@@ -265,9 +269,9 @@ def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
     if sample.mask is not None:
         mask = mask_reader(sample.mask)
         _check_size(sample, (width, height), mask.shape[::-1])
-    elif sample.boxes:
-        _check_boxes(sample, width, height)
-        mask = rasterise(sample.boxes, width, height)
+    elif boxes := sample.all_boxes():
+        _check_boxes(sample, boxes, width, height)
+        mask = rasterise(boxes, width, height)
     else:
         mask = np.zeros((height, width), dtype=np.uint8)
     return torch.from_numpy(np.concatenate([image.transpose(2, 0, 1), mask[None]]))
@@ -299,6 +303,7 @@ def file_sets(
     shares: dict[str, float],
     mask_reader: Callable = read_mask,
     check: str = "header",
+    full: bool = True,
     skipped: Sequence[str] = (),
 ) -> DataSets:
     """DataSets of image files.
@@ -306,7 +311,8 @@ def file_sets(
     Args:
         parts: samples of ``train`` and of any of ``validation`` and ``test``.
         shares: what is taken from every class of ``train`` for a part that is not there.
-        check: how far files are read now, of :data:`CHECKS`; with ``skip_broken``, "header" becomes "full".
+        check: how far files are read now, of :data:`CHECKS`.
+        full: whether ``skip_broken`` reads every file to its end.
         skipped: what the caller has left out already.
 
     Raises:
@@ -317,7 +323,7 @@ def file_sets(
         train = parts["train"]
         rows = stratified([sample.label for sample in train], classes, missing, common.seed)
         parts |= {part: [train[row] for row in chosen] for part, chosen in rows.items()}
-    if common.skip_broken and check == "header":
+    if common.skip_broken and full:
         check = "full"
     for part, samples in parts.items():
         rows = limited([sample.label for sample in samples], common.limit, common.seed)
