@@ -159,6 +159,13 @@ def open_data(
     size = info.size if size is None else size
     if not isinstance(size, int) or size < 8:
         raise DataError(f"size must be a whole number of at least 8 px, got {size}.")
+    for option, share in (("annotated", annotated), ("agreement", agreement)):
+        if not 0 <= share <= 1:
+            raise DataError(f"{option} must be a share between 0 and 1, got {share:g}.")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 image, got {limit}.")
+    if seed < 0:
+        raise DataError(f"seed must be at least 0, got {seed}.")
     from .base import Common
 
     common = Common(size, seed, annotated, agreement, skip_broken, augment, limit)
@@ -202,7 +209,8 @@ def _convert(option: str, value, hint):
             raise ValueError
         return kind(value)
     except ValueError as error:
-        meaning = "numbers with commas between them" if typing.get_origin(kind) is tuple else f"of type {kind.__name__}"
+        words = {int: "a whole number", float: "a number"}
+        meaning = words.get(kind, "numbers with commas between them")
         raise DataError(f"The option {option} must be {meaning}, got {value!r}.") from error
 
 

@@ -212,8 +212,6 @@ def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
     labels = np.asarray(labels)
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))
-    if limit < 1:
-        raise DataError(f"limit must be at least 1 image, got {limit}.")
     order = np.random.default_rng([seed, 1]).permutation(len(labels))
     seen: dict[int, int] = {}
     turns = np.empty(len(labels), dtype=np.int64)
@@ -224,8 +222,6 @@ def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
 
 def visible(annotated: Sequence[bool] | Tensor, share: float, seed: int) -> Tensor:
     """Which training masks the loss may see, [N] bool: a share of those there are; larger shares include smaller."""
-    if not 0 <= share <= 1:
-        raise DataError(f"annotated must be a share between 0 and 1, got {share:g}.")
     known = torch.as_tensor(annotated, dtype=torch.bool)
     rows = known.nonzero()[:, 0].numpy()
     chosen = np.random.default_rng([seed, 2]).permutation(rows)[: math.floor(share * len(rows) + 0.5)]

@@ -64,8 +64,6 @@ def open_set(
     Raises:
         DataError: one sentence about the files or the options.
     """
-    if not 0 <= common.agreement <= 1:
-        raise DataError(f"agreement must be a share between 0 and 1, got {common.agreement:g}.")
     if copies < 1:
         raise DataError(f"copies must be at least 1, got {copies}.")
     if not 0 < scale[0] <= scale[1] <= 1:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from .base import ArrayItems, Common, DataSets, Transform, gentle_transforms, limited, normalise, visible
+from .base import ArrayItems, Common, DataSets, Transform, check_classes, gentle_transforms, limited, normalise, visible
 from .errors import DataError
 
 SIZE = 40  #: side of an image, px
@@ -76,18 +76,18 @@ def open_set(
     copies: int = 4,
 ) -> DataSets:
     """The digits as DataSets; see :func:`sib_lab.data.open_data` and :func:`build`. ``root`` is not looked at."""
-    if not 0 <= common.agreement <= 1:
-        raise DataError(f"agreement must be a share between 0 and 1, got {common.agreement:g}.")
     try:
         splits = build(common.seed, train, validation, test, copies, common.agreement)
     except ValueError as error:
         raise DataError(f"digits: {error}.") from error
     transforms = dict(zip(("train", "test"), gentle_transforms(common, flip=False), strict=True))
+    training = _items(splits["train"], common, transforms["train"], common.annotated)
+    check_classes("0123456789", training.labels, "digits")
     return DataSets(
         "digits",
         tuple("0123456789"),
         common.size,
-        _items(splits["train"], common, transforms["train"], common.annotated),
+        training,
         {
             kind: _items(splits[f"validation_{kind}"], common, transforms["test"])
             for kind in ("matched", "uncorrelated")
