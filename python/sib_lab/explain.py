@@ -15,7 +15,7 @@ from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
 from sib_ext.functional import vjp
 
-from .measure import fast_layout, for_model, in_eval_mode
+from .measure import for_model, in_eval_mode, scores_of
 from .networks import cam_layer, token_grid
 
 #: Key -> name for people. All but the last are "the six"; ``vjp`` is what the S-IB loss shapes in training.
@@ -102,7 +102,7 @@ def explain(
 def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
     """Predicted classes [B], and how many classes there are."""
     with torch.no_grad():
-        scores = model(x.clone())
+        scores = scores_of(model, x.clone())
     return scores.argmax(1), scores.shape[1]
 
 
@@ -126,7 +126,7 @@ def _maps(
 
     def forward(images: Tensor) -> Tensor:
         # A copy, as a network may write into its input (a first ReLU in place), which a gradient does not allow.
-        return model(images.clone())
+        return scores_of(model, images.clone())
 
     maps = _from_one_forward(model, forward, x, target, methods, layer)
     if "integrated_gradients" in methods:
@@ -295,4 +295,4 @@ class SeededNoiseTunnel(NoiseTunnel):
         pixels = input.flatten(1)
         scale = stdev * (pixels.amax(1) - pixels.amin(1))
         noise = torch.from_numpy(noise).to(input) * scale.view(-1, 1, 1, 1, 1)
-        return fast_layout((input[:, None] + noise).flatten(0, 1))
+        return (input[:, None] + noise).flatten(0, 1)
