@@ -22,7 +22,7 @@ from .config import TrainConfig
 from .networks import token_grid
 
 #: Weight of each method's main term where none is given.
-STRENGTH = {"gradient-penalty": 0.1, "rrr": 1.0, "energy-loss": 1.0}
+STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
 TINY = 1e-20  # keeps 0/0 at 0
 
@@ -148,57 +148,43 @@ class GradientPenalty(TrainingLoss):
 
     |R_b|^2 is the sum over C,H,W: C*H*W times the library's ``energy`` with an empty foreground.
 
-    With ``match``, ``strength`` is only where the weight starts: it is then adapted so that the running VJP variance
-    follows the values of ``match``, which lie evenly over training (a value an epoch of the run to be matched, see
-    ``vjp_variance`` in its metrics.csv). So the penalty weakens R as much as the other loss does, but everywhere.
+    With ``match`` the term is strength * max(0, log(v / target))^2 instead, v = mean_b Var(R_b): a push against v that
+    fades as v comes down to the target and is never a pull. So R becomes as weak as the other loss makes it, but
+    everywhere. The targets are the values of ``match``, evenly over training (``vjp_variance`` of every epoch in the
+    metrics.csv of the run to be matched).
+
+    Part ``penalty``: the term, unweighted.
 
     Args:
-        strength: >= 0; with ``match`` > 0.
+        strength: >= 0; None: 0.1, and with ``match`` 3, at which v keeps within some per cent of the target.
         seed: of R; must be that of the run to be matched.
         match: VJP variances > 0.
     """
 
-    RATE = 0.05  # of the weight's logarithm a step, per e-fold of the variance off its target
-    MEMORY = 0.9  # of the running mean of the variance
-    BOUNDS = (1e-4, 1e6)  # of the weight, relative to where it starts: it must find back after a time out of reach
-
-    def __init__(self, strength: float, seed: str = "target_logit", match: Sequence[float] = ()):
+    def __init__(self, strength: float | None = None, seed: str = "target_logit", match: Sequence[float] = ()):
         super().__init__()
         if seed not in SEEDS:
             raise ValueError(f"seed must be one of {', '.join(SEEDS)}, got {seed!r}")
-        if match and not (strength > 0 and all(value > 0 and math.isfinite(value) for value in match)):
-            raise ValueError("match needs a strength above 0 to start from and finite VJP variances above 0")
-        self.strength, self.seed, self.match = strength, seed, tuple(match)
-        self.target = 0.0
-        self.register_buffer("weight", torch.tensor(float(strength), dtype=torch.float64))
-        self.register_buffer("variance", torch.tensor(0.0, dtype=torch.float64))  # running; 0: none yet
+        if not all(value > 0 and math.isfinite(value) for value in match):
+            raise ValueError(f"match must have finite VJP variances above 0, got {', '.join(map(str, match))}")
+        self.strength = strength if strength is not None else 3.0 if match else 0.1
+        self.seed, self.match, self.progress = seed, tuple(match), 0.0
 
     def advance(self, progress):
-        if self.match:
-            self.target = interpolated(self.match, progress)
+        self.progress = progress
 
     def forward(self, model, x, y, mask=None, annotated=None):
         x = _watched(x)
         logits = model(x)
         R = vjp(logits, x, y, self.seed)
         cross_entropy = F.cross_entropy(logits, y)
-        energy = _energy(R).mean()
-        variance = vjp_variance(R)
-        if self.match:
-            self._follow(variance)
-        loss = cross_entropy + self.weight.to(energy.dtype) * energy
-        parts = {"cross_entropy": cross_entropy, "penalty": energy, "vjp_variance": variance}
-        return _result(loss, **parts, **({"penalty_weight": self.weight.clone()} if self.match else {}))
+        penalty = self._excess(R) if self.match else _energy(R).mean()
+        parts = {"cross_entropy": cross_entropy, "penalty": penalty, "vjp_variance": vjp_variance(R)}
+        return _result(cross_entropy + self.strength * penalty, **parts)
 
-    @torch.no_grad()
-    def _follow(self, variance: Tensor) -> None:
-        """Moves the weight against the running variance's deviation from its target."""
-        variance = _over_processes(variance.double()).to(self.variance.device)
-        running = self.MEMORY * self.variance + (1 - self.MEMORY) * variance
-        self.variance.copy_(torch.where(self.variance > 0, running, variance))
-        deviation = torch.log((self.variance + TINY) / self.target).clamp(-2, 2)
-        low, high = (bound * self.strength for bound in self.BOUNDS)
-        self.weight.mul_(torch.exp(self.RATE * deviation)).clamp_(low, high)
+    def _excess(self, R: Tensor) -> Tensor:
+        variance = _wide(R).flatten(1).var(1).mean()
+        return F.relu(torch.log((variance + TINY) / interpolated(self.match, self.progress))).square()
 
 
 class RightForTheRightReasons(TrainingLoss):
@@ -390,11 +376,3 @@ def _label_logits(logits: Tensor, y: Tensor) -> Tensor:
 def _annotated_mean(values: Tensor, annotated: Tensor | None) -> Tensor:
     """Mean over all samples of values [B] that count only where annotated."""
     return values.mean() if annotated is None else torch.where(annotated, values, 0).mean()
-
-
-def _over_processes(value: Tensor) -> Tensor:
-    """The mean over the processes of distributed training."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(value)
-        value = value / torch.distributed.get_world_size()
-    return value

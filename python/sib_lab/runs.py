@@ -26,6 +26,14 @@ class RunError(Exception):
     """Something about a run that the user must decide; the message is one sentence."""
 
 
+class TrainingError(RunError):
+    """A training that cannot start or go on; the message is one sentence."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be resumed; the message is one sentence."""
+
+
 @dataclass
 class Run:
     """A trained (or partly trained) network with its history."""

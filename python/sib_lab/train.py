@@ -6,22 +6,12 @@ are set before each step). So weights, buffers, optimiser and the number of step
 training, and a run that is killed and resumed, at whatever step, ends with the same numbers.
 """
 
-import csv
-import io
-import json
 import math
-import os
-import platform
-import shutil
 import signal
-import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +25,18 @@ from .batches import Batches, all_batches, mean_object_area
 from .config import STEP_EPOCHS, STEP_FACTOR, TrainConfig
 from .data import DataSets, Item
 from .data.base import check_classes
+from .keeper import Keeper, surroundings  # noqa: F401
 from .losses import Forward, TrainingLoss, make_criterion
 from .networks import build_network, cam_layer
-from .runs import Run, RunError, open_config_data, open_run, quantiles
+from .processes import (
+    by_torchrun,
+    deferred_signals,
+    launch_processes,
+    make_fabric,
+    settings,
+    with_processes_of_torchrun,
+)
+from .runs import CheckpointError, Run, RunError, TrainingError, open_config_data, open_run, quantiles
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -46,15 +45,6 @@ if TYPE_CHECKING:
 CURVE_POINTS = 1000  #: about so many points has a curve of steps.csv
 KEPT_SECONDS = 20_000  #: step times kept, the latest
 NEED_MASKS = ("rrr", "energy-loss")  #: methods that do nothing without an annotation
-PACKAGES = ("torch", "numpy", "sib-ext", "lightning-fabric", "torchvision", "captum", "torchcam", "timm")
-
-
-class TrainingError(RunError):
-    """A training that cannot start or go on; the message is one sentence."""
-
-
-class CheckpointError(TrainingError):
-    """A checkpoint that cannot be resumed; the message is one sentence."""
 
 
 def train(
@@ -84,15 +74,15 @@ def train(
         SystemExit: SIGTERM, in the same way; the code is 143.
     """
     folder = Path(folder)
-    config = _with_processes_of_torchrun(config)
+    config = with_processes_of_torchrun(config)
     if resume and (folder / runs.FINISHED).exists():
         _check_same(config, runs.load_state(folder / runs.LAST), folder)
         return open_run(folder)
-    fabric = _make_fabric(config)
-    if config.devices == 1 or _by_torchrun():
+    fabric = make_fabric(config)
+    if config.devices == 1 or by_torchrun():
         outcome = fabric.launch(_work, config, folder, resume, console, quiet, data)
     else:
-        outcome = _launch_processes(fabric, config, folder, resume, None, quiet, data)
+        outcome = launch_processes(fabric, _work, config, folder, resume, None, quiet, data)
     if outcome is not None:
         raise outcome
     return open_run(folder)
@@ -166,7 +156,7 @@ class Trainer:
         """Steps in a point of the curves."""
         return max(1, self.steps // CURVE_POINTS)
 
-    def run(self, stop_signal: Callable[[], int | None], keep: "Keeper", show: Callable[["Trainer"], None]) -> None:
+    def run(self, stop_signal: Callable[[], int | None], keep: Keeper, show: Callable[["Trainer"], None]) -> None:
         """Trains from where it stands to the last epoch.
 
         Args:
@@ -273,7 +263,7 @@ class Trainer:
             self.sums["window"] = {}
         self.seconds = self.seconds[-max(KEPT_SECONDS, self.batches.steps_per_epoch) :]
 
-    def _end_epoch(self, keep: "Keeper") -> None:
+    def _end_epoch(self, keep: Keeper) -> None:
         """Validates, adds the epoch's line to the history and saves."""
         count = self.batches.steps_per_epoch
         line = {
@@ -356,153 +346,6 @@ def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> Train
         raise TrainingError(f"The loss cannot be made: {error}.") from error
 
 
-# --------------------------------------------------------------------------------------------- run folder
-
-
-class Keeper:
-    """Writes the run folder, in the first process; the others wait and hear of its errors."""
-
-    def __init__(self, folder: Path, config: TrainConfig, fabric: "Fabric"):
-        self.folder, self.config, self.fabric = folder, config, fabric
-        self.saved_at = time.monotonic()
-        self.writer = None  # of TensorBoard
-        self.written = {"epochs": 0, "curves": 0}  # of the history, to TensorBoard
-
-    def begin(self, trainer: Trainer) -> None:
-        """Notes the start in config.json and brings the curves to where the training stands."""
-        self._first(lambda: self._begin(trainer))
-
-    def checkpoint(self, trainer: Trainer) -> None:
-        """last.pt, and the curves up to it."""
-        self._first(lambda: self._checkpoint(trainer))
-        self.saved_at = time.monotonic()
-
-    def best(self, trainer: Trainer) -> None:
-        self._first(lambda: runs.save_state(self.folder / runs.BEST, trainer.best_state()))
-
-    def finish(self, trainer: Trainer) -> None:
-        """finished.json: the run's end in a few numbers."""
-        self._first(lambda: self._finish(trainer))
-
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint within the epoch is due after ``step`` steps."""
-        by_steps = self.config.save_steps > 0 and step % self.config.save_steps == 0
-        return by_steps or time.monotonic() - self.saved_at > 60 * self.config.save_minutes
-
-    def _begin(self, trainer: Trainer) -> None:
-        record = {"config": runs.plain(asdict(self.config)), "starts": []}
-        if trainer.step:
-            record["starts"] = runs.read_record(self.folder).get("starts", [])
-        record["starts"].append({"step": trainer.step} | surroundings(self.fabric.device))
-        runs.write_text(self.folder / runs.CONFIG, json.dumps(record, indent=2) + "\n")
-        # Curves are written again from the checkpoint, so that nothing after it appears twice.
-        shutil.rmtree(self.folder / runs.TENSORBOARD, ignore_errors=True)
-        self._write_curves(trainer)
-
-    def _checkpoint(self, trainer: Trainer) -> None:
-        runs.save_state(self.folder / runs.LAST, trainer.state())
-        self._write_curves(trainer)
-
-    def _finish(self, trainer: Trainer) -> None:
-        first = f"accuracy_{next(iter(trainer.data.validation))}"
-        best = max(trainer.epochs, key=lambda line: (line[first], line["epoch"]))
-        summary = {"steps": trainer.steps, "selected_by": first, "best": best, "last": trainer.epochs[-1]}
-        summary["seconds_per_step"] = quantiles(trainer.seconds)
-        runs.write_text(self.folder / runs.FINISHED, json.dumps(summary, indent=2) + "\n")
-        if self.writer is not None:
-            self.writer.close()
-
-    def _write_curves(self, trainer: Trainer) -> None:
-        runs.write_text(self.folder / runs.METRICS, as_csv(trainer.epochs))
-        points = [
-            dict(zip(trainer.curves, values, strict=True)) for values in zip(*trainer.curves.values(), strict=True)
-        ]
-        runs.write_text(self.folder / runs.STEPS, as_csv(points))
-        try:
-            self._write_tensorboard(trainer.epochs, points)
-        except OSError as error:
-            raise TrainingError(
-                f"{self.folder / runs.TENSORBOARD} cannot be written ({error.strerror or error}): the checkpoint is "
-                "whole; make room there and run the same command again."
-            ) from error
-
-    def _write_tensorboard(self, epochs: list[dict], points: list[dict]) -> None:
-        """What is new since the last call: epochs under ``epoch/``, curves under ``step/``."""
-        if self.writer is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of tensorboard's own imports
-                from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder / runs.TENSORBOARD))
-        for kind, group, lines in (("epochs", "epoch", epochs), ("curves", "step", points)):
-            for line in lines[self.written[kind] :]:
-                for name in line.keys() - {"epoch", "step"}:
-                    self.writer.add_scalar(f"{group}/{name}", line[name], int(line["step"]))
-            self.written[kind] = len(lines)
-        self.writer.flush()
-
-    def _first(self, action: Callable[[], None]) -> None:
-        """Does something in the first process; its RunError is raised in all."""
-        error = None
-        if self.fabric.global_rank == 0:
-            try:
-                action()
-            except RunError as problem:
-                error = problem
-        if self.fabric.world_size > 1:
-            error = self.fabric.broadcast(error)
-        if error is not None:
-            raise error
-
-
-def as_csv(lines: list[dict[str, float]]) -> str:
-    """A header and the lines; numbers so that reading them gives the same number back."""
-    text = io.StringIO()
-    if lines:
-        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    return text.getvalue()
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """When, with what and on what a run was started."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions,
-        "git_commit": git_commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def git_commit() -> str | None:
-    """The commit of this program's source, with ``+changes`` where files differ from it; None outside git."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str | None:
-        try:
-            command = ["git", "-C", str(here.parent), *arguments]
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    # Installed into an environment that lies in some other repository, the file is not tracked there.
-    if git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-# ----------------------------------------------------------------------------------------------- processes
-
-
 def _work(
     fabric: "Fabric",
     config: TrainConfig,
@@ -514,12 +357,13 @@ def _work(
 ) -> BaseException | None:
     """One process's training. What stops it is returned: an exception would reach no other process."""
     try:
-        with _settings(config, fabric.device), deferred_signals() as stop_signal:
+        with settings(config, fabric.device):
             trainer = Trainer(config, open_config_data(config) if data is None else data, fabric)
             _resume_or_clear(trainer, folder, resume)
             keep = Keeper(folder, config, fabric)
             keep.begin(trainer)
-            with _progress(trainer, folder, console, quiet or fabric.global_rank > 0) as show:
+            shown = _progress(trainer, folder, console, quiet or fabric.global_rank > 0)
+            with shown as show, deferred_signals() as stop_signal:
                 trainer.run(stop_signal, keep, show)
             keep.finish(trainer)
     except (Exception, KeyboardInterrupt, SystemExit) as outcome:
@@ -568,116 +412,6 @@ def _check_same(config: TrainConfig, state: Mapping[str, Any], folder: Path) -> 
             f"The run in {folder} was made with {options}: "
             "go on with the same options, take another folder, or start anew with --fresh."
         )
-
-
-def _by_torchrun() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-
-
-def _with_processes_of_torchrun(config: TrainConfig) -> TrainConfig:
-    if not _by_torchrun():
-        return config
-    world = int(os.environ["WORLD_SIZE"])
-    if config.devices not in (1, world):
-        raise TrainingError(f"torchrun started {world} processes, but {config.devices} devices were asked for.")
-    try:
-        return replace(config, devices=world)
-    except ValueError as error:
-        raise TrainingError(f"{error}.") from error
-
-
-def _make_fabric(config: TrainConfig) -> "Fabric":
-    """Devices, precision and processes.
-
-    Raises:
-        TrainingError: a device that is not there.
-    """
-    import logging
-
-    from lightning_fabric import Fabric
-
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = config.device if config.device != "auto" else "cuda" if there else "cpu"
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if _by_torchrun() else config.devices
-    if device == "cuda" and local > there:
-        seen = f"torch sees {there}" if there else "torch sees none (`python -m sib_ext.info` says what is installed)"
-        raise TrainingError(f"{local} CUDA device{'s' * (local > 1)} asked for, but {seen}: use --device cpu or fewer.")
-    strategy = "ddp" if _by_torchrun() else "ddp_spawn" if config.devices > 1 else "auto"
-    return Fabric(
-        accelerator=device,
-        devices=local,
-        num_nodes=config.devices // local if _by_torchrun() else 1,
-        strategy=strategy,
-        precision=config.precision,
-    )
-
-
-def _launch_processes(fabric: "Fabric", *arguments) -> BaseException | None:
-    """Starts the processes and waits; signals are theirs to answer."""
-    import multiprocessing
-
-    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-
-    def hand_on(signum, frame):
-        # Ctrl-C reaches every process of the terminal by itself.
-        for child in multiprocessing.active_children() if signum == signal.SIGTERM else ():
-            child.terminate()
-
-    with _handlers(hand_on):
-        try:
-            return fabric.launch(_work, *arguments)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1]
-            return TrainingError(f"Process {error.error_index} of the training failed: {last}")
-
-
-@contextmanager
-def _handlers(handler) -> Iterator[None]:
-    """SIGINT and SIGTERM go to ``handler``; elsewhere than in the main thread nothing can be set."""
-    try:
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        previous = {}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def deferred_signals() -> Iterator[Callable[[], int | None]]:
-    """Inside, the first SIGINT or SIGTERM only sets what the yielded function returns; a second one acts at once."""
-    came: list[int] = []
-
-    def note(signum, frame):
-        came.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    with _handlers(note):
-        yield lambda: came[0] if came else None
-
-
-@contextmanager
-def _settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Threads and repeatable kernels, as they were afterwards."""
-    threads = torch.get_num_threads()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    cudnn, before = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
-    flags = (cudnn.deterministic, cudnn.benchmark)
-    if config.deterministic and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(before)
-        cudnn.deterministic, cudnn.benchmark = flags
 
 
 @contextmanager
