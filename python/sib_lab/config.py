@@ -26,9 +26,10 @@ STEP_EPOCHS = 30  #: schedule "step": epochs between two decays (published)
 STEP_FACTOR = 0.1  #: schedule "step": what the learning rate is multiplied with
 
 
-def _moves_no_number(default: Any) -> Any:
-    """A field that may differ when a run is resumed: it changes speed, places or safety, not the result."""
-    return field(default=default, metadata={"moves_no_number": True})
+def _of_the_machine(default: Any) -> Any:
+    """A field that may differ when a run is resumed: it decides speed and places, and of the result no more than
+    rounding."""
+    return field(default=default, metadata={"of_the_machine": True})
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TrainConfig:
 
     # data, see sib_lab.data.open_data
     data: str = "digits"
-    root: str | None = _moves_no_number(None)  #: folder of the data set
+    root: str | None = _of_the_machine(None)  #: folder of the data set
     size: int | None = None  #: side of the images, px; None: the data set's own
     agreement: float = 0.95  #: share of training images whose background agrees with the label, where that is chosen
     annotated: float = 1.0  #: share of the training masks that the loss may see
@@ -72,13 +73,15 @@ class TrainConfig:
 
     # machine
     precision: str = "32-true"
-    device: str = "auto"  #: "auto": a GPU where torch sees one
+    device: str = _of_the_machine("auto")  #: "auto": a GPU where torch sees one
     devices: int = 1  #: processes of distributed training; torchrun's number where it started us
-    deterministic: bool = True  #: repeatable kernels on a GPU, slower; a CPU always repeats itself
-    threads: int | None = None  #: of torch on the CPU; another number moves the last decimals; None: torch's own
-    workers: int = _moves_no_number(0)  #: processes that load images; 0: none
-    save_minutes: float = _moves_no_number(5.0)  #: between two checkpoints within an epoch
-    save_steps: int = _moves_no_number(0)  #: the same in steps; 0: by time alone
+    deterministic: bool = _of_the_machine(True)  #: repeatable kernels on a GPU, slower; a CPU always repeats itself
+    threads: int | None = _of_the_machine(
+        None
+    )  #: of torch on the CPU; another number moves the last decimals; None: torch's own
+    workers: int = _of_the_machine(0)  #: processes that load images; 0: none
+    save_minutes: float = _of_the_machine(5.0)  #: between two checkpoints within an epoch
+    save_steps: int = _of_the_machine(0)  #: the same in steps; 0: by time alone
 
     def __post_init__(self):
         for name, choices in (
@@ -121,7 +124,7 @@ class TrainConfig:
         return {
             f.name: saved.get(f.name)
             for f in fields(self)
-            if not f.metadata.get("moves_no_number") and _plain(saved.get(f.name)) != _plain(getattr(self, f.name))
+            if not f.metadata.get("of_the_machine") and _plain(saved.get(f.name)) != _plain(getattr(self, f.name))
         }
 
 
