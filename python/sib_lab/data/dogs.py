@@ -42,11 +42,11 @@ def _list(path: Path) -> list[tuple[str, str, int]]:
     """
     from scipy.io import loadmat
 
+    if not path.is_file():
+        raise DataError(f"{path} is missing: unpack lists.tar there.")
     try:
         table = loadmat(path, squeeze_me=True, chars_as_strings=True)
         columns = [table[name].reshape(-1).tolist() for name in ("file_list", "annotation_list", "labels")]
         return [(str(file), str(annotation), int(label) - 1) for file, annotation, label in zip(*columns, strict=True)]
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: unpack lists.tar there.") from error
     except Exception as error:  # scipy's reader fails in many ways on damaged files
         raise DataError(f"{path} cannot be read as a list of Stanford Dogs: unpack lists.tar again.") from error
