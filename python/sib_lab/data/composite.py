@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .base import Common, DataSets, ItemDataset, Transform, check_classes, gentle_transforms, limited, visible
 from .errors import DataError, some
-from .files import SUFFIXES, Sample, ZipEntry, image_files, read_image, read_mask, read_size, usable
+from .files import SUFFIXES, Sample, ZipEntry, image_files, read_image, read_layers, read_mask, read_size, usable
 
 EDGE_BLUR = 0.7  #: standard deviation of the blur of a pasted object's edge, px of its photograph
 CROP = (0.6, 1.0)  #: side of a background's crop, as a share of its region's shorter side
@@ -157,7 +157,7 @@ def find_objects(path: Path, common: Common, skipped: list[str]) -> tuple[list[s
     skipped.extend(f"{image} has no mask" for image in bare)
     photographs = [Photograph(image, number[name], mask, object=thing) for name, image, mask, thing in found if mask]
     check = "full" if common.skip_broken else "header"
-    return classes, usable("composite (objects)", photographs, check, common.skip_broken, skipped)
+    return classes, usable("composite (objects)", photographs, check, common.skip_broken, skipped, read_object_mask)
 
 
 def _listing(path: Path) -> dict[str, Path | ZipEntry]:
@@ -263,6 +263,18 @@ def _natural(name: str) -> tuple:
     return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
 
 
+def read_object_mask(path: Path | ZipEntry) -> np.ndarray:
+    """:func:`read_mask` of a mask with an object in it.
+
+    Raises:
+        DataError: the file is missing or broken, or no value is above a half.
+    """
+    mask = read_mask(path)
+    if mask.max(initial=0) < 128:
+        raise DataError(f"{path} is empty: it marks no object.")
+    return mask
+
+
 def cut_out(photograph: Sample, longest: float) -> Tensor:
     """The object alone, cropped to its mask, [4,h,w] float32 in [0,1]: colours times opacity, and opacity.
 
@@ -272,11 +284,8 @@ def cut_out(photograph: Sample, longest: float) -> Tensor:
     Raises:
         DataError: a file is missing or broken, or the mask is empty.
     """
-    image, mask = read_image(photograph.image), read_mask(photograph.mask)
-    if mask.shape != image.shape[:2]:
-        raise DataError(f"{photograph.mask} has another size than its image {photograph.image}.")
-    if mask.max(initial=0) < 128:
-        raise DataError(f"{photograph.mask} is empty: no object to paste.")
+    layers = read_layers(photograph, read_object_mask).numpy()
+    image, mask = layers[:3].transpose(1, 2, 0), layers[3]
     inside = _bounds(mask)
     image, mask = _at_most(image[inside], 2 * longest), _at_most(mask[inside], 2 * longest)
     framed = Image.fromarray(np.pad(mask, 1))

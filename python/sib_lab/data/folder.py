@@ -122,13 +122,13 @@ def _boxes(
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            rows = list(reader)
+            rows, present = list(reader), reader.fieldnames or ()
     except FileNotFoundError as error:
         raise DataError(f"boxes is not a file: {path}.") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a CSV.") from error
     columns = ("file", "x1", "y1", "x2", "y2")
-    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+    if missing := [column for column in columns if column not in present]:
         raise DataError(f"{path} has no column {some(missing)}: its first line must be {','.join(columns)}.")
     known, found, bad = set(images), {}, []
     for number, row in enumerate(rows, start=2):
