@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-CHECKPOINT = "checkpoint.pt"  #: its name in the demo's run folder
-
 #: How a network is trained: key -> one sentence. What each computes is in sib_lab/losses.py.
 METHODS = {
     "ce": "cross-entropy alone",
@@ -76,9 +74,7 @@ class TrainConfig:
     device: str = _of_the_machine("auto")  #: "auto": a GPU where torch sees one
     devices: int = 1  #: processes of distributed training; torchrun's number where it started us
     deterministic: bool = _of_the_machine(True)  #: repeatable kernels on a GPU, slower; a CPU always repeats itself
-    threads: int | None = _of_the_machine(
-        None
-    )  #: of torch on the CPU; another number moves the last decimals; None: torch's own
+    threads: int | None = _of_the_machine(None)  #: of torch on the CPU; they move the last decimals; None: torch's own
     workers: int = _of_the_machine(0)  #: processes that load images; 0: none
     save_minutes: float = _of_the_machine(5.0)  #: between two checkpoints within an epoch
     save_steps: int = _of_the_machine(0)  #: the same in steps; 0: by time alone
@@ -195,24 +191,3 @@ def _paper(data: str, network: str) -> dict[str, Any]:
 def paper_recipes() -> dict[tuple[str, str], TrainConfig]:
     """All 20 published recipes: (data set, network) -> options."""
     return {(data, network): recipe("paper", data, network) for data in PAPER_SETS for network in PAPER_NETWORKS}
-
-
-# ------------------------------------------------------------------------------------------------- demo
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides the demo's numbers."""
-
-    seed: int = 0  #: of data, initial weights and the order of batches
-    epochs: int = 14  #: of each of the two trainings
-    preset: str = "balanced"  #: of sib_ext.SpatialIBLoss
-    mask: str = "given"  #: S-IB foreground: "given" = the exact strokes, "density" = made from the VJP
-    batch_size: int = 32
-    learning_rate: float = 4e-3  #: the highest; it warms up linearly and falls as a cosine
-    weight_decay: float = 1e-4
-    train_digits: int = 1200
-    validation_digits: int = 197
-    test_digits: int = 400
-    copies: int = 4  #: composites per training digit
-    threads: int = 2  #: of PyTorch; another number sums in another order and moves the last decimals

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .statistics import Estimate, estimate  # noqa: F401  for the first demo, until that is rewritten
-
 OBJECT = 0.5  #: a pixel belongs to the object where the mask is above this
 BATCH = 64  #: images in a forward pass
 CHUNK = 256  #: maps measured at a time, which bounds the memory
@@ -100,8 +98,6 @@ def correct(model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = N
     Raises:
         ValueError: images without labels, or batches with.
     """
-    if hasattr(data, "inputs"):  # a Split of the first demo, until that is rewritten
-        data, labels = data.inputs, data.labels
     if isinstance(data, Tensor) != (labels is not None):
         raise ValueError("labels: give them with a tensor of images, and leave them out with batches (images, labels)")
     if isinstance(data, Tensor):

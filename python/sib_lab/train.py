@@ -122,7 +122,7 @@ class Trainer:
         )
         if self.batches.steps_per_epoch == 0:
             raise TrainingError(
-                f"{data.name} has {len(data.train)} training images, too few for batches of {config.batch_size}: "
+                f"There are {len(data.train)} training images in {data.name}, too few for batches of {config.batch_size}: "
                 "take a smaller batch size."
             )
         self.steps = self.batches.steps_per_epoch * config.epochs
@@ -391,8 +391,7 @@ def _resume_or_clear(trainer: Trainer, folder: Path, resume: bool) -> None:
         return
     trainer.fabric.barrier()  # before the first process removes what another still looks for
     if trainer.fabric.global_rank == 0:
-        for name in (runs.LAST, runs.BEST, runs.METRICS, runs.STEPS, runs.FINISHED):
-            (folder / name).unlink(missing_ok=True)
+        runs.remove_results(folder)
 
 
 def _loaded(path: Path) -> dict[str, Any]:
@@ -474,13 +473,3 @@ def _state(trainer: Trainer) -> str:
         first = next(iter(trainer.data.validation))
         words.append(f"accuracy {trainer.epochs[-1][f'accuracy_{first}']:.3f}")
     return ", ".join(words)
-
-
-def __getattr__(name: str):
-    # The demo's own trainer, until the demo trains with the above.
-    from . import demo_training
-
-    try:
-        return getattr(demo_training, name)
-    except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
