@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-from .config import METHODS, TrainConfig, recipe
+from .config import METHODS, TrainConfig
 from .data import SETS, DataError
 
 INSTALL = 'sib-lab needs {missing}, which is not installed: pip install "sib-ext[lab]"'
 
 try:
     import typer
+
+    from .train_command import EPILOG, config_from, train_command
 except ModuleNotFoundError as error:
     raise SystemExit(INSTALL.format(missing=error.name)) from error
 
@@ -56,6 +58,9 @@ def demo(
         compare(demo_plan(seed, epochs, mask, preset), out, fresh=not resume)
 
 
+app.command("train", epilog=EPILOG)(train_command)
+
+
 @app.command(
     "compare",
     epilog="Example: sib-lab compare --data folder --root photos --network resnet18 --methods ce,sib --seeds 3",
@@ -81,7 +86,9 @@ def compare_command(
     annotated: Annotated[
         float, typer.Option(help="Share of the training masks that the losses may see.")
     ] = TrainConfig.annotated,
-    augment: Annotated[bool, typer.Option("--augment", help="Random crops and flips in training.")] = False,
+    augment: Annotated[
+        bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips.", show_default="the preset's")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Images per split, at most.")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out.")] = False,
     network: Annotated[
@@ -119,30 +126,10 @@ def compare_command(
     with one_sentence(command_line(context, leaving_out="--fresh")):
         from .compare import OF_MASKS, OF_NETWORK, Plan, compare
 
-        changes = {
-            "root": None if root is None else str(root),
-            "size": size,
-            "agreement": agreement,
-            "annotated": annotated,
-            "augment": augment or None,
-            "limit": limit,
-            "skip_broken": skip_broken,
-            "weights": None if weights is None else str(weights),
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "masks": masks,
-            "precision": precision,
-            "device": device,
-            "threads": threads,
-            "workers": workers,
-        }
-        changes = {name: value for name, value in changes.items() if value is not None}
-        if option:
-            changes["data_options"] = dict(recipe(preset, data, network).data_options) | pairs(option)
+        given = {name: value for name, value in context.params.items() if value is not None}
         with as_sentence(ValueError):
             plan = Plan(
-                {method: recipe(preset, data, network, method=method, **changes) for method in listed(methods)},
+                {name: config_from(preset, data, network, given | {"method": name}) for name in listed(methods)},
                 tuple(range(first_seed, first_seed + seeds)),
                 OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures)),
                 images,

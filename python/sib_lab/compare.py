@@ -400,7 +400,7 @@ class Measurement:
         model = self.run.model
         with measure.in_eval_mode(model), torch.no_grad():
             batches = self.material.items.image.split(BATCH)
-            return torch.cat([F.softmax(model(measure.for_model(model, x)), 1).cpu() for x in batches])
+            return torch.cat([F.softmax(measure.scores_of(model, x), 1).cpu() for x in batches])
 
     def accuracy(self, name: str) -> None:
         """Right or wrong for every image of a test set, and the accuracy of its worst group."""

@@ -40,9 +40,7 @@ def explain_files(
     run = open_run(checkpoint)
     x = torch.stack([prepared(path, run) for path in files])
     with torch.no_grad():
-        probabilities = torch.cat(
-            [F.softmax(run.model(measure.for_model(run.model, image)), 1) for image in x.split(1)]
-        )
+        probabilities = torch.cat([F.softmax(measure.scores_of(run.model, image), 1) for image in x.split(1)])
     probability, target = probabilities.max(1)
     try:
         maps = explain.explain(run.model, x, target, explain.SIX, layer)
