@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def _timm(name: str, classes: int, size: int) -> nn.Module:
     except ModuleNotFoundError as error:
         raise NetworkError(f"timm:{name} needs timm, which is not installed: pip install timm.") from error
     if name not in timm.list_models():
-        near = timm.list_models(f"*{name}*")[:3]
+        near = get_close_matches(name, timm.list_models(), n=3)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise NetworkError(f"timm {timm.__version__} has no model {name!r}{hint}: see timm.list_models().")
     try:
