@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from captum.attr import Saliency
 from sib_lab.explain import CAMS, METHODS, SIX, explain
+from sib_lab.measure import energy_pointing_game
 from sib_lab.networks import NetworkError, SmallCNN
 from torch import nn
 
@@ -283,6 +284,24 @@ def test_images_need_not_be_square(model):
     assert all(value.shape == (2, 32, 48) for value in values.values())
 
 
+def test_images_of_one_pixel_have_maps():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    values = explain(model, torch.rand(3, 3, 1, 1), layer="1")
+    assert all(value.shape == (3, 1, 1) and value.isfinite().all() for value in values.values())
+
+
+def test_an_image_that_is_not_finite_has_no_share_on_the_object_and_spoils_no_other(model, images):
+    broken = images.clone()
+    broken[2, 0, 4, 4] = math.nan
+    expected, values = explain(model, images), explain(model, broken)
+    for name in METHODS:
+        before, after = (energy_pointing_game(v[name], torch.ones(5, 1, 32, 32)).isnan() for v in (expected, values))
+        assert after[2] and (after.sum() == 1 or name == "gradcam")  # which is often zero in an untrained network
+        assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+        torch.testing.assert_close(values[name][[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]])
+
+
 # ---------------------------------------------------------------------------------------- no side effects
 
 
@@ -466,4 +485,6 @@ def test_a_network_without_a_feature_map_has_no_class_activation_maps_but_the_ot
     others = [method for method in METHODS if method not in CAMS]
     values = explain(model, images, methods=others)
     assert all(v.max() > 0 for v in values.values())
-    assert math.isclose(values["vjp"].sum(), model[1].weight.detach().abs()[model(images).argmax(1)].sum(), rel_tol=1e-9)
+    assert math.isclose(
+        values["vjp"].sum(), model[1].weight.detach().abs()[model(images).argmax(1)].sum(), rel_tol=1e-9
+    )
