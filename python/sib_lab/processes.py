@@ -48,7 +48,9 @@ def make_fabric(config: TrainConfig) -> "Fabric":
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else config.devices
     if device == "cuda" and local > there:
         seen = f"torch sees {there}" if there else "torch sees none (`python -m sib_ext.info` says what is installed)"
-        raise TrainingError(f"{local} CUDA device{'s' * (local > 1)} asked for, but {seen}: use --device cpu or fewer.")
+        wanted = "1 CUDA device was" if local == 1 else f"{local} CUDA devices were"
+        raise TrainingError(f"{wanted} asked for, but {seen}: use --device cpu or fewer.")
+
     strategy = "ddp" if by_torchrun() else "ddp_spawn" if config.devices > 1 else "auto"
     return Fabric(
         accelerator=device,

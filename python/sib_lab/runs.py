@@ -224,6 +224,21 @@ class _Watched:
         return getattr(self.file, name)
 
 
+def remove_results(folder: Path) -> None:
+    """Removes what a run left in a folder, for another one to begin there.
+
+    Raises:
+        RunError: the folder refuses.
+    """
+    try:
+        for name in (LAST, BEST, METRICS, STEPS, FINISHED):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename} cannot be written or removed ({error.strerror}): take another folder."
+        ) from error
+
+
 def _sync_folder(folder: Path) -> None:
     """Brings a rename to the disk, too."""
     descriptor = os.open(folder, os.O_RDONLY)

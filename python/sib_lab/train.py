@@ -122,8 +122,8 @@ class Trainer:
         )
         if self.batches.steps_per_epoch == 0:
             raise TrainingError(
-                f"There are {len(data.train)} training images in {data.name}, too few for batches of {config.batch_size}: "
-                "take a smaller batch size."
+                f"There are {len(data.train)} training images in {data.name}, too few for batches of "
+                f"{config.batch_size}: take a smaller batch size."
             )
         self.steps = self.batches.steps_per_epoch * config.epochs
         self.step = 0  #: done so far

@@ -87,9 +87,7 @@ def train_command(
         float | None, typer.Option(help="Share of the steps over which one-cycle rises.", show_default=".1")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="32-true or bf16-mixed.", show_default="32-true")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto (a GPU if there is one), cpu or cuda.", show_default="auto")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU if there), cpu or cuda.", show_default="auto")] = None,
     devices: Annotated[
         int | None, typer.Option(help="Processes to train in; or: torchrun -m sib_lab.cli train ...", show_default="1")
     ] = None,
