@@ -4,8 +4,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from data_samples import box_of, save, save_picture, square, write_folder
+from data_samples import RED_ON_BLUE, box_of, save, save_picture, square, write_folder
+from PIL import ExifTags, Image
 from sib_lab.data import DataError, open_data, stack
+from sib_lab.data.files import read_size
 
 
 def paths(dataset):
@@ -114,6 +116,22 @@ def test_images_of_other_modes_are_read_as_rgb(tmp_path):
     data = open_data("folder", root, size=56)
     image = data.train[0].image
     assert image.shape == (3, 56, 56) and torch.equal(image[0], image[2])
+
+
+def test_photographs_are_turned_upright_and_masks_fit_what_is_seen(tmp_path):
+    for name in ("cat", "dog"):
+        for place in range(6):
+            mask = square(np.random.default_rng(place), width=40, height=60)
+            save(tmp_path / "masks" / name / f"{place}.png", mask * 255)
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 6  # stored lying on its left side
+            path = tmp_path / name / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.rot90(RED_ON_BLUE[mask], k=1)).save(path, exif=exif)
+    data = open_data("folder", tmp_path, size=32)
+    assert read_size(data.train.samples[0].image) == (60, 40)
+    assert read_size(data.train.samples[0].image, upright=True) == (40, 60)
+    assert_masks_are_the_red_channel(data)
 
 
 # ------------------------------------------------------------------------------------------------- errors
@@ -231,5 +249,6 @@ def test_a_class_whose_every_image_is_broken_is_named(tmp_path):
 def test_hidden_files_are_not_looked_at(tmp_path):
     root = write_folder(tmp_path)
     (root / ".cache").mkdir()
+    (root / "__MACOSX" / "cat").mkdir(parents=True)
     (root / "cat" / "._0.jpg").write_bytes(b"")
     assert sum(map(len, splits(open_data("folder", root, size=32)))) == 24

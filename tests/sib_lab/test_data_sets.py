@@ -1,6 +1,7 @@
 """Each set from a tiny copy of its standard layout."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def test_images_without_a_box_are_not_annotated_in_imagenet(tmp_path):
     data = open_data("imagenet", write_imagenet(tmp_path), size=32)
     for split in (data.train, data.validation["validation"]):
         for sample, annotated in zip(split.samples, split.annotated.tolist(), strict=True):
-            assert annotated == (int(sample.image.stem.split("_")[1]) % 2 == 1)
+            assert annotated == (int(Path(sample.image).stem.split("_")[1]) % 2 == 1)
 
 
 def test_imagenet_may_be_laid_out_as_kaggle_does_and_without_names_or_boxes(tmp_path):
@@ -149,6 +150,10 @@ def test_masks_of_indices_and_bits_are_made_whole(tmp_path):
     palette.save(tmp_path / "palette.png")
     np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), object_ * 255)
     assert not read_mask(save(tmp_path / "empty.png", object_ * 0)).any()
+    packed = Image.fromarray(1 - object_).convert("P")  # white comes first in this palette of greys
+    packed.putpalette([255, 255, 255, 0, 0, 0])
+    packed.save(tmp_path / "packed.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "packed.png"), object_ * 255)
 
 
 def test_a_trimaps_outline_belongs_to_the_animal(tmp_path):
@@ -213,12 +218,13 @@ def spoil(name, root, how):
             if sample.label == label and (sample.annotated or how != "annotation")
         )
         sample = data.train.samples[row]
+        image = Path(sample.image)
         if how == "missing":
-            sample.image.unlink()
+            image.unlink()
         elif how == "not an image":
-            sample.image.write_bytes(b"<html>404</html>")
+            image.write_bytes(b"<html>404</html>")
         elif how == "truncated":
-            sample.image.write_bytes(sample.image.read_bytes()[:-60])
+            image.write_bytes(image.read_bytes()[:-60])
         elif sample.mask:
             save(sample.mask, np.full((9, 9), 2, dtype=np.uint8))
         elif sample.xml:

@@ -236,7 +236,7 @@ def check_classes(classes: Sequence[str], labels: Sequence[int] | Tensor, name: 
     Raises:
         DataError: naming the classes that have none.
     """
-    present = {int(label) for label in labels}
+    present = set(np.unique(np.asarray(labels)).tolist())
     missing = [c for label, c in enumerate(classes) if label not in present]
     if missing:
         raise DataError(

@@ -27,14 +27,25 @@ from torch import Tensor
 
 from .base import Common, DataSets, ItemDataset, Transform, check_classes, gentle_transforms, limited, visible
 from .errors import DataError, some
-from .files import SUFFIXES, Sample, ZipEntry, image_files, read_image, read_layers, read_mask, read_size, usable
+from .files import (
+    SUFFIXES,
+    Sample,
+    ZipEntry,
+    image_files,
+    is_hidden,
+    read_image,
+    read_layers,
+    read_mask,
+    read_size,
+    usable,
+)
 
 EDGE_BLUR = 0.7  #: standard deviation of the blur of a pasted object's edge, px of its photograph
 CROP = (0.6, 1.0)  #: side of a background's crop, as a share of its region's shorter side
 LEAST_REGION = 16  #: shorter side that a region must have, px
 REGIONS = {"train": (0.0, 0.6), "validation": (0.6, 0.8), "test": (0.8, 1.0)}  #: of a picture's longer side
 PARTS = tuple(REGIONS)
-CACHE = 256 * 2**20  #: finished composites of one split are kept in memory up to this many bytes
+CACHE = 128 * 2**20  #: finished composites of one split are kept in memory up to this many bytes
 
 
 def open_set(
@@ -126,7 +137,7 @@ def _backgrounds_path(root: Path | None, backgrounds: Path | None) -> Path:
 # ------------------------------------------------------------------------------------------------ objects
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photograph(Sample):
     """A photograph of an object, with its mask."""
 
@@ -171,9 +182,7 @@ def _listing(path: Path) -> dict[str, Path | ZipEntry]:
         except (BadZipFile, OSError) as error:
             raise DataError(f"{path} cannot be read as a .zip.") from error
         files = {name: ZipEntry(path, name) for name in names}
-    files = {
-        name: file for name, file in files.items() if not any(p.startswith((".", "__MACOSX")) for p in name.split("/"))
-    }
+    files = {name: file for name, file in files.items() if not any(map(is_hidden, name.split("/")))}
     # An archive may hold everything in one more folder.
     outer = {name.split("/")[0] for name in files}
     if len(outer) == 1 and all("/" in name for name in files) and not outer & {"images", "masks"}:
@@ -338,7 +347,7 @@ def find_backgrounds(path: Path, common: Common, skipped: list[str]) -> tuple[li
     Raises:
         DataError: fewer than two groups, a group without pictures, or broken or tiny pictures.
     """
-    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not is_hidden(folder.name)]
     if len(folders) < 2:
         raise DataError(f"{path} has {len(folders)} folders where at least 2 are needed: one a kind of background.")
     scenes = _scenes(path)

@@ -12,7 +12,7 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sib_ext.functional import boxes_to_mask
@@ -58,15 +58,20 @@ def _archive(path: Path, process: int) -> ZipFile:
     return ZipFile(path)
 
 
-@dataclass(frozen=True)
+#: Where an image is read from; a plain string where there are a million of them.
+File = Path | str | ZipEntry
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image file with its label and at most one kind of annotation."""
 
-    image: Path | ZipEntry
+    image: File
     label: int
-    mask: Path | ZipEntry | None = None
+    mask: File | None = None
     boxes: tuple[Box, ...] = ()  #: their union is the object
-    xml: Path | None = None  #: an annotation with the boxes, read when they are wanted
+    xml: Path | str | None = None  #: an annotation with the boxes, read when they are wanted
+    upright: bool = False  #: whether the image is turned as its EXIF orientation says; masks and boxes never are
 
     @property
     def annotated(self) -> bool:
@@ -79,31 +84,42 @@ class Sample:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: File, upright: bool = False) -> np.ndarray:
     """RGB [H,W,3] uint8; greyscale and palette images are converted.
+
+    ``upright`` turns photographs as their EXIF orientation says, as every viewer does. The published sets are read
+    as they are stored, which is what their annotations refer to.
 
     Raises:
         DataError: the file is missing or cannot be read as an image.
     """
     with _opened(path) as image:
-        return np.asarray(_loaded(image, path).convert("RGB"))
+        loaded = _loaded(image, path)
+        return np.asarray((ImageOps.exif_transpose(loaded) if upright else loaded).convert("RGB"))
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Mask [H,W] uint8, 255 on the object: a greyscale image's value, or 0 and not 0 for 1-bit images, palettes and
-    values of at most 1.
+def read_mask(path: File) -> np.ndarray:
+    """Mask [H,W] uint8, 255 on the object: a greyscale image's value, or 0 and not 0 for 1-bit images, palettes of
+    colours and values of at most 1.
 
     Raises:
         DataError: the file is missing or cannot be read as an image.
     """
     with _opened(path) as image:
         _loaded(image, path)
-        values = np.asarray(image if image.mode in ("1", "P", "L") else image.convert("L"))
-        indices = image.mode in ("1", "P") or values.max(initial=0) <= 1
+        indices = image.mode == "P" and not _is_grey(image)
+        values = np.asarray(image if indices else image.convert("L"))
+        indices |= values.max(initial=0) <= 1
     return np.where(values > 0, 255, 0).astype(np.uint8) if indices else values
 
 
-def read_trimap(path: Path) -> np.ndarray:
+def _is_grey(image: Image.Image) -> bool:
+    """Whether every colour of a palette is grey, so that the palette only packs a greyscale image."""
+    palette = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def read_trimap(path: File) -> np.ndarray:
     """Oxford-IIIT Pet's trimap -> mask [H,W] uint8: 255 on the animal (1) and on its unclassified outline (3), 0 on the
     background (2).
 
@@ -114,16 +130,16 @@ def read_trimap(path: Path) -> np.ndarray:
         return np.where(np.asarray(_loaded(image, path)) == 2, 0, 255).astype(np.uint8)
 
 
-def _opened(path: "Path | ZipEntry") -> Image.Image:
+def _opened(path: File) -> Image.Image:
     try:
-        return Image.open(path if isinstance(path, Path) else path.open())
+        return Image.open(path.open() if isinstance(path, ZipEntry) else path)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except Exception as error:  # PIL's decoders fail in many ways on damaged files
         raise DataError(f"{path} cannot be read as an image.") from error
 
 
-def _loaded(image: Image.Image, path: Path) -> Image.Image:
+def _loaded(image: Image.Image, path: File) -> Image.Image:
     try:
         image.load()
     except Exception as error:
@@ -131,17 +147,18 @@ def _loaded(image: Image.Image, path: Path) -> Image.Image:
     return image
 
 
-def read_size(path: Path) -> tuple[int, int]:
-    """Width and height from the file's header.
+def read_size(path: File, upright: bool = False) -> tuple[int, int]:
+    """Width and height from the file's header; ``upright`` as in :func:`read_image`.
 
     Raises:
         DataError: the file is missing or cannot be read as an image.
     """
     with _opened(path) as image:
-        return image.size
+        turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
 
 
-def read_xml_boxes(path: Path) -> tuple[Box, ...]:
+def read_xml_boxes(path: Path | str) -> tuple[Box, ...]:
     """The boxes of an annotation in Pascal VOC's XML, as ImageNet and Stanford Dogs have them.
 
     Raises:
@@ -199,7 +216,7 @@ def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> st
         if check == "full":
             read_layers(sample, mask_reader)
         else:
-            size = read_size(sample.image)
+            size = read_size(sample.image, sample.upright)
             if sample.mask is not None:
                 _check_size(sample, size, read_size(sample.mask))
             _check_boxes(sample, sample.all_boxes(), *size)
@@ -264,7 +281,7 @@ def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
     Raises:
         DataError: a file is missing or broken, or the mask has another size than its image.
     """
-    image = read_image(sample.image)
+    image = read_image(sample.image, sample.upright)
     height, width, _ = image.shape
     if sample.mask is not None:
         mask = mask_reader(sample.mask)
@@ -351,8 +368,13 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.relative_to(folder).parts))
     )
+
+
+def is_hidden(name: str) -> bool:
+    """Files and folders that systems leave beside a user's own."""
+    return name.startswith((".", "__MACOSX"))
 
 
 def read_lines(path: Path, columns: int) -> list[list[str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError, some
-from .files import Box, Sample, broken, file_sets, image_files
+from .files import Box, Sample, broken, file_sets, image_files, is_hidden
 
 #: The names that the folder of a split may have.
 PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -26,6 +26,8 @@ def open_set(
 
     Classes are the folders in ``root`` (or in ``root/images`` where that is there), or those in its ``train``, ``val``
     and ``test``; a split that is missing is taken from the training images of every class.
+
+    Photographs are turned as their EXIF orientation says, as viewers and annotation tools show them.
 
     Args:
         masks: a folder with the paths of the images in it, whatever their suffix; default ``root/masks`` where it is
@@ -61,7 +63,7 @@ def open_set(
     mask_of = _masks(masks_folder, base, everything, common.skip_broken, skipped) if masks_folder else {}
     boxes_of = _boxes(Path(boxes), (base, root), everything, common.skip_broken, skipped) if boxes else {}
     parts = {
-        part: [Sample(path, label, mask_of.get(path), boxes_of.get(path, ())) for path, label in listed]
+        part: [Sample(path, label, mask_of.get(path), boxes_of.get(path, ()), upright=True) for path, label in listed]
         for part, listed in files.items()
     }
     return file_sets(
@@ -81,9 +83,7 @@ def _part_folders(base: Path) -> dict[str, Path]:
 
 def _class_folders(folder: Path, own: set[Path]) -> list[Path]:
     """The folders of classes, each with an image in it."""
-    found = [
-        f for f in sorted(folder.iterdir()) if f.is_dir() and not f.name.startswith(".") and f.resolve() not in own
-    ]
+    found = [f for f in sorted(folder.iterdir()) if f.is_dir() and not is_hidden(f.name) and f.resolve() not in own]
     for empty in (f for f in found if not image_files(f)):
         raise DataError(f"The class folder {empty} holds no images: add some, or remove it.")
     return found

@@ -38,7 +38,7 @@ def open_set(root: Path, common: Common, *, validation_share: float = 0.01) -> D
     xml = _annotations(root / "Annotations")
     parts = {
         part: [
-            Sample(Path(path), listed["train"].class_to_idx[folder.classes[label]], xml=xml.get(Path(path).stem))
+            Sample(path, listed["train"].class_to_idx[folder.classes[label]], xml=xml.get(Path(path).stem))
             for path, label in folder.samples
         ]
         for part, folder in listed.items()
@@ -49,9 +49,9 @@ def open_set(root: Path, common: Common, *, validation_share: float = 0.01) -> D
     return file_sets("imagenet", classes, parts, common, {"validation": validation_share}, check=check, full=False)
 
 
-def _annotations(folder: Path) -> dict[str, Path]:
+def _annotations(folder: Path) -> dict[str, str]:
     """The annotation of each image, by the image's name without suffix, which is unique in ImageNet."""
-    return {path.stem: path for path in folder.rglob("*.xml")} if folder.is_dir() else {}
+    return {path.stem: str(path) for path in folder.rglob("*.xml")} if folder.is_dir() else {}
 
 
 def _names(root: Path) -> dict[str, str]:
