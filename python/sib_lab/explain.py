@@ -15,7 +15,7 @@ from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
 from sib_ext.functional import vjp
 
-from .measure import for_model, in_eval_mode, scores_of
+from .measure import batch_for, for_model, in_eval_mode, scores_of
 from .networks import cam_layer, token_grid
 
 #: Key -> name for people. All but the last are "the six"; ``vjp`` is what the S-IB loss shapes in training.
@@ -31,7 +31,6 @@ METHODS = {
 SIX = tuple(METHODS)[:6]
 CAMS = SIX[:3]  #: those that look at a feature map
 
-BATCH = 64  #: images in a forward pass
 IG_STEPS = 32  #: points between the image of zeros and the image (Gauss-Legendre)
 SMOOTHGRAD_SAMPLES = 16
 SMOOTHGRAD_NOISE = 0.15  #: standard deviation, as a share of the image's own range (highest less lowest value)
@@ -43,7 +42,7 @@ def explain(
     target: Tensor | None = None,
     methods: Sequence[str] = tuple(METHODS),
     layer: str | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
     first_row: int = 0,
@@ -60,7 +59,8 @@ def explain(
         methods: keys of METHODS.
         layer: name of the module whose output the class-activation maps look at (``model.named_modules()``); None: the
             last feature map, see :func:`sib_lab.networks.cam_layer`.
-        batch: the most images in a forward pass; results do not depend on it (beyond rounding).
+        batch: the most images in a forward pass; None: 32 on a CPU, 128 on a GPU. Results do not depend on it beyond
+            rounding.
         progress: called with the number of images finished since the last call.
         seed: of SmoothGrad's noise, which an image gets by its row in ``x``, whatever the batch.
         first_row: row of ``x[0]`` in the whole set, where ``x`` is a part of it.
@@ -78,8 +78,7 @@ def explain(
         raise ValueError(f"x must be floating images [N,C,H,W]: got {x.dtype} {list(x.shape)}")
     if target is not None and target.shape != (len(x),):
         raise ValueError(f"target must be a class an image [N]: got {list(target.shape)} for {len(x)} images")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1: got {batch}")
+    batch = batch_for(model, x, batch)
     if layer is None and set(methods) & set(CAMS):
         layer = cam_layer(model, x.shape[2])
 

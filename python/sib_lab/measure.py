@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 OBJECT = 0.5  #: a pixel belongs to the object where the mask is above this
-BATCH = 64  #: images in a forward pass
+BATCH_CPU, BATCH_GPU = 32, 128  #: images in a forward pass; on a CPU, memory for more comes fresh from the system
 CHUNK = 256  #: maps measured at a time, which bounds the memory
 IOU_THRESHOLDS = tuple(round(0.15 + 0.05 * step, 2) for step in range(17))  #: 0.15, 0.20, ..., 0.95
 EHR_QUANTILES = tuple(step / 10 for step in range(11))  #: 0, 0.1, ..., 1
@@ -53,6 +53,19 @@ def device_of(model: nn.Module, otherwise: torch.device) -> torch.device:
     return otherwise
 
 
+def batch_for(model: nn.Module, images: Tensor, batch: int | None) -> int:
+    """``batch``, or what suits the model's device where it is None.
+
+    Raises:
+        ValueError: ``batch`` is under 1.
+    """
+    if batch is None:
+        return BATCH_CPU if device_of(model, images.device).type == "cpu" else BATCH_GPU
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1: got {batch}")
+    return batch
+
+
 def for_model(model: nn.Module, images: Tensor) -> Tensor:
     """Images on the model's device; on a CPU in channels-last order, in which convolutions are faster there."""
     images = images.to(device_of(model, images.device))
@@ -72,23 +85,27 @@ def scores_of(model: nn.Module, images: Tensor) -> Tensor:
         return model(images.contiguous())  # a model that reshapes with .view is bound to this order
 
 
-def predict(model: nn.Module, data: Tensor | Iterable, batch: int = BATCH) -> Tensor:
+def predict(model: nn.Module, data: Tensor | Iterable, batch: int | None = None) -> Tensor:
     """Predicted classes [N], by the model in eval mode (its own mode is restored).
 
     Args:
         data: images [N,3,H,W], or batches (images, labels, ...) such as a DataLoader of ``Item`` gives.
-        batch: images in a forward pass where ``data`` is a tensor.
+        batch: images in a forward pass where ``data`` is a tensor; None: 32 on a CPU, 128 on a GPU.
 
     Returns:
         On the images' device for a tensor, on the CPU for batches.
     """
     with in_eval_mode(model), torch.no_grad():
         if isinstance(data, Tensor):
-            return _joined([scores_of(model, x).argmax(1).to(data.device) for x in data.split(batch)])
+            return _joined(
+                [scores_of(model, x).argmax(1).to(data.device) for x in data.split(batch_for(model, data, batch))]
+            )
         return _joined([scores_of(model, x).argmax(1).cpu() for x, *_ in data])
 
 
-def correct(model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = None, batch: int = BATCH) -> Tensor:
+def correct(
+    model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = None, batch: int | None = None
+) -> Tensor:
     """1.0 where the prediction is right, else 0.0; [N].
 
     Args:
@@ -107,7 +124,9 @@ def correct(model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = N
     return _joined(parts).float()
 
 
-def accuracy(model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = None, batch: int = BATCH) -> float:
+def accuracy(
+    model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = None, batch: int | None = None
+) -> float:
     """Share of right predictions in [0,1], NaN for no images; arguments as for :func:`correct`."""
     return correct(model, data, labels, batch).mean().item()
 
@@ -282,7 +301,12 @@ def _heat_ratio_area(heat: Tensor, on_object: Tensor) -> Tensor:
 
 
 def deletion(
-    model: nn.Module, x: Tensor, maps: Tensor, target: Tensor | None = None, steps: int = STEPS, batch: int = BATCH
+    model: nn.Module,
+    x: Tensor,
+    maps: Tensor,
+    target: Tensor | None = None,
+    steps: int = STEPS,
+    batch: int | None = None,
 ) -> Tensor:
     """Deletion AUC of each image, [N] in [0,1]; low where the map found what the network needs (Petsiuk et al. 2018).
 
@@ -294,7 +318,7 @@ def deletion(
         maps: explanations [N,H,W], >= 0; equal values go in reading order.
         target: class indices [N]; None: the class predicted for the whole image.
         steps: points of the curve less one, both ends included.
-        batch: images in a forward pass; the result does not depend on it.
+        batch: the most images in a forward pass; None: 32 on a CPU, 128 on a GPU. The result does not depend on it.
 
     Returns:
         float64 on the device of ``x``; NaN where the map is zero everywhere or not finite.
@@ -311,7 +335,7 @@ def insertion(
     maps: Tensor,
     target: Tensor | None = None,
     steps: int = STEPS,
-    batch: int = BATCH,
+    batch: int | None = None,
     sigma: float | None = None,
 ) -> Tensor:
     """Insertion AUC of each image, [N] in [0,1]; high where the map found what suffices (Petsiuk et al. 2018).
@@ -330,7 +354,7 @@ def measure_perturbation(
     maps: Mapping[str, Tensor],
     target: Tensor | None = None,
     steps: int = STEPS,
-    batch: int = BATCH,
+    batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Deletion and insertion of several methods' maps at once, faster than one by one: the curves' ends are shared.
@@ -375,7 +399,7 @@ def _areas(
     maps: Mapping[str, Tensor],
     target: Tensor | None,
     steps: int,
-    batch: int,
+    batch: int | None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Areas under the target's probability on the way from ``start`` to ``end``, each map's highest pixels first."""
@@ -387,6 +411,7 @@ def _areas(
             )
     if steps < 1:
         raise ValueError(f"steps must be at least 1: got {steps}")
+    batch = batch_for(model, x, batch)
     target = predict(model, x, batch) if target is None else target.to(x.device)
     areas = {}
     with in_eval_mode(model), torch.no_grad():
