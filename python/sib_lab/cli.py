@@ -239,7 +239,7 @@ def _stop_at_missing(error: ModuleNotFoundError) -> NoReturn:
     """One sentence for a library that is not installed; an own module that is missing stays a bug."""
     if (error.name or "").startswith("sib_"):
         raise error
-    raise SystemExit(INSTALL.format(missing=error.name)) from error
+    raise SystemExit(INSTALL.format(missing=(error.name or "a library").partition(".")[0])) from error
 
 
 # ------------------------------------------------------------------------------------------------ words to values

@@ -256,7 +256,7 @@ def check_layer(plan: Plan, material: Material) -> None:
     if plan.layer not in dict(network.named_modules()):
         names = ", ".join(name for name, _ in network.named_children())
         raise RunError(
-            f"{material.config.network} has no module {plan.layer!r} to look at; its first level is {names}."
+            f"{material.config.network} has no module {plan.layer!r} to look at: its first level has {names}."
         )
 
 
@@ -291,7 +291,7 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
     if (path / FINISHED).exists():
         return open_run(path)
     console.print(f"[bold]{results.NAMES.get(method, method)}[/bold], seed {seed}: training")
-    return train(config, path, data=material.data)
+    return train(config, path, console=console, data=material.data)
 
 
 def check_same(config: TrainConfig, folder: Path) -> None:

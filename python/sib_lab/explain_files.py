@@ -76,7 +76,7 @@ def prepared(path: Path, run: Run) -> Tensor:
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder: name image files.")
-    pixels = torch.from_numpy(read_image(path).copy()).permute(2, 0, 1)
+    pixels = torch.from_numpy(read_image(path, upright=run.config.data == "folder").copy()).permute(2, 0, 1)
     if run.config.data in MADE_AT_SIZE:
         from torchvision.transforms import v2
 
