@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import Saliency
-from sib_lab.explain import CAMS, METHODS, SIX, explain
+from sib_lab.explain import CAMS, METHODS, SIX, SeededNoiseTunnel, explain
 from sib_lab.measure import energy_pointing_game
 from sib_lab.networks import NetworkError, SmallCNN
 from torch import nn
@@ -200,6 +200,12 @@ def test_another_seed_gives_other_noise_and_equal_images_get_noise_of_their_own(
     assert not torch.allclose(values[0], values[1], rtol=1e-3)
     assert not torch.allclose(values, other, rtol=1e-3)
     assert torch.equal(values, explain(model, same, methods=["smoothgrad"])["smoothgrad"])
+
+
+def test_a_captum_that_would_draw_the_noise_itself_is_refused(model, images, monkeypatch):
+    monkeypatch.delattr(SeededNoiseTunnel, "_add_noise_to_input")
+    with pytest.raises(RuntimeError, match="use captum 0.8 or 0.9"):
+        explain(model, images, methods=["smoothgrad"])
 
 
 def test_smoothgrad_leaves_the_global_generator_alone(model, images):
