@@ -45,7 +45,7 @@ def explain(
     batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
-    first_row: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Maps of images for a class, with the model in eval mode; it is left as it was, without hooks or gradients.
 
@@ -62,8 +62,8 @@ def explain(
         batch: the most images in a forward pass; None: 32 on a CPU, 128 on a GPU. Results do not depend on it beyond
             rounding.
         progress: called with the number of images finished since the last call.
-        seed: of SmoothGrad's noise, which an image gets by its row in ``x``, whatever the batch.
-        first_row: row of ``x[0]`` in the whole set, where ``x`` is a part of it.
+        seed: of SmoothGrad's noise, which an image gets by its row, whatever the batch.
+        rows: row (>= 0) of each image in the whole set, where ``x`` is a part of it; None: 0, 1, ...
 
     Returns:
         Method -> maps [N,H,W] >= 0 on the device of ``x``, in the order of ``methods``; float32 (float64 for such x).
@@ -78,6 +78,9 @@ def explain(
         raise ValueError(f"x must be floating images [N,C,H,W]: got {x.dtype} {list(x.shape)}")
     if target is not None and target.shape != (len(x),):
         raise ValueError(f"target must be a class an image [N]: got {list(target.shape)} for {len(x)} images")
+    rows = range(len(x)) if rows is None else [int(row) for row in rows]
+    if len(rows) != len(x) or min(rows, default=0) < 0:
+        raise ValueError(f"rows must be a number >= 0 for each of the {len(x)} images: got {list(rows)}")
     batch = batch_for(model, x, batch)
     if layer is None and set(methods) & set(CAMS):
         layer = cam_layer(model, x.shape[2])
@@ -89,8 +92,8 @@ def explain(
             images = for_model(model, x[start : start + batch].detach().clone())
             predicted, count = _predicted(model, images)
             classes = predicted if target is None else _checked(target[start : start + batch], count).to(images.device)
-            rows = range(first_row + start, first_row + start + len(images))
-            for method, values in _maps(model, images, classes, methods, layer, batch, seed, rows).items():
+            some = rows[start : start + batch]
+            for method, values in _maps(model, images, classes, methods, layer, batch, seed, some).items():
                 maps[method].append(values.to(x.device, torch.promote_types(values.dtype, torch.float32)))
             if progress:
                 progress(len(images))
@@ -119,7 +122,7 @@ def _maps(
     layer: str | None,
     batch: int,
     seed: int,
-    rows: range,
+    rows: Sequence[int],
 ) -> dict[str, Tensor]:
     """All maps of one batch of images on the model's device."""
 
@@ -250,7 +253,7 @@ def _integrated_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, target
 
 
 def _smoothgrad(
-    forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: int, seed: int, rows: range
+    forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: int, seed: int, rows: Sequence[int]
 ) -> Tensor:
     """sum_c of the absolute mean gradient (Smilkov et al. 2017: the mean is taken with its sign)."""
     at_once = min(SMOOTHGRAD_SAMPLES, batch)

@@ -180,16 +180,16 @@ def test_integrated_gradients_average_the_gradient_over_32_gauss_legendre_points
     torch.testing.assert_close(values, (mean * images).abs().sum(1), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed, first_row", [(0, 0), (7, 11)])
-def test_smoothgrad_averages_signed_gradients_over_16_noisy_copies(model, images, seed, first_row):
+@pytest.mark.parametrize("seed, rows", [(0, None), (7, torch.tensor([11, 3, 4, 900, 0]))])
+def test_smoothgrad_averages_signed_gradients_over_16_noisy_copies(model, images, seed, rows):
     target = model(images).argmax(1)
     expected = []
-    for row, (image, label) in enumerate(zip(images, target, strict=True), start=first_row):
+    for row, image, label in zip(range(5) if rows is None else rows.tolist(), images, target, strict=True):
         noise = torch.from_numpy(np.random.default_rng([seed, row]).standard_normal((16, 3, 32, 32), dtype=np.float32))
         x = (image + 0.15 * (image.max() - image.min()) * noise.double()).requires_grad_()
         (gradients,) = torch.autograd.grad(model(x)[:, label].sum(), x)
         expected.append(gradients.mean(0).abs().sum(0))
-    values = explain(model, images, methods=["smoothgrad"], seed=seed, first_row=first_row)["smoothgrad"]
+    values = explain(model, images, methods=["smoothgrad"], seed=seed, rows=rows)["smoothgrad"]
     torch.testing.assert_close(values, torch.stack(expected))
 
 
@@ -253,10 +253,10 @@ def test_maps_do_not_depend_on_the_size_of_the_batch(model, images, batch):
         torch.testing.assert_close(in_parts[name], together[name], rtol=1e-5, atol=1e-9)
 
 
-def test_a_part_of_the_images_gives_the_same_maps_when_it_says_where_it_starts(model, images):
-    together, last = explain(model, images), explain(model, images[3:], first_row=3)
+def test_a_part_of_the_images_gives_the_same_maps_when_it_says_which_they_are(model, images):
+    together, part = explain(model, images), explain(model, images[[4, 1]], rows=[4, 1], batch=1)
     for name in METHODS:
-        torch.testing.assert_close(last[name], together[name][3:], rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(part[name], together[name][[4, 1]], rtol=1e-5, atol=1e-9)
 
 
 def test_maps_are_the_same_to_rounding_in_float32_and_come_in_its_type(model, images):
@@ -461,6 +461,8 @@ def test_errors_name_the_argument(model, images):
         ({"target": torch.tensor([0, 1, 2, 3, -1])}, r"target must lie in 0..9"),
         ({"target": torch.tensor([0, 1])}, r"\[2\] for 5 images"),
         ({"batch": 0}, "batch must be at least 1: got 0"),
+        ({"rows": [0, 1]}, r"each of the 5 images: got \[0, 1\]"),
+        ({"rows": [0, 1, 2, 3, -1]}, "rows must be a number >= 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             explain(model, images, **arguments)
