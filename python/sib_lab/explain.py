@@ -59,7 +59,7 @@ def explain(
         methods: keys of METHODS.
         layer: name of the module whose output the class-activation maps look at (``model.named_modules()``); None: the
             last feature map, see :func:`sib_lab.networks.cam_layer`.
-        batch: the most images in a forward pass; None: 32 on a CPU, 128 on a GPU. Results do not depend on it beyond
+        batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. Results do not depend on it beyond
             rounding.
         progress: called with the number of images finished since the last call.
         seed: of SmoothGrad's noise, which an image gets by its row, whatever the batch.

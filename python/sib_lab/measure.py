@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 OBJECT = 0.5  #: a pixel belongs to the object where the mask is above this
-BATCH_CPU, BATCH_GPU = 32, 128  #: images in a forward pass; on a CPU, memory for more comes fresh from the system
+BATCH_CPU, BATCH_GPU = 32, 64  #: images in a forward pass; on a CPU, memory for more comes fresh from the system
 CHUNK = 256  #: maps measured at a time, which bounds the memory
 IOU_THRESHOLDS = tuple(round(0.15 + 0.05 * step, 2) for step in range(17))  #: 0.15, 0.20, ..., 0.95
 EHR_QUANTILES = tuple(step / 10 for step in range(11))  #: 0, 0.1, ..., 1
@@ -90,7 +90,7 @@ def predict(model: nn.Module, data: Tensor | Iterable, batch: int | None = None)
 
     Args:
         data: images [N,3,H,W], or batches (images, labels, ...) such as a DataLoader of ``Item`` gives.
-        batch: images in a forward pass where ``data`` is a tensor; None: 32 on a CPU, 128 on a GPU.
+        batch: images in a forward pass where ``data`` is a tensor; None: 32 on a CPU, 64 on a GPU.
 
     Returns:
         On the images' device for a tensor, on the CPU for batches.
@@ -318,7 +318,7 @@ def deletion(
         maps: explanations [N,H,W], >= 0; equal values go in reading order.
         target: class indices [N]; None: the class predicted for the whole image.
         steps: points of the curve less one, both ends included.
-        batch: the most images in a forward pass; None: 32 on a CPU, 128 on a GPU. The result does not depend on it.
+        batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. The result does not depend on it.
 
     Returns:
         float64 on the device of ``x``; NaN where the map is zero everywhere or not finite.
