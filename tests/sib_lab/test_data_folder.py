@@ -99,6 +99,15 @@ def test_boxes_from_a_csv(tmp_path, prefix):
     assert_masks_are_the_red_channel(data)
 
 
+def test_a_share_of_the_masks_can_be_hidden_from_the_training_only(tmp_path):
+    data = open_data("folder", write_folder(tmp_path), size=32, annotated=0.5)
+    train, validation, test = splits(data)
+    assert train.annotated.sum() == (len(train) + 1) // 2
+    batch = stack(train, range(len(train)))
+    assert torch.equal(batch.annotated, train.annotated) and not batch.mask[~batch.annotated].any()
+    assert validation.annotated.all() and test.annotated.all()
+
+
 def test_several_boxes_of_one_file_are_one_object(tmp_path):
     root = write_folder(tmp_path, masks=False)
     (tmp_path / "two.csv").write_text("file,x1,y1,x2,y2\ncat/0.jpg, 0,0,5,5\ncat/0.jpg, 10,10,20,20\n")
