@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from . import explain, measure, report, results
-from .config import TrainConfig
+from .config import METHODS, TrainConfig
 from .data import DataSets, stack
 from .data.base import limited
 from .networks import build_network
@@ -50,6 +50,7 @@ GALLERY = 8  #: images in the report's gallery
 GALLERY_SIDE = 160  #: the largest side at which their maps are kept, px
 BATCH = 64  #: images classified or explained at a time
 DEFINITIONS = 1  #: counted up when a measure's definition changes, so that stored values are made anew
+USE_MASKS = ("sib", "rrr", "energy-loss")  #: training methods that take given masks where there are any
 #: Options that decide the machine alone: a run that was trained with others is taken as it is.
 MACHINE = {"device", "devices", "deterministic", "threads", "precision", "match"}
 
@@ -208,6 +209,7 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
     test = data.test[material.test_name]
     comparison = {
         "methods": {method: results.NAMES.get(method, method) for method in plan.configs},
+        "losses": {method: loss_sentence(config, data) for method, config in plan.configs.items()},
         "seeds": list(plan.seeds),
         "explanations": explanations,
         "six": list(explain.SIX),
@@ -235,6 +237,16 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
         "annotated": items.annotated[rows].numpy(),
     }
     write_whole(folder / IMAGES, lambda file: np.savez_compressed(file, **arrays))
+
+
+def loss_sentence(config: TrainConfig, data: DataSets) -> str:
+    """What a training method is, and what it was told about the objects."""
+    share = data.train.annotated.double().mean().item()
+    told = f"was shown the objects in {100 * share:.0f} % of the training images" if share else "found no masks to use"
+    uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")
+    if config.method == "sib" and config.masks == "self-made":
+        uses, told = True, "made its own masks from the network's gradient"
+    return METHODS[config.method] + (f"; {told}" if uses else "")
 
 
 def shared_options(configs: Sequence[TrainConfig]) -> dict:
@@ -290,7 +302,7 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
         config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed))))
     if (path / FINISHED).exists():
         return open_run(path)
-    console.print(f"[bold]{results.NAMES.get(method, method)}[/bold], seed {seed}: training")
+    console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
     return train(config, path, console=console, data=material.data)
 
 
@@ -325,8 +337,10 @@ class Measurement:
         self.plan, self.material, self.run = plan, material, run
         self.folder = run.folder / MEASURED
         self.wants_gallery = gallery
-        weights = b"".join(tensor.numpy().tobytes() for tensor in run.model.state_dict().values())
-        self.identity = {"definitions": DEFINITIONS, "weights": hashlib.sha256(weights).hexdigest()}
+        weights = hashlib.sha256()
+        for tensor in run.model.state_dict().values():
+            weights.update(tensor.contiguous().numpy())
+        self.identity = {"definitions": DEFINITIONS, "weights": weights.hexdigest()}
 
     def complete(self, console: Console) -> None:
         """Measures what is missing."""
@@ -334,6 +348,7 @@ class Measurement:
         if not todo:
             return
         self.run.model.to(device(self.run.config))
+        console.print(f"Measuring {self.run.folder.name}")
         self.progress = Progress(
             TextColumn("{task.description:<36}"),
             BarColumn(),

@@ -12,7 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 from sib_lab import explain, results
-from sib_lab.compare import OF_MASKS, OF_NETWORK, Plan, compare, gallery_rows, own_groups, shrunk, write_report
+from sib_lab.compare import (
+    OF_MASKS,
+    OF_NETWORK,
+    Material,
+    Plan,
+    compare,
+    gallery_rows,
+    loss_sentence,
+    own_groups,
+    shrunk,
+    write_report,
+)
 from sib_lab.data import stack
 from sib_lab.runs import RunError, open_run
 
@@ -126,6 +137,19 @@ def test_a_seed_gives_both_methods_the_same_data_and_the_same_initial_weights(fi
     assert pictures[0]["gradcam"].shape == pictures[1]["gradcam"].shape == (8, 40, 40)
     first = [open_run(folder / "runs" / name).history[0]["cross_entropy"] for name in ("ce-seed0", "ce-seed1")]
     assert first[0] != first[1]
+
+
+def test_the_report_says_which_losses_were_shown_the_objects(finished, tiny, copied):
+    assert finished[1]["losses"]["sib"].endswith("; was shown the objects in 100 % of the training images")
+    assert (
+        "objects" not in finished[1]["losses"]["ce"] and "Cross-entropy alone." in (copied / "report.html").read_text()
+    )
+    plan = plan_of(tiny, ("sib",), masks="self-made")
+    assert loss_sentence(plan.configs["sib"], Material(plan, 0).data).endswith(
+        "made its own masks from the network's gradient"
+    )
+    plan = plan_of(tiny, ("rrr",), annotated=0.25)
+    assert loss_sentence(plan.configs["rrr"], Material(plan, 0).data).endswith("objects in 25 % of the training images")
 
 
 def test_the_folder_holds_the_report_the_numbers_and_the_gallery(finished):

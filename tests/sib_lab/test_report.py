@@ -20,6 +20,7 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
     rng = np.random.default_rng(0)
     comparison = {
         "methods": {method: results.NAMES.get(method, method) for method in methods},
+        "losses": {method: f"the loss {method}" for method in methods},
         "seeds": list(seeds),
         "explanations": explanations,
         "six": [name for name in explanations if name != "vjp"],
