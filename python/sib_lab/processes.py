@@ -42,7 +42,7 @@ def make_fabric(config: TrainConfig) -> "Fabric":
     """
     from lightning_fabric import Fabric
 
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    _quiet_fabric()
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = config.device if config.device != "auto" else "cuda" if there else "cpu"
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else config.devices
@@ -61,7 +61,13 @@ def make_fabric(config: TrainConfig) -> "Fabric":
     )
 
 
-def launch_processes(fabric: "Fabric", work: Callable, *arguments) -> BaseException | None:
+def _quiet_fabric() -> None:
+    """Without its notes on precision and ranks; warnings stay."""
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+
+
+def launch_processes(fabric: "Fabric", work: Callable) -> BaseException | None:
     """Starts the processes and waits; signals are theirs to answer."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -72,7 +78,7 @@ def launch_processes(fabric: "Fabric", work: Callable, *arguments) -> BaseExcept
 
     with _handlers(hand_on):
         try:
-            return fabric.launch(work, *arguments)
+            return fabric.launch(work)
         except (ProcessRaisedException, ProcessExitedException) as error:
             last = str(error).strip().splitlines()[-1]
             return TrainingError(f"Process {error.error_index} of the training failed: {last}")
@@ -109,6 +115,7 @@ def deferred_signals() -> Iterator[Callable[[], int | None]]:
 @contextmanager
 def settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Threads and repeatable kernels, as they were afterwards."""
+    _quiet_fabric()  # in processes that were started, too
     threads = torch.get_num_threads()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,18 @@ def train(
         _check_same(config, runs.load_state(folder / runs.LAST), folder)
         return open_run(folder)
     fabric = make_fabric(config)
-    if config.devices == 1 or by_torchrun():
-        outcome = fabric.launch(_work, config, folder, resume, console, quiet, data)
-    else:
-        outcome = launch_processes(fabric, _work, config, folder, resume, None, quiet, data)
+    spawned = config.devices > 1 and not by_torchrun()
+    # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
+    work = partial(
+        _work,
+        config=config,
+        folder=folder,
+        resume=resume,
+        console=None if spawned else console,  # a console cannot go to another process
+        quiet=quiet,
+        data=data,
+    )
+    outcome = launch_processes(fabric, work) if spawned else fabric.launch(work)
     if outcome is not None:
         raise outcome
     return open_run(folder)
@@ -370,9 +379,6 @@ def _work(
         if fabric.global_rank > 0 and not isinstance(outcome, (RunError, KeyboardInterrupt, SystemExit)):
             raise  # the first process may not have it: end this one, so that nobody waits for it
         return outcome
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return None
 
 

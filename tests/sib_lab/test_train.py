@@ -286,16 +286,6 @@ def test_masks_that_are_not_annotated_do_not_matter(tmp_path):
     assert results["none"] == results["self-made"] != results["some"]
 
 
-def test_bfloat16_trains_near_to_single_precision(data, tmp_path):
-    pytest.importorskip("lightning_fabric")
-    for method in ("ce", "sib", "energy-loss"):
-        losses = []
-        for precision in ("32-true", "bf16-mixed"):
-            options = replace(SMALL, method=method, epochs=1, precision=precision)
-            losses.append(run(options, tmp_path / f"{method}-{precision}", data).history[0]["loss"])
-        assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.03)
-
-
 def test_a_matched_penalty_takes_the_variances_of_a_run(data, tmp_path):
     reference = run(replace(SMALL, method="sib"), tmp_path / "sib", data)
     match = tuple(line["vjp_variance"] for line in reference.history)
