@@ -95,7 +95,7 @@ def test_importing_the_list_of_sets_loads_no_torch_of_its_own():
         ("cub200", {}, "cub200 needs root, the folder with CUB_200_2011"),
         ("cub200", {"root": "/nowhere/at/all"}, "root is not a folder: /nowhere/at/all"),
         ("composite", {}, "composite needs objects and backgrounds, or root"),
-        ("composite", {"scale": "0.3"}, "option scale must be numbers with commas between them"),
+        ("composite", {"scale": "0.3"}, "option scale must be 2 numbers with commas between them"),
     ],
 )
 def test_a_wrong_choice_is_one_sentence(name, options, sentence):

@@ -238,7 +238,9 @@ def spoil(name, root, how):
 def test_broken_files_stop_with_their_number_and_the_first_name_or_are_skipped_by_name(name, how, tmp_path):
     root = WRITERS[name](tmp_path)
     named = spoil(name, root, how)
-    with pytest.raises(DataError, match=r"\(train\): 3 of \d+ images cannot be used \(the first: ") as caught:
+    with pytest.raises(
+        DataError, match=f"{name}: 3 of {sum(COUNTS[name])} images cannot be used .the first: "
+    ) as caught:
         open_data(name, root, size=32)
     assert any(n in str(caught.value) for n in named) and "\n" not in str(caught.value)
     data = open_data(name, root, size=32, skip_broken=True)
@@ -297,9 +299,13 @@ def test_a_class_missing_from_training_is_named(tmp_path):
 @pytest.mark.parametrize(
     "name, path, sentence",
     [
-        ("cub200", "CUB_200_2011/images.txt", "images.txt is missing"),
+        (
+            "cub200",
+            "CUB_200_2011/images.txt",
+            "has no images.txt: give the folder that CUB_200_2011.tgz",
+        ),
         ("cub200", "CUB_200_2011/image_class_labels.txt", "image_class_labels.txt is missing"),
-        ("dogs", "lists/test_list.mat", "test_list.mat is missing: unpack lists.tar"),
+        ("dogs", "lists/test_list.mat", "test_list.mat is missing: give the folder"),
         ("pets", "oxford-iiit-pet/annotations/test.txt", "no images/ and annotations/ with trainval.txt and test.txt"),
     ],
 )

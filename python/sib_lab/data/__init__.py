@@ -210,7 +210,7 @@ def _convert(option: str, value, hint):
         return kind(value)
     except ValueError as error:
         words = {int: "a whole number", float: "a number"}
-        meaning = words.get(kind, "numbers with commas between them")
+        meaning = words.get(kind) or f"{len(typing.get_args(kind))} numbers with commas between them"
         raise DataError(f"The option {option} must be {meaning}, got {value!r}.") from error
 
 

@@ -163,7 +163,7 @@ def find_objects(path: Path, common: Common, skipped: list[str]) -> tuple[list[s
     if bare and not common.skip_broken:
         raise DataError(
             f"composite: {len(bare)} of {len(found)} photographs of objects have no mask (the first: {bare[0]}): "
-            "add masks of the same path, or leave them out with skip_broken."
+            "add masks of the same path, or leave them out with skip_broken (--skip-broken)."
         )
     skipped.extend(f"{image} has no mask" for image in bare)
     photographs = [Photograph(image, number[name], mask, object=thing) for name, image, mask, thing in found if mask]

@@ -23,6 +23,8 @@ def open_set(root: Path, common: Common, *, masks: str = "auto", validation_shar
         DataError: one sentence about the files.
     """
     base = root / FOLDER if (root / FOLDER).is_dir() else root
+    if not (base / "images.txt").is_file():
+        raise DataError(f"cub200: {base} has no images.txt: give the folder that CUB_200_2011.tgz was unpacked in.")
     if masks not in MASKS:
         raise DataError(f"cub200: masks must be one of {', '.join(MASKS)}, got {masks!r}.")
     segmentations = next((p for p in (base / "segmentations", base.parent / "segmentations") if p.is_dir()), None)

@@ -43,7 +43,7 @@ def _list(path: Path) -> list[tuple[str, str, int]]:
     from scipy.io import loadmat
 
     if not path.is_file():
-        raise DataError(f"{path} is missing: unpack lists.tar there.")
+        raise DataError(f"dogs: {path} is missing: give the folder that images, annotation and lists were unpacked in.")
     try:
         table = loadmat(path, squeeze_me=True, chars_as_strings=True)
         columns = [table[name].reshape(-1).tolist() for name in ("file_list", "annotation_list", "labels")]

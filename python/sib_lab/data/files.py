@@ -268,7 +268,8 @@ def usable(
 def broken(name: str, count: int, what: str, first: str) -> DataError:
     """The sentence that stops a set with broken files."""
     return DataError(
-        f"{name}: {count} of {what} (the first: {first}): repair or remove them, or leave them out with skip_broken."
+        f"{name}: {count} of {what} (the first: {first}): repair or remove them, or leave them out with skip_broken "
+        "(--skip-broken)."
     )
 
 
@@ -344,9 +345,14 @@ def file_sets(
         check = "full"
     for part, samples in parts.items():
         rows = limited([sample.label for sample in samples], common.limit, common.seed)
-        chosen = [samples[row] for row in rows]
-        parts[part] = usable(f"{name} ({part})", chosen, check, common.skip_broken, skipped, mask_reader)
-        if not parts[part]:
+        parts[part] = [samples[row] for row in rows]
+    everything = [sample for samples in parts.values() for sample in samples]
+    good = usable(name, everything, check, common.skip_broken, skipped, mask_reader)
+    if len(good) < len(everything):
+        kept = set(good)
+        parts = {part: [sample for sample in samples if sample in kept] for part, samples in parts.items()}
+    for part, samples in parts.items():
+        if not samples:
             raise DataError(f"{name}: the {part} split has no image that can be used.")
     check_classes(classes, [sample.label for sample in parts["train"]], name)
     for_training, fixed = photo_transforms(common)
