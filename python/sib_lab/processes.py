@@ -80,8 +80,10 @@ def launch_processes(fabric: "Fabric", work: Callable) -> BaseException | None:
         try:
             return fabric.launch(work)
         except (ProcessRaisedException, ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1]
-            return TrainingError(f"Process {error.error_index} of the training failed: {last}")
+            kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
+            if kind.startswith(f"{__package__}."):  # an error of this program is a sentence
+                return TrainingError(message)
+            return TrainingError(f"Process {error.error_index} of the training failed with {kind}: {message}")
 
 
 @contextmanager

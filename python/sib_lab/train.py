@@ -150,7 +150,8 @@ class Trainer:
         self.epochs: list[dict[str, float]] = []  #: the lines of metrics.csv
         self.curves: dict[str, list[float]] = {}  #: the columns of steps.csv
         self.seconds: list[float] = []  #: of the latest steps
-        self.sums: dict[str, dict[str, float]] = {"epoch": {}, "window": {}}  #: of loss parts, since each began
+        #: of loss parts since the epoch and the window of the curves began: sum and number of steps
+        self.sums: dict[str, dict[str, tuple[float, int]]] = {"epoch": {}, "window": {}}
         self.best = -1.0  #: accuracy on the first validation split
 
     # ------------------------------------------------------------------------------------------ training
@@ -264,11 +265,16 @@ class Trainer:
         """Notes a step's loss parts in the sums and, at the end of a window, in the curves."""
         for sums in self.sums.values():
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + value, count + 1)
         if self.step % self.window == 0:
-            self.curves.setdefault("step", []).append(self.step)
-            for name, total in self.sums["window"].items():
-                self.curves.setdefault(name, []).append(total / self.window)
+            points = len(self.curves.setdefault("step", []))
+            self.curves["step"].append(self.step)
+            means = _means(self.sums["window"])
+            for name in means | self.curves:
+                if name != "step":  # a part that not every step has is NaN where a window has none
+                    curve = self.curves.setdefault(name, [math.nan] * points)
+                    curve.append(means.get(name, math.nan))
             self.sums["window"] = {}
         self.seconds = self.seconds[-max(KEPT_SECONDS, self.batches.steps_per_epoch) :]
 
@@ -279,7 +285,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "learning_rate": learning_rate(self.config, self.step - 1, self.steps, count),
-        } | {name: total / count for name, total in self.sums["epoch"].items()}
+        } | _means(self.sums["epoch"])
         self.sums["epoch"] = {}
         for name, split in self.data.validation.items():
             line[f"accuracy_{name}"], line[f"cross_entropy_{name}"] = self.evaluate(split)
@@ -343,6 +349,10 @@ class Trainer:
         self.epochs, self.curves, self.seconds = history["epochs"], history["curves"], history["seconds"]
 
 
+def _means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
 def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
     layer = area = None
     if config.method == "energy-loss" and config.loss_options.get("attribution", "gradcam") == "gradcam":
@@ -364,7 +374,7 @@ def _work(
     quiet: bool,
     data: DataSets | None,
 ) -> BaseException | None:
-    """One process's training. What stops it is returned: an exception would reach no other process."""
+    """One process's training. What stops it is returned, for it may have to go to another process."""
     try:
         with settings(config, fabric.device):
             trainer = Trainer(config, open_config_data(config) if data is None else data, fabric)
@@ -376,8 +386,8 @@ def _work(
                 trainer.run(stop_signal, keep, show)
             keep.finish(trainer)
     except (Exception, KeyboardInterrupt, SystemExit) as outcome:
-        if fabric.global_rank > 0 and not isinstance(outcome, (RunError, KeyboardInterrupt, SystemExit)):
-            raise  # the first process may not have it: end this one, so that nobody waits for it
+        if fabric.world_size > 1 and not isinstance(outcome, (RunError, KeyboardInterrupt, SystemExit)):
+            raise  # the others may not have it: this process must fail, so that nobody waits for it
         return outcome
     return None
 

@@ -293,6 +293,21 @@ def test_a_matched_penalty_takes_the_variances_of_a_run(data, tmp_path):
     assert done.config.match == match and done.history[-1]["vjp_variance"] > 0
 
 
+def test_a_part_that_some_steps_do_not_have_is_the_mean_of_those_that_do(data, tmp_path, monkeypatch):
+    from sib_lab import losses
+
+    original, calls = losses.CrossEntropy.forward, iter(range(100))
+
+    def forward(self, model, x, y, *masks):
+        parts, call = original(self, model, x, y, *masks), next(calls)
+        return parts | ({"now_and_then": torch.tensor(float(call))} if call % 3 == 1 else {})
+
+    monkeypatch.setattr(losses.CrossEntropy, "forward", forward)
+    done = run(SMALL, tmp_path, data)
+    assert str(done.curves["now_and_then"]) == "[nan, 1.0, nan, nan, 4.0, nan, nan, 7.0]"
+    assert [line["now_and_then"] for line in done.history] == [1.0, 5.5]
+
+
 # ------------------------------------------------------------------------------------------ run folder
 
 

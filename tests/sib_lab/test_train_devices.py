@@ -12,7 +12,6 @@ import torch
 from sib_lab import runs, train
 from sib_lab.config import TrainConfig
 from sib_lab.data import open_data
-from sib_lab.networks import NetworkError
 from sib_lab.processes import with_processes_of_torchrun
 from sib_lab.runs import LAST, TrainingError, open_run
 
@@ -101,7 +100,7 @@ def test_torchrun_trains_as_one_process(options, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_in_every_process_is_still_one_sentence(options, tmp_path):
-    with pytest.raises(NetworkError, match="the module plain_network has no 'nothing'"):
+    with pytest.raises(TrainingError, match="^plain_network:nothing: the module plain_network has no 'nothing'"):
         train.train(replace(options, devices=2, network="plain_network:nothing"), tmp_path / "two", quiet=True)
 
 
