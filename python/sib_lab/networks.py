@@ -15,6 +15,7 @@ on a block or a stage (``layer4``), not on the last BatchNorm in it.
 import inspect
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -242,12 +243,13 @@ def load_weights(model: nn.Module, path: Path, size: int) -> None:
     state = _read_state(path)
     own = model.state_dict()
     if "encoder.pos_embedding" in own and "encoder.pos_embedding" in state:
-        state = _fit_positions(state, size)
+        state = _fit_positions(state, size, path)
     head = _head_names(model)
     other_head = any(k in state and state[k].shape != own[k].shape for k in head)
     if other_head or not any(key in state for key in head):
         state = {key: value for key, value in state.items() if key not in head}
-    missing = [key for key in own if key not in state and key not in head]
+    counters = "num_batches_tracked"  # older files have none, and nothing depends on them
+    missing = [key for key in own if key not in state and key not in head and not key.endswith(counters)]
     unknown = [key for key in state if key not in own]
     shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
     for keys, what in ((missing, "lacks"), (unknown, "has the unknown"), (shapes, "has another shape for")):
@@ -275,15 +277,27 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return dict(state)
+    return {_present_name(key): value for key, value in state.items()}
 
 
-def _fit_positions(state: dict[str, Tensor], size: int) -> dict[str, Tensor]:
+def _present_name(key: str) -> str:
+    """torchvision's weight files keep the names that parts of DenseNet and ViT had when they were trained."""
+    key = re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
+    return key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
+
+
+def _fit_positions(state: dict[str, Tensor], size: int, path: Path) -> dict[str, Tensor]:
     """A torchvision ViT's position embedding, interpolated to another image size."""
     from torchvision.models.vision_transformer import interpolate_embeddings
 
     patch = state["conv_proj.weight"].shape[-1] if "conv_proj.weight" in state else 32
-    return dict(interpolate_embeddings(size, patch, state))
+    try:
+        return dict(interpolate_embeddings(size, patch, state))
+    except ValueError as error:
+        raise NetworkError(
+            f"The weights {path} have a position embedding that cannot be brought to images of {size} px: "
+            f"{_first_line(error)}."
+        ) from error
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def write_xml(path: Path, boxes) -> None:
+def write_xml(path: Path, boxes, size: tuple[int, int] | None = None) -> None:
     inside = "".join(
         "<object><name>it</name><bndbox>"
         + "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
@@ -46,7 +46,8 @@ def write_xml(path: Path, boxes) -> None:
         for box in boxes
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"<annotation><folder>02085620</folder><size><depth>3</depth></size>{inside}</annotation>")
+    sides = "" if size is None else f"<width>{size[0]}</width><height>{size[1]}</height>"
+    path.write_text(f"<annotation><folder>02085620</folder><size>{sides}<depth>3</depth></size>{inside}</annotation>")
 
 
 def write_cifar100(root: Path, monkeypatch, classes: int = 3) -> Path:
@@ -109,7 +110,7 @@ def write_dogs(root: Path) -> Path:
             mask = square(rng)
             name = f"{breed}/{breed[:9]}_{place}"
             save_picture(root / "Images" / f"{name}.jpg", mask)
-            write_xml(root / "Annotation" / name, [box_of(mask)])
+            write_xml(root / "Annotation" / name, [box_of(mask)], mask.shape[::-1])
             listed["train" if place < 4 else "test"].append((name, label + 1))
     (root / "lists").mkdir()
     for part, entries in listed.items():
@@ -152,9 +153,9 @@ def write_imagenet(root: Path) -> Path:
                 stem = f"{wnid}_{place}" if split == "train" else f"ILSVRC2012_val_{wnid[1:]}{place}"
                 save_picture(root / split / wnid / f"{stem}.JPEG", mask)
                 if split == "val":
-                    write_xml(root / "Annotations" / "val" / f"{stem}.xml", [box_of(mask)])
+                    write_xml(root / "Annotations" / "val" / f"{stem}.xml", [box_of(mask)], mask.shape[::-1])
                 elif place % 2:
-                    write_xml(root / "Annotations" / wnid / f"{stem}.xml", [box_of(mask)])
+                    write_xml(root / "Annotations" / wnid / f"{stem}.xml", [box_of(mask)], mask.shape[::-1])
     names = {"n01440764": ("tench", "Tinca tinca"), "n01443537": ("goldfish",), "n02086240": ("Shih-Tzu",)}
     torch.save((names, []), root / "meta.bin")
     return root

@@ -164,7 +164,7 @@ def test_a_trimaps_outline_belongs_to_the_animal(tmp_path):
 
 def test_boxes_become_the_union_of_their_rectangles_cut_at_the_image(tmp_path):
     write_xml(tmp_path / "a", [(1, 1, 3, 2), (2, 1, 9, 3)])
-    mask = rasterise(read_xml_boxes(tmp_path / "a"), width=4, height=3)
+    mask = rasterise(read_xml_boxes(tmp_path / "a")[0], width=4, height=3)
     np.testing.assert_array_equal(mask, 255 * np.array([[0, 0, 0, 0], [0, 1, 1, 1], [0, 0, 1, 1]]))
     np.testing.assert_array_equal(rasterise([(0.5, 0, 2, 1)], 3, 1), [[128, 255, 0]])
 
@@ -355,4 +355,18 @@ def test_layers_hold_the_image_and_its_mask(tmp_path):
     red = np.asarray(Image.open(sample.image))[..., 0]
     np.testing.assert_array_equal(layers[0].numpy(), red)
     np.testing.assert_array_equal(layers[3].numpy(), red)
-    assert read_xml_boxes(sample.xml) == (box_of(red > 0),)
+    assert read_xml_boxes(sample.xml) == ((box_of(red > 0),), red.shape[::-1])
+
+
+def test_boxes_follow_images_that_were_resized_after_they_were_drawn(tmp_path):
+    root = write_imagenet(tmp_path)
+    for path in (root / "val").rglob("*.JPEG"):
+        with Image.open(path) as image:
+            image.resize((3 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path, format="PNG")
+    batch = stack(open_data("imagenet", root, size=48).test["test"], range(6))
+    torch.testing.assert_close(batch.image[:, :1] * 0.5 + 0.5, batch.mask, rtol=0, atol=1.5 / 255)
+
+
+def test_an_annotation_may_leave_out_the_size(tmp_path):
+    write_xml(tmp_path / "a", [(1, 2, 3, 4)])
+    assert read_xml_boxes(tmp_path / "a") == (((1, 2, 3, 4),), None)

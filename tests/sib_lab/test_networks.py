@@ -1,4 +1,5 @@
 import copy
+import re
 import sys
 
 import pytest
@@ -266,6 +267,26 @@ def test_weights_are_loaded_from_a_file(resnet, tmp_path, wrap):
 def test_weights_of_a_parallel_model_lose_their_prefix(resnet, tmp_path):
     torch.save({f"module.{key}": value for key, value in resnet.items()}, tmp_path / "w.pt")
     assert torch.equal(build_network("resnet18", 3, 64, tmp_path / "w.pt").conv1.weight, resnet["conv1.weight"])
+
+
+def test_torchvisions_files_with_former_names_are_taken(tmp_path):
+    """densenet121-a639ec97.pth names norm.1 what is norm1 now and counts no batches; ViT's files name mlp.linear_1."""
+    state = state_of("densenet121").state_dict()
+    former = {re.sub(r"(denselayer\d+\.(norm|conv))([12])", r"\1.\3", key): v for key, v in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in former
+    torch.save({k: v for k, v in former.items() if not k.endswith("num_batches_tracked")}, tmp_path / "w.pt")
+    loaded = build_network("densenet121", 3, 64, tmp_path / "w.pt").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    key = "encoder.layers.encoder_layer_0.mlp.linear_1.weight"
+    assert networks._present_name(key) == "encoder.layers.encoder_layer_0.mlp.0.weight"
+    assert networks._present_name(key.replace("_1.", "_2.")) == "encoder.layers.encoder_layer_0.mlp.3.weight"
+
+
+def test_a_position_embedding_that_is_no_square_is_one_sentence(tmp_path):
+    state = {"encoder.pos_embedding": torch.zeros(1, 4, 768)}
+    with pytest.raises(NetworkError, match="position embedding that cannot be brought to images of 96 px") as caught:
+        networks._fit_positions(state, 96, tmp_path / "w.pt")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_head_is_new_where_the_number_of_classes_differs(resnet, tmp_path):

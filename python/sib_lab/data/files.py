@@ -77,8 +77,13 @@ class Sample:
     def annotated(self) -> bool:
         return self.mask is not None or bool(self.boxes) or self.xml is not None
 
-    def all_boxes(self) -> tuple[Box, ...]:
-        return self.boxes if self.xml is None else read_xml_boxes(self.xml)
+    def all_boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The boxes in pixels of the image, which has this size."""
+        if self.xml is None:
+            return self.boxes
+        boxes, size = read_xml_boxes(self.xml)
+        x, y = (width / size[0], height / size[1]) if size else (1, 1)
+        return tuple((x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes)
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -158,24 +163,26 @@ def read_size(path: File, upright: bool = False) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
-def read_xml_boxes(path: Path | str) -> tuple[Box, ...]:
-    """The boxes of an annotation in Pascal VOC's XML, as ImageNet and Stanford Dogs have them.
+def read_xml_boxes(path: Path | str) -> tuple[tuple[Box, ...], tuple[float, float] | None]:
+    """The boxes of an annotation in Pascal VOC's XML, as ImageNet and Stanford Dogs have them, and the width and height
+    of the image that they were drawn on (copies of ImageNet may have been resized since); None where it says nothing.
 
     Raises:
         DataError: the file is missing, is no such XML, or holds no box.
     """
     try:
+        root = ElementTree.parse(path)
         boxes = [
-            tuple(float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax"))
-            for box in ElementTree.parse(path).iter("bndbox")
+            tuple(float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")) for box in root.iter("bndbox")
         ]
+        width, height = (float(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except (ElementTree.ParseError, TypeError, ValueError) as error:
         raise DataError(f"{path} cannot be read as an XML annotation with boxes.") from error
     if not boxes:
         raise DataError(f"{path} holds no box.")
-    return tuple(boxes)
+    return tuple(boxes), (width, height) if width > 0 and height > 0 else None
 
 
 def rasterise(boxes: Sequence[Box], width: int, height: int) -> np.ndarray:
@@ -219,7 +226,7 @@ def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> st
             size = read_size(sample.image, sample.upright)
             if sample.mask is not None:
                 _check_size(sample, size, read_size(sample.mask))
-            _check_boxes(sample, sample.all_boxes(), *size)
+            _check_boxes(sample, sample.all_boxes(*size), *size)
     except DataError as error:
         return str(error).removesuffix(".")
     return None
@@ -287,7 +294,7 @@ def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
     if sample.mask is not None:
         mask = mask_reader(sample.mask)
         _check_size(sample, (width, height), mask.shape[::-1])
-    elif boxes := sample.all_boxes():
+    elif boxes := sample.all_boxes(width, height):
         _check_boxes(sample, boxes, width, height)
         mask = rasterise(boxes, width, height)
     else:
@@ -390,7 +397,7 @@ def read_lines(path: Path, columns: int) -> list[list[str]]:
         DataError: the file is missing, or a line has fewer columns.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except (OSError, UnicodeDecodeError) as error:
