@@ -269,7 +269,7 @@ def split_objects(
 
 def _natural(name: str) -> tuple:
     """A sort key that puts 10 after 9."""
-    return tuple((0, int(p), "") if p.isdigit() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p)
 
 
 def read_object_mask(path: Path | ZipEntry) -> np.ndarray:
@@ -288,7 +288,7 @@ def cut_out(photograph: Sample, longest: float) -> Tensor:
     """The object alone, cropped to its mask, [4,h,w] float32 in [0,1]: colours times opacity, and opacity.
 
     The mask loses 1 px and its edge is blurred, never beyond the mask, so that no backdrop is pasted along. Objects of
-    more than twice ``longest`` px, the longer side that is wanted, are made smaller first.
+    more than four times ``longest`` px, the longer side that is wanted, and of more than 256 px are made smaller first.
 
     Raises:
         DataError: a file is missing or broken, or the mask is empty.
@@ -296,7 +296,8 @@ def cut_out(photograph: Sample, longest: float) -> Tensor:
     layers = read_layers(photograph, read_object_mask).numpy()
     image, mask = layers[:3].transpose(1, 2, 0), layers[3]
     inside = _bounds(mask)
-    image, mask = _at_most(image[inside], 2 * longest), _at_most(mask[inside], 2 * longest)
+    most = max(256, 4 * longest)
+    image, mask = _at_most(image[inside], most), _at_most(mask[inside], most)
     framed = Image.fromarray(np.pad(mask, 1))
     eroded = framed.filter(ImageFilter.MinFilter(3))
     if np.asarray(eroded).max() < 128:  # too thin to lose anything
