@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -214,6 +215,13 @@ def test_workers_that_live_on_see_the_epoch_and_make_the_same_items(tmp_path):
         (batch,) = loader
         expected = stack(data.train, range(len(data.train)))
         assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+
+
+def test_data_sets_can_be_sent_to_workers_that_start_afresh(tmp_path, digits):
+    folder = open_data("folder", write_folder(tmp_path), size=24, augment=True)
+    for dataset in (folder.train, digits.train):
+        sent = pickle.loads(pickle.dumps(dataset))
+        assert all(torch.equal(a, b) for a, b in zip(stack(sent, [3, 1]), stack(dataset, [3, 1]), strict=True))
 
 
 def test_only_training_images_are_augmented_and_digits_are_never_flipped(tmp_path):

@@ -1,4 +1,5 @@
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -243,6 +244,11 @@ def test_item_i_is_the_same_in_every_order_worker_and_run(root):
     assert equal(everything(data.train), everything(again.train))
     other = open_data("composite", root, size=32, seed=1)
     assert not torch.equal(everything(data.train).image, everything(other.train).image)
+
+
+def test_composites_can_be_sent_to_workers_that_start_afresh(root):
+    train = open_data("composite", root, size=32).train
+    assert equal(everything(pickle.loads(pickle.dumps(train))), everything(train))
 
 
 def test_sets_too_large_to_keep_give_the_same_items(root):
