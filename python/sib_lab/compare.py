@@ -215,7 +215,7 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
         "six": list(explain.SIX),
         "measures": list(plan.measures),
         "data": {
-            "name": data.name,
+            "name": Path(material.config.root).name if data.name == "folder" else data.name,
             "classes": list(data.classes),
             "groups": list(data.groups),
             "tests": {name: len(dataset) for name, dataset in data.test.items()},
@@ -431,7 +431,7 @@ class Measurement:
     def maps(self, explanation: str) -> None:
         """Every measure of one explanation method's maps; those that are stored stay."""
         images, target = self.material.items.image, self.probabilities.argmax(1)
-        maps = self._explained(images, target, (explanation,), self._advance)[explanation]
+        maps = self._explained((explanation,), progress=self._advance)[explanation]
         stored = self._values(explanation)
         wanted = [name for name in self._measures() if f"{name}/{explanation}" not in stored]
         found = {}
@@ -446,16 +446,23 @@ class Measurement:
 
     def _explained(
         self,
-        images: Tensor,
-        target: Tensor,
-        explanations: Sequence[str] = tuple(explain.METHODS),
+        explanations: Sequence[str],
+        rows: Tensor | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Tensor]:
-        """Maps of explanation methods; a layer that has no feature map is the user's to change."""
+        """Maps of the explained images, or of some of them, for the predicted classes.
+
+        Raises:
+            RunError: the layer that was named has no feature map.
+        """
+        images, target = self.material.items.image, self.probabilities.argmax(1)
+        if rows is not None:
+            images, target = images[rows], target[rows]
+        model, layer = self.run.model, self.plan.layer
         try:
-            return explain.explain(self.run.model, images, target, explanations, self.plan.layer, progress=progress)
+            return explain.explain(model, images, target, explanations, layer, progress=progress, rows=rows)
         except ValueError as error:
-            if self.plan.layer is None:
+            if layer is None:
                 raise
             raise RunError(f"{error}.") from error
 
@@ -463,7 +470,7 @@ class Measurement:
         """The gallery's maps, with the predicted classes and each map's EPG."""
         rows = self.material.gallery
         probability, predicted = self.probabilities[rows].max(1)
-        maps = self._explained(self.material.items.image[rows], predicted)
+        maps = self._explained(tuple(explain.METHODS), rows)
         arrays = {
             "predicted": predicted.numpy(),
             "probability": probability.numpy(),

@@ -303,15 +303,16 @@ def accuracy_sentence(results: dict, method: str) -> str:
     parts = []
     for row in measure_rows(results, "accuracy"):
         of = row["key"].partition("/")[2].replace("_", " ")
+        where = "" if of == "test" else f" on {of}"
         change = row["differences"].get(method)
         if change is None or change["mean"] is None:
             continue
         points = f"{100 * abs(change['mean']):.1f} points {'higher' if change['mean'] > 0 else 'lower'}"
         if change["excludes_zero"]:
-            parts.append(f"{points} on {of}")
+            parts.append(f"{points}{where}")
         else:
             unclear = "no clear difference" if change["excludes_zero"] is not None else f"{points}, of one training,"
-            parts.append(f"{unclear} on {of}")
+            parts.append(f"{unclear}{where}")
     return f"{name} against {first}: {'; '.join(parts)}." if parts else f"{name}: not measured."
 
 

@@ -26,7 +26,6 @@ MEAN = "mean"
 MINUS = "\N{MINUS SIGN}"
 #: Of metrics.csv.
 COLUMNS = ("method", "measure", "mean", "half_width_95", "undefined_images", "difference", "its_half_width_95")
-NAME_WIDTH, COLUMN_WIDTH = 36, 19  #: of a terminal's table, in characters
 
 
 #: Training methods -> names for people.
@@ -306,13 +305,28 @@ def tables(results: dict, width: int = 120) -> list[Table]:
     first = next(iter(names))
     columns = [("values", method, name) for method, name in names.items()]
     columns += [("differences", m, f"{name}\n{MINUS} {names[first]}") for m, name in names.items() if m != first]
-    fitting = max(1, (width - NAME_WIDTH) // COLUMN_WIDTH)
-    parts = [columns[start : start + fitting] for start in range(0, len(columns), fitting)]
-    found = [_table(results, part) for part in parts]
+    found = [_table(results, part) for part in _fitting(results, columns, width)]
     found[-1].caption = f"{interval_note(results)}. *: the interval of the difference excludes zero."
     if any(value["undefined"] for row in results["rows"] for value in row["values"].values()):
         found[-1].caption += " †: without the images where it is undefined."
     return found
+
+
+def _fitting(results: dict, columns: list[tuple[str, str, str]], width: int) -> list[list[tuple[str, str, str]]]:
+    """The columns, divided so that each part and the column of names fit into ``width``."""
+    around = 3  # of a column: a line and two spaces
+    names = max(len(row_name(row["key"], results["explanations"])) for row in results["rows"]) + around + 1
+    parts: list[list[tuple[str, str, str]]] = [[]]
+    used = names
+    for column in columns:
+        cells = [_cell(row, *column[:2]) for row in results["rows"]]
+        wide = max(map(len, [*cells, *column[2].split("\n")])) + around
+        if parts[-1] and used + wide > width:
+            parts.append([])
+            used = names
+        parts[-1].append(column)
+        used += wide
+    return parts
 
 
 def _table(results: dict, columns: list[tuple[str, str, str]]) -> Table:

@@ -134,6 +134,10 @@ def test_everything_is_measured_on_every_run(finished):
 def test_a_seed_gives_both_methods_the_same_data_and_the_same_initial_weights(finished):
     folder, *_ = finished
     pictures = [np.load(folder / f"runs/{name}-seed0/measured/gallery.npz") for name in ("ce", "sib")]
+    for method, stored in zip(("ce", "sib"), pictures, strict=True):
+        values = results.stored_values(folder / f"runs/{method}-seed0")
+        for name in explain.METHODS:  # the maps that are shown are those that are measured, SmoothGrad's noise included
+            assert all(np.isclose(epg, values[f"epg/{name}"], rtol=1e-4).any() for epg in stored[f"epg_{name}"])
     assert pictures[0]["gradcam"].shape == pictures[1]["gradcam"].shape == (8, 40, 40)
     first = [open_run(folder / "runs" / name).history[0]["cross_entropy"] for name in ("ce-seed0", "ce-seed1")]
     assert first[0] != first[1]
