@@ -9,7 +9,7 @@ METHODS = {
     "ce": "cross-entropy alone",
     "sib": "S-IB, balanced preset: the VJP's background share down, with given masks where there are any",
     "sib-paper": "S-IB as published (arXiv 2511.09239), with a mask made from the VJP",
-    "gradient-penalty": "control: squared norm of the VJP everywhere, no mask",
+    "gradient-penalty": "control: the VJP's squared norm, or its mismatch to another run's, everywhere, no mask",
     "centre-mask": "control: S-IB with one fixed mask in the middle of the image, as large as the objects",
     "rrr": "right for the right reasons (Ross et al. 2017): log-probability VJP in the given background",
     "energy-loss": "energy loss (after Rao et al. 2023): share of Grad-CAM or Input x Gradient outside the given mask",

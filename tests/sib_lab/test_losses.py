@@ -331,10 +331,12 @@ def test_a_curve_is_read_between_the_middles_of_its_parts():
     assert interpolated((7.0,), 0.0) == interpolated((7.0,), 0.9) == 7.0
 
 
-def test_a_matched_penalty_is_the_squared_logarithm_of_what_is_too_much(linear, batch):
+def test_a_matched_penalty_grows_with_the_logarithm_of_the_mismatch(linear, batch):
     x, y, *_ = batch
     variance = linear.weight.detach()[y].var(1).mean().item()
-    for target, penalty in ((variance / 2, math.log(2) ** 2), (variance / 7, math.log(7) ** 2), (variance * 2, 0)):
+    square, straight = math.log(2) ** 2 / 2, math.log(7) - 0.5
+    for factor, penalty in ((1, 0), (2, square), (1 / 2, square), (7, straight), (1 / 7, straight)):
+        target = variance * factor
         parts = GradientPenalty(5.0, match=(target,))(linear, x, y)
         assert parts["penalty"].item() == pytest.approx(penalty)
         assert (parts["loss"] - parts["cross_entropy"]).item() == pytest.approx(5 * penalty)
@@ -344,7 +346,7 @@ def test_the_target_is_that_of_the_time(linear, batch):
     x, y, *_ = batch
     variance = linear.weight.detach()[y].var(1).mean().item()
     criterion = GradientPenalty(match=(variance, variance / 4))
-    for progress, penalty in ((0.0, 0), (0.5, math.log(1.6) ** 2), (0.9, math.log(4) ** 2)):
+    for progress, penalty in ((0.0, 0), (0.5, math.log(1.6) ** 2 / 2), (0.9, math.log(4) - 0.5)):
         criterion.advance(progress)
         assert criterion(linear, x, y)["penalty"].item() == pytest.approx(penalty, abs=1e-9)
 
@@ -367,7 +369,7 @@ def test_a_matched_penalty_brings_the_variance_to_its_target(batch):
         return parts["vjp_variance"].item()
 
     free = trained(GradientPenalty(0.0))
-    for share in (0.2, 0.5):
+    for share in (0.2, 0.5, 4):
         assert trained(GradientPenalty(match=(free * share,))) == pytest.approx(free * share, rel=0.06)
 
 
