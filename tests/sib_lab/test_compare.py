@@ -10,6 +10,7 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from sib_lab import explain, results
 from sib_lab.compare import (
@@ -24,6 +25,7 @@ from sib_lab.compare import (
     shrunk,
     write_report,
 )
+from sib_lab.config import recipe
 from sib_lab.data import stack
 from sib_lab.runs import RunError, open_run
 
@@ -314,6 +316,23 @@ def test_a_layer_that_the_network_does_not_have_is_one_sentence_before_training(
 def test_a_layer_without_a_feature_map_is_one_sentence(tiny, copied):
     with pytest.raises(RunError, match="'head' gives no feature map"):
         run_comparison(plan_of(tiny, layer="head"), copied)
+
+
+def test_a_folder_without_masks_is_compared_by_accuracy_deletion_and_insertion(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(0, 255, (36, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"photos/{name}/{number}.png")
+    changes = {"root": str(tmp_path / "photos"), "size": 32, "epochs": 1, "batch_size": 4}
+    configs = {method: recipe("balanced", "folder", method=method, **changes) for method in ("ce", "sib")}
+    found, printed = run_comparison(Plan(configs, (0,), (*OF_MASKS, "deletion"), 3), tmp_path / "out")
+    measures = {row["key"].partition("/")[0] for row in found["rows"]}
+    assert measures == {"accuracy", "deletion", "seconds_per_step"} and found["chance"] is None
+    assert found["data"]["name"] == "photos" and found["losses"]["sib"].endswith("found no masks to use")
+    html = (tmp_path / "out/report.html").read_text()
+    assert "no object masks" in html and "cat" in html and "on photos (2 classes" in html
 
 
 def test_wrong_plans_are_refused(tiny):
