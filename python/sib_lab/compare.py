@@ -38,11 +38,12 @@ from . import explain, measure, report, results
 from .config import METHODS, TrainConfig
 from .data import DataSets, stack
 from .data.base import limited
+from .keeper import surroundings
 from .networks import build_network
 from .report import IMAGES, MAPS
 from .results import COMPARISON, MEASURED, RUNS, run_name
 from .runs import CONFIG, FINISHED, Run, RunError, open_config_data, open_run, read_record, write_text, write_whole
-from .train import surroundings, train
+from .train import train
 
 OF_MASKS = ("epg", "pointing_game", "iou", "ehr")  #: measures that need to know the object
 OF_NETWORK = ("deletion", "insertion")  #: measures that ask the network: STEPS forward passes an image
@@ -246,7 +247,8 @@ def loss_sentence(config: TrainConfig, data: DataSets) -> str:
     uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")
     if config.method == "sib" and config.masks == "self-made":
         uses, told = True, "made its own masks from the network's gradient"
-    return METHODS[config.method] + (f"; {told}" if uses else "")
+    strength = "" if config.strength is None else f"; strength {config.strength:g}"
+    return METHODS[config.method] + (f"; {told}" if uses else "") + strength
 
 
 def shared_options(configs: Sequence[TrainConfig]) -> dict:

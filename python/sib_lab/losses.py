@@ -72,7 +72,7 @@ def make_criterion(config: TrainConfig, layer: str | None = None, area: float | 
             return GradientPenalty(strength, match=config.match, **options)
         if config.method == "rrr":
             return RightForTheRightReasons(strength, **options)
-        return EnergyLoss(strength, layer=layer, **options)
+        return EnergyLoss(strength, **({"layer": layer} | options))
     except TypeError as error:  # an argument that the loss does not have
         raise ValueError(f"the method {config.method} cannot take the options {options}: {error}") from error
 
@@ -305,16 +305,24 @@ def captured(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
         ValueError: the network has no module of that name.
     """
     outputs: list[Tensor] = []
-    network = unwrapped(model)
-    try:
-        module = network.get_submodule(layer)
-    except AttributeError as error:
-        raise ValueError(f"the network {type(network).__name__} has no layer {layer!r}") from error
+    module = submodule(unwrapped(model), layer)
     handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     try:
         yield outputs
     finally:
         handle.remove()
+
+
+def submodule(network: nn.Module, layer: str) -> nn.Module:
+    """A module of the network by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return network.get_submodule(layer)
+    except AttributeError as error:
+        raise ValueError(f"the network {type(network).__name__} has no layer {layer!r}") from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -26,8 +26,8 @@ from .batches import Batches, all_batches, mean_object_area
 from .config import STEP_EPOCHS, STEP_FACTOR, TrainConfig
 from .data import DataSets, Item
 from .data.base import check_classes
-from .keeper import Keeper, surroundings  # noqa: F401
-from .losses import Forward, TrainingLoss, make_criterion
+from .keeper import Keeper
+from .losses import Forward, TrainingLoss, make_criterion, submodule
 from .networks import build_network, cam_layer
 from .processes import (
     by_torchrun,
@@ -354,13 +354,16 @@ def _means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
 
 
 def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
-    layer = area = None
-    if config.method == "energy-loss" and config.loss_options.get("attribution", "gradcam") == "gradcam":
-        layer = None if "layer" in config.loss_options else cam_layer(network)
-    if config.method == "centre-mask" and "centre_area" not in config.loss_options:
+    options, layer, area = config.loss_options, None, None
+    if config.method == "energy-loss" and options.get("attribution", "gradcam") == "gradcam":
+        layer = None if "layer" in options else cam_layer(network)
+    if config.method == "centre-mask" and "centre_area" not in options:
         area = mean_object_area(data.train)
     try:
-        return make_criterion(config, layer, area)
+        criterion = make_criterion(config, layer, area)
+        if named := options.get("layer"):
+            submodule(network, named)
+        return criterion
     except ValueError as error:
         raise TrainingError(f"The loss cannot be made: {error}.") from error
 

@@ -702,6 +702,17 @@ def test_a_loss_option_that_cannot_be_is_said_in_one_sentence(data, tmp_path):
     assert one_sentence(error)
 
 
+def test_a_layer_is_named_by_option_and_one_that_is_not_there_is_said_in_one_sentence(data, tmp_path):
+    options = replace(SMALL, method="energy-loss", epochs=1)
+    shares = [
+        run(replace(options, loss_options=extra), tmp_path / str(number), data).history[0]["background"]
+        for number, extra in enumerate(({}, {"layer": "block4"}, {"layer": "block2"}))
+    ]
+    assert shares[0] == shares[1] != shares[2]
+    with pytest.raises(TrainingError, match="The loss cannot be made: the network SmallCNN has no layer 'block9'"):
+        run(replace(options, loss_options={"layer": "block9"}), tmp_path / "none", data)
+
+
 # -------------------------------------------------------------------------------------------- open_run
 
 
