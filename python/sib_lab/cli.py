@@ -101,6 +101,9 @@ def compare_command(
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the preset's")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest.", show_default="the preset's")] = None,
+    strength: Annotated[
+        list[str] | None, typer.Option(help="Weight of a method's main term, METHOD=VALUE; may be repeated.")
+    ] = None,
     masks: Annotated[
         Literal["auto", "given", "self-made"],
         typer.Option(help="S-IB's foreground; auto: given, except for sib-paper."),
@@ -126,10 +129,13 @@ def compare_command(
     with one_sentence(command_line(context, leaving_out="--fresh")):
         from .compare import OF_MASKS, OF_NETWORK, Plan, compare
 
-        given = {name: value for name, value in context.params.items() if value is not None}
+        given = {name: value for name, value in context.params.items() if value is not None and name != "strength"}
         with as_sentence(ValueError):
+            names = listed(methods)
+            strengths = strengths_of(strength or [], names)
+            of_method = {name: {"method": name} | strengths.get(name, {}) for name in names}
             plan = Plan(
-                {name: config_from(preset, data, network, given | {"method": name}) for name in listed(methods)},
+                {name: config_from(preset, data, network, given | own) for name, own in of_method.items()},
                 tuple(range(first_seed, first_seed + seeds)),
                 OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures)),
                 images,
@@ -250,12 +256,33 @@ def listed(text: str) -> list[str]:
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
-def pairs(words: list[str]) -> dict[str, str]:
-    """NAME=VALUE words as a dict."""
+def pairs(words: list[str], option: str = "--option", form: str = "NAME=VALUE") -> dict[str, str]:
+    """NAME=VALUE words as a dict.
+
+    Raises:
+        DataError: a word without "=".
+    """
     for word in words:
         if "=" not in word:
-            raise DataError(f"--option takes NAME=VALUE, got {word!r}.")
+            raise DataError(f"{option} takes {form}, got {word!r}.")
     return dict(word.split("=", 1) for word in words)
+
+
+def strengths_of(words: list[str], methods: list[str]) -> dict[str, dict[str, float]]:
+    """``sib=3`` -> {sib: {strength: 3.0}}.
+
+    Raises:
+        DataError, ValueError: no METHOD=VALUE, no number, or a method that is not in ``methods``.
+    """
+    found = {}
+    for method, value in pairs(words, "--strength", "METHOD=VALUE").items():
+        if method not in methods:
+            raise ValueError(f"there is a strength of {method}, which is not compared")
+        try:
+            found[method] = {"strength": float(value)}
+        except ValueError:
+            raise ValueError(f"the strength of {method} must be a number, got {value!r}") from None
+    return found
 
 
 def main() -> None:

@@ -86,6 +86,10 @@ class Plan:
         """The options of one run."""
         return replace(self.configs[method], seed=seed)
 
+    def is_matched(self, method: str) -> bool:
+        """Whether a method is a penalty that follows the VJP variance of S-IB's run of the same seed."""
+        return method == "gradient-penalty" and "sib" in self.configs and self.configs[method].strength is None
+
     @property
     def order(self) -> list[str]:
         """The methods in the order of training: those that another one is matched to come first."""
@@ -210,7 +214,7 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
     test = data.test[material.test_name]
     comparison = {
         "methods": {method: results.NAMES.get(method, method) for method in plan.configs},
-        "losses": {method: loss_sentence(config, data) for method, config in plan.configs.items()},
+        "losses": {method: loss_sentence(plan, method, data) for method in plan.configs},
         "seeds": list(plan.seeds),
         "explanations": explanations,
         "six": list(explain.SIX),
@@ -240,14 +244,17 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
     write_whole(folder / IMAGES, lambda file: np.savez_compressed(file, **arrays))
 
 
-def loss_sentence(config: TrainConfig, data: DataSets) -> str:
+def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     """What a training method is, and what it was told about the objects."""
+    config = plan.configs[method]
     share = data.train.annotated.double().mean().item()
     told = f"was shown the objects in {100 * share:.0f} % of the training images" if share else "found no masks to use"
     uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")
     if config.method == "sib" and config.masks == "self-made":
         uses, told = True, "made its own masks from the network's gradient"
     strength = "" if config.strength is None else f"; strength {config.strength:g}"
+    if plan.is_matched(method):
+        strength = "; it keeps the VJP's variance at that of the S-IB run of the same seed"
     return METHODS[config.method] + (f"; {told}" if uses else "") + strength
 
 
@@ -300,7 +307,7 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
     """The run of (method, seed): opened where it is finished, else trained from where it stands."""
     path = folder / RUNS / run_name(method, seed)
     config = plan.config(method, seed)
-    if method == "gradient-penalty" and "sib" in plan.configs and config.strength is None and not config.match:
+    if plan.is_matched(method):
         config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed))))
     if (path / FINISHED).exists():
         return open_run(path)

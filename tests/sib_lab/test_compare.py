@@ -151,11 +151,9 @@ def test_the_report_says_which_losses_were_shown_the_objects(finished, tiny, cop
         "objects" not in finished[1]["losses"]["ce"] and "Cross-entropy alone." in (copied / "report.html").read_text()
     )
     plan = plan_of(tiny, ("sib",), masks="self-made")
-    assert loss_sentence(plan.configs["sib"], Material(plan, 0).data).endswith(
-        "made its own masks from the network's gradient"
-    )
+    assert loss_sentence(plan, "sib", Material(plan, 0).data).endswith("made its own masks from the network's gradient")
     plan = plan_of(tiny, ("rrr",), annotated=0.25)
-    assert loss_sentence(plan.configs["rrr"], Material(plan, 0).data).endswith("objects in 25 % of the training images")
+    assert loss_sentence(plan, "rrr", Material(plan, 0).data).endswith("objects in 25 % of the training images")
 
 
 def test_the_folder_holds_the_report_the_numbers_and_the_gallery(finished):
@@ -292,6 +290,9 @@ def test_a_copied_folder_is_reported_without_its_data_and_networks(copied):
 def test_the_gradient_penalty_is_matched_to_s_ib_of_the_same_seed(tiny, copied):
     run_comparison(plan_of(tiny, ("gradient-penalty", "sib"), (0,)), copied)
     matched, reference = (open_run(copied / f"runs/{name}-seed0") for name in ("gradient-penalty", "sib"))
+    assert (
+        "at that of the S-IB run" in json.loads((copied / "comparison.json").read_text())["losses"]["gradient-penalty"]
+    )
     assert matched.config.match == tuple(line["vjp_variance"] for line in reference.history)
 
 
