@@ -13,7 +13,7 @@ from . import explain, measure, pictures
 from .data import DataError
 from .data.base import Common, normalise, photo_transforms
 from .data.files import read_image
-from .runs import Run, RunError, open_run, write_whole
+from .runs import Run, RunError, open_run
 
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 MADE_AT_SIZE = ("digits", "composite")  #: data sets whose images are not cropped
@@ -53,9 +53,7 @@ def explain_files(
     ]
     arrays = {name: values.numpy() for name, values in maps.items()}
     with matplotlib.rc_context(pictures.STYLE):
-        figure = pictures.explained(x.numpy(), titles, arrays, explain.METHODS)
-        kind = out.suffix.lower()[1:]
-        write_whole(out, lambda file: figure.savefig(file, format=kind, dpi=110, bbox_inches="tight", pad_inches=0.08))
+        pictures.save(pictures.explained(x.numpy(), titles, arrays, explain.METHODS), out, dpi=110)
     console = console or Console()
     for path, (name, p) in zip(files, found, strict=True):
         console.print(f"{path}: {name} ({100 * p:.1f} %)", soft_wrap=True, highlight=False)

@@ -4,11 +4,14 @@ import base64
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+
+from .runs import write_whole
 
 #: One colour per training method, the same in every chart and report.
 COLOURS = {
@@ -265,9 +268,14 @@ def explained(
     return figure
 
 
-def save(figure: Figure, path, dpi: int = 110) -> None:
-    """As a picture file, cropped to the drawing; the name's ending says which kind."""
-    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.08)
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """As a picture file, cropped to the drawing; the name's ending says which kind.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    kind = path.suffix.lower()[1:]
+    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.08))
 
 
 def finite(value: float | None) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from sib_lab import report, results
+from sib_lab.config import METHODS
 from sib_lab.pictures import COLOURS, colours, map_tile, outline
 
 EXPLANATIONS = {"gradcam": "Grad-CAM", "integrated_gradients": "Integrated Gradients", "vjp": "VJP"}
@@ -293,6 +294,7 @@ def test_a_folder_without_results_is_one_sentence(tmp_path):
 
 
 def test_every_training_method_has_a_colour_of_its_own_that_stays():
+    assert list(results.NAMES) == list(METHODS)
     assert set(COLOURS) == set(results.NAMES) and len(set(COLOURS.values())) == len(COLOURS)
     assert colours(["rrr", "ce"]) == {"rrr": COLOURS["rrr"], "ce": COLOURS["ce"]}
     assert len(set(colours(["ce", "mine", "yours"]).values())) == 3
