@@ -1,43 +1,300 @@
-"""Three explanations of a classifier's decision, each a map [N,H,W] >= 0 of where its evidence lies."""
+"""Seven explanations of a classifier's decision, each a map [N,H,W] >= 0 of where its evidence lies.
 
+The maps keep their scale: none is stretched to [0,1], because the share of a map on the object depends on its zero.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
 import torch
-from captum.attr import InputXGradient, LayerAttribution, LayerGradCam
+import torch.nn.functional as F
+from captum.attr import InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
+from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
 from sib_ext.functional import vjp
 
-from .models import GRAD_CAM_LAYER
+from .measure import batch_for, for_model, in_eval_mode, scores_of
+from .networks import cam_layer, token_grid
 
-BATCH = 100  #: images explained at a time
+#: Key -> name for people. All but the last are "the six"; ``vjp`` is what the S-IB loss shapes in training.
+METHODS = {
+    "gradcam": "Grad-CAM",
+    "gradcam_pp": "Grad-CAM++",
+    "layercam": "LayerCAM",
+    "integrated_gradients": "Integrated Gradients",
+    "smoothgrad": "SmoothGrad",
+    "input_x_gradient": "Input x Gradient",
+    "vjp": "VJP",
+}
+SIX = tuple(METHODS)[:6]
+CAMS = SIX[:3]  #: those that look at a feature map
 
-
-def vjp_map(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """sum_c |R|, R the vector-Jacobian product of the target's logit: what the S-IB loss shapes in training."""
-    x = x.detach().requires_grad_()
-    return vjp(model(x), x, target, seed="target_logit", create_graph=False).abs().sum(1)
-
-
-def input_x_gradient_map(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """sum_c |x * dz_target/dx|."""
-    return InputXGradient(model).attribute(x.detach().requires_grad_(), target=target).detach().abs().sum(1)
-
-
-def grad_cam_map(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
-    """Grad-CAM of the last convolutional block, after ReLU, upsampled bilinearly."""
-    cam = LayerGradCam(model, model.get_submodule(GRAD_CAM_LAYER)).attribute(x, target=target, relu_attributions=True)
-    return LayerAttribution.interpolate(cam.detach(), tuple(x.shape[2:]), "bilinear")[:, 0]
-
-
-METHODS = {"VJP": vjp_map, "Input x Gradient": input_x_gradient_map, "Grad-CAM": grad_cam_map}
+IG_STEPS = 32  #: points between the image of zeros and the image (Gauss-Legendre)
+SMOOTHGRAD_SAMPLES = 16
+SMOOTHGRAD_NOISE = 0.15  #: standard deviation, as a share of the image's own range (highest less lowest value)
 
 
-def explain(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Every method's maps [N,H,W] of images x [N,3,H,W] for the predicted class, with the network in eval mode."""
-    model.eval()
-    maps: dict[str, list[Tensor]] = {name: [] for name in METHODS}
-    for images in x.split(BATCH):
-        with torch.no_grad():
-            predicted = model(images).argmax(1)
-        for name, method in METHODS.items():
-            maps[name].append(method(model, images, predicted))
-    return {name: torch.cat(parts) for name, parts in maps.items()}
+def explain(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    layer: str | None = None,
+    batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """Maps of images for a class, with the model in eval mode; it is left as it was, without hooks or gradients.
+
+    Class-activation maps are those of the layer's feature map after ReLU, upsampled bilinearly. The other methods give
+    a signed value for each channel: the map is the sum of their absolute values.
+
+    Args:
+        model: images [N,C,H,W] -> scores [N,classes], on any device.
+        x: images [N,C,H,W], normalised as the model takes them.
+        target: classes to explain [N]; None: each image's predicted class.
+        methods: keys of METHODS.
+        layer: name of the module whose output the class-activation maps look at (``model.named_modules()``); None: the
+            last feature map, see :func:`sib_lab.networks.cam_layer`.
+        batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. Results do not depend on it beyond
+            rounding.
+        progress: called with the number of images finished since the last call.
+        seed: of SmoothGrad's noise, which an image gets by its row, whatever the batch.
+        rows: row (>= 0) of each image in the whole set, where ``x`` is a part of it; None: 0, 1, ...
+
+    Returns:
+        Method -> maps [N,H,W] >= 0 on the device of ``x``, in the order of ``methods``; float32 (float64 for such x).
+
+    Raises:
+        ValueError: an unknown method, a layer that does not exist or has no feature map, classes out of range.
+        NetworkError: class-activation maps of a network that has no feature map.
+    """
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise ValueError(f"methods: unknown {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating images [N,C,H,W]: got {x.dtype} {list(x.shape)}")
+    if target is not None and target.shape != (len(x),):
+        raise ValueError(f"target must be a class an image [N]: got {list(target.shape)} for {len(x)} images")
+    rows = range(len(x)) if rows is None else [int(row) for row in rows]
+    if len(rows) != len(x) or min(rows, default=0) < 0:
+        raise ValueError(f"rows must be a number >= 0 for each of the {len(x)} images: got {list(rows)}")
+    batch = batch_for(model, x, batch)
+    if layer is None and set(methods) & set(CAMS):
+        layer = cam_layer(model, x.shape[2])
+
+    maps: dict[str, list[Tensor]] = {method: [] for method in methods}
+    # inference_mode(False) and clone: tensors made in inference mode cannot take part in a gradient.
+    with in_eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+        for start in range(0, len(x), batch):
+            images = for_model(model, x[start : start + batch].detach().clone())
+            predicted, count = _predicted(model, images)
+            classes = predicted if target is None else _checked(target[start : start + batch], count).to(images.device)
+            some = rows[start : start + batch]
+            for method, values in _maps(model, images, classes, methods, layer, batch, seed, some).items():
+                maps[method].append(values.to(x.device, torch.promote_types(values.dtype, torch.float32)))
+            if progress:
+                progress(len(images))
+    empty = x.new_empty(0, *x.shape[2:], dtype=torch.promote_types(x.dtype, torch.float32))
+    return {method: torch.cat(parts) if parts else empty for method, parts in maps.items()}
+
+
+def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Predicted classes [B], and how many classes there are."""
+    with torch.no_grad():
+        scores = scores_of(model, x.clone())
+    return scores.argmax(1), scores.shape[1]
+
+
+def _checked(target: Tensor, classes: int) -> Tensor:
+    if not 0 <= target.min() <= target.max() < classes:
+        raise ValueError(f"target must lie in 0..{classes - 1}, the network's classes: got {target.tolist()}")
+    return target
+
+
+def _maps(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    methods: Sequence[str],
+    layer: str | None,
+    batch: int,
+    seed: int,
+    rows: Sequence[int],
+) -> dict[str, Tensor]:
+    """All maps of one batch of images on the model's device."""
+
+    def forward(images: Tensor) -> Tensor:
+        # A copy, as a network may write into its input (a first ReLU in place), which a gradient does not allow.
+        return scores_of(model, images.clone())
+
+    maps = _from_one_forward(model, forward, x, target, methods, layer)
+    if "integrated_gradients" in methods:
+        maps["integrated_gradients"] = _integrated_gradients(forward, x, target, batch)
+    if "smoothgrad" in methods:
+        maps["smoothgrad"] = _smoothgrad(forward, x, target, batch, seed, rows)
+    if "input_x_gradient" in methods:
+        products = InputXGradient(forward).attribute(x.detach().requires_grad_(), target=target)
+        maps["input_x_gradient"] = products.detach().abs().sum(1)
+    return maps
+
+
+# ------------------------------------------------------------------------- VJP and class-activation maps
+
+
+def _from_one_forward(
+    model: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    methods: Sequence[str],
+    layer: str | None,
+) -> dict[str, Tensor]:
+    """The VJP and the class-activation maps, which share a forward pass and differ in their backward passes."""
+    kinds = {"gradcam": GradCAM, "gradcam_pp": PaperGradCAMpp, "layercam": LayerCAM}
+    kinds = {method: kind for method, kind in kinds.items() if method in methods}
+    if not kinds and "vjp" not in methods:
+        return {}
+    x = x.detach().requires_grad_()  # also lets gradients reach the layer where all parameters are frozen
+    maps = {}
+    with _extractors(model, layer, kinds) as extractors:
+        logits = forward(x)
+        for method, extractor in extractors.items():
+            cam = _cam(extractor, logits, target.tolist(), layer)
+            maps[method] = F.interpolate(cam[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    if "vjp" in methods:
+        maps["vjp"] = vjp(logits, x, target, seed="target_logit", create_graph=False).abs().sum(1)
+    return maps
+
+
+class PaperGradCAMpp(GradCAMpp):
+    """Grad-CAM++ with the paper's weights (Chattopadhay et al. 2018, equations 10 to 12).
+
+    torchcam 0.5 divides a copy, so that its alphas stay g^2, and it has the sum of A g^3 where equation 12 has the sum
+    of A times g^3. For scores Y = exp(logit), g the gradient of the logit and S the sum of A over the map,
+    alpha = g^2 / (2 g^2 + S g^3) = 1 / (2 + S g) where g is not 0, and the weight is the sum of alpha relu(g); the
+    factor exp(logit), the same for a whole image, is left out.
+    """
+
+    def _get_weights(self, class_idx: int | list[int], scores: Tensor, **kwargs) -> list[Tensor]:
+        self._backprop(scores, class_idx, **kwargs)
+        weights = []
+        for activation, gradient in zip(self.hook_a, self.hook_g, strict=True):
+            denominator = 2 + activation.sum((2, 3), keepdim=True) * gradient
+            alpha = torch.where(denominator == 0, 0, 1 / denominator)
+            weights.append((alpha * gradient.relu()).sum((2, 3)))
+        return weights
+
+
+@contextmanager
+def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[dict]:
+    """One torchcam extractor a method on ``layer``, for one forward pass; their hooks are gone afterwards."""
+    if not kinds:
+        yield {}
+        return
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        names = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"layer: the network has no module {layer!r}; the first level has {names}, and see named_modules()"
+        )
+    with ExitStack() as stack:
+        grid = _FeatureGrid(layer)
+        extractors = {
+            method: stack.enter_context(kind(model, layer, reshape_transform=grid)) for method, kind in kinds.items()
+        }
+        # After torchcam's hooks: what follows in place (a ReLU) writes into a copy, not into the feature map.
+        copy = modules[layer].register_forward_hook(lambda module, inputs, output: output.clone())
+        stack.callback(copy.remove)
+        yield extractors
+
+
+class _FeatureGrid:
+    """Brings a layer's output, or its gradient, into the form [B,C,h,w]."""
+
+    def __init__(self, layer: str):
+        self.layer = layer
+
+    def __call__(self, output: Tensor) -> Tensor:
+        if isinstance(output, Tensor) and output.dim() == 4:
+            return output
+        if isinstance(output, Tensor) and output.dim() == 3:
+            return token_grid(output)
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"layer: {self.layer!r} gives no feature map [B,C,h,w] or tokens [B,T,C] but {shape}: name another layer"
+        )
+
+
+def _cam(extractor: GradCAM, logits: Tensor, target: list[int], layer: str | None) -> Tensor:
+    """The extractor's map [B,h,w] after ReLU, not scaled (torchcam's own default stretches each map to [0,1])."""
+    try:
+        (cam,) = extractor(class_idx=target, scores=logits, normalized=False, retain_graph=True)
+    except RuntimeError as error:
+        if "not connected" in str(error):
+            raise ValueError(
+                f"layer: the scores do not depend on the output of {layer!r}: name another layer"
+            ) from error
+        raise
+    return cam
+
+
+# ---------------------------------------------------------------------------------- averages of gradients
+
+
+def _integrated_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: int) -> Tensor:
+    """sum_c of the absolute Integrated Gradients from the image of zeros."""
+    attributions = IntegratedGradients(forward).attribute(
+        x, baselines=0.0, target=target, n_steps=IG_STEPS, internal_batch_size=max(batch, len(x))
+    )
+    return attributions.detach().abs().sum(1)
+
+
+def _smoothgrad(
+    forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: int, seed: int, rows: Sequence[int]
+) -> Tensor:
+    """sum_c of the absolute mean gradient (Smilkov et al. 2017: the mean is taken with its sign)."""
+    at_once = min(SMOOTHGRAD_SAMPLES, batch)
+    images = batch // at_once
+    parts = []
+    for start in range(0, len(x), images):
+        some = x[start : start + images]
+        tunnel = SeededNoiseTunnel(Saliency(forward), seed, rows[start : start + images])
+        gradients = tunnel.attribute(
+            some,
+            nt_type="smoothgrad",
+            nt_samples=SMOOTHGRAD_SAMPLES,
+            nt_samples_batch_size=at_once,
+            stdevs=SMOOTHGRAD_NOISE,
+            target=target[start : start + images],
+            abs=False,
+        )
+        if tunnel.drawn != SMOOTHGRAD_SAMPLES:
+            raise RuntimeError(
+                "this captum version draws SmoothGrad's noise past SeededNoiseTunnel: use captum 0.8 or 0.9"
+            )
+        parts.append(gradients.detach().abs().sum(1))
+    return torch.cat(parts)
+
+
+class SeededNoiseTunnel(NoiseTunnel):
+    """captum's NoiseTunnel, with noise that follows from a seed and the image's row alone, on every device.
+
+    ``stdevs`` is a share of each image's own range.
+    """
+
+    def __init__(self, attribution_method: Saliency, seed: int, rows: Sequence[int]):
+        super().__init__(attribution_method)
+        self._generators = [np.random.default_rng([seed, row]) for row in rows]
+        self.drawn = 0  #: samples an image so far
+
+    def _add_noise_to_input(self, input: Tensor, stdev: float, nt_samples_partition: int) -> Tensor:
+        self.drawn += nt_samples_partition
+        shape = (nt_samples_partition, *input.shape[1:])
+        noise = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in self._generators])
+        pixels = input.flatten(1)
+        scale = stdev * (pixels.amax(1) - pixels.amin(1))
+        noise = torch.from_numpy(noise).to(input) * scale.view(-1, 1, 1, 1, 1)
+        return (input[:, None] + noise).flatten(0, 1)

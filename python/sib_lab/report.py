@@ -1,259 +1,52 @@
-"""Pictures and report.html of a demo run."""
+"""report.html: one self-contained page from the stored results of a comparison."""
 
-import base64
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import matplotlib
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+import numpy as np
 
-from .data.digits_on_textures import BACKGROUNDS, Split
-from .explain import METHODS
-from .measure import Estimate, energy_pointing_game, object_pixels, predict
-from .train import NETWORKS
+from . import pictures
+from .results import (
+    GALLERY,
+    MEAN,
+    MEASURED,
+    MEASURES,
+    REPORT,
+    RUNS,
+    difference,
+    interval_note,
+    number,
+    row_name,
+    run_name,
+)
+from .runs import write_text
 
-COLOURS = {"cross_entropy": "#8792a2", "spatial_ib": "#0f766e"}
-INK, FAINT = "#1f2933", "#9aa5b1"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": "#cbd2d9",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "image.interpolation": "nearest",
-}
-#: What a difference within its 95 % interval is called.
-SAME = "no clear difference"
+IMAGES = "images.npz"  #: the gallery's images in the comparison's folder
+MAPS = "gallery.npz"  #: their maps and predictions in a run's folder of measurements
+#: Explanations in gallery.png, which is made to be shown elsewhere; the report's gallery has all.
+PICTURED = ("vjp", "input_x_gradient", "gradcam")
 
-
-@dataclass(frozen=True)
-class Example:
-    """One image of the gallery."""
-
-    picture: str  #: file name
-    label: int
-    background: str
-    predicted: dict[str, int]  #: network -> class
+FEW = 3  #: training methods that the summary speaks of in full
 
 
-def measures(network: dict) -> dict[str, Estimate]:
-    """A network's results in the order of the table: name for people -> estimate."""
-    return {
-        "Accuracy, matched backgrounds": network["accuracy_matched"],
-        "Accuracy, uncorrelated backgrounds": network["accuracy_uncorrelated"],
-    } | {f"EPG, {method}": network["epg"][method] for method in METHODS}
-
-
-def number(value: Estimate) -> str:
-    """An estimate for people, e.g. ``0.512 ± 0.049``, with the images left out where there are any."""
-    if math.isnan(value.mean):
-        return f"undefined for all {value.undefined}"
-    interval = "" if math.isnan(value.half_width) else f" ± {value.half_width:.3f}"
-    return f"{value.mean:.3f}{interval}" + (f" ({value.undefined} undefined)" if value.undefined else "")
-
-
-def comparison(baseline: Estimate, value: Estimate) -> str:
-    """What S-IB changed, in words: a difference outside the 95 % interval of the difference, or none that is clear."""
-    difference = value.mean - baseline.mean
-    if not abs(difference) > math.hypot(baseline.half_width, value.half_width):
-        return SAME
-    return f"{difference:+.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def write(
-    folder: Path,
-    results: dict,
-    split: Split,
-    rows: Tensor,
-    maps: Mapping[str, Mapping[str, Tensor]],
-    models: Mapping[str, nn.Module],
-) -> None:
-    """Draws all pictures into ``folder`` and the report that contains them.
+def write(results: dict, folder: Path) -> None:
+    """Writes report.html and gallery.png into ``folder``.
 
     Args:
         results: the content of results.json.
-        split, rows: the images of the gallery are ``split.images[rows]``.
-        maps: network -> method -> maps [len(rows),H,W].
-        models: network -> model, for the predicted classes.
+        folder: the comparison's folder, with the gallery's images and, in its runs, their maps.
     """
-    predicted = {name: predict(model, split.inputs[rows]) for name, model in models.items()}
-    with matplotlib.rc_context(STYLE):
-        save(gallery(split, rows, maps), folder / "gallery.png", dpi=90)
-        save(bars(results), folder / "bars.png")
-        save(training_curves(results), folder / "curves.png")
-        examples = []
-        for place, row in enumerate(rows.tolist()):
-            name = f"image{place + 1}.png"
-            of_image = {n: {method: m[place] for method, m in of_network.items()} for n, of_network in maps.items()}
-            save(example(split, row, of_image), folder / name)
-            examples.append(
-                Example(
-                    name,
-                    int(split.labels[row]),
-                    background_name(int(split.backgrounds[row])),
-                    {n: int(classes[place]) for n, classes in predicted.items()},
-                )
-            )
-    (folder / "report.html").write_text(page(folder, results, examples), encoding="utf-8")
+    examples = Examples.load(results, folder)
+    if examples is not None:
+        with matplotlib.rc_context(pictures.STYLE):
+            pictures.save(examples.figure(results), folder / GALLERY, dpi=90)
+    write_text(folder / REPORT, page(results, examples))
 
 
-def background_name(index: int) -> str:
-    """For people."""
-    return BACKGROUNDS[index].replace("_", " ")
-
-
-def save(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """As PNG, cropped to the drawing."""
-    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.08)
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-def show_image(axes, image: Tensor) -> None:
-    """An image [3,H,W] in [0,1]."""
-    axes.imshow(image.permute(1, 2, 0).numpy())
-
-
-def show_mask(axes, mask: Tensor) -> None:
-    """A mask [1,H,W] in [0,1]."""
-    axes.imshow(mask[0].numpy(), cmap="gray", vmin=0, vmax=1)
-
-
-def show_map(axes, values: Tensor, mask: Tensor) -> None:
-    """A map [H,W] scaled to its own maximum, with the outline of the object."""
-    axes.imshow(values.numpy(), cmap="magma", vmin=0, vmax=max(values.max().item(), 1e-30))
-    axes.contour(object_pixels(mask[None])[0].numpy(), levels=[0.5], colors="white", linewidths=0.6, alpha=0.8)
-
-
-def bare(axes) -> None:
-    """No ticks, no frame."""
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-
-
-def gallery(split: Split, rows: Tensor, maps: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """One image a column: input, mask, and every method's map of both networks one above the other."""
-    labels = ["Input", "Mask"]
-    for method in METHODS:
-        labels += ["", *(f"{method}\n{NETWORKS[name]}" for name in maps)]
-    heights = [1 if label else 0.12 for label in labels]
-    figure = Figure(figsize=(len(rows) + 1.5, sum(heights)), facecolor="white")
-    grid = figure.subplots(len(labels), len(rows), squeeze=False, height_ratios=heights)
-    figure.subplots_adjust(left=1.5 / figure.get_figwidth(), right=1, bottom=0, top=1, wspace=0.03, hspace=0.03)
-    for column, row in enumerate(rows.tolist()):
-        show_image(grid[0, column], split.images[row])
-        show_mask(grid[1, column], split.masks[row])
-        panels = (axes for axes, label in zip(grid[2:, column], labels[2:], strict=True) if label)
-        for method in METHODS:
-            for name in maps:
-                show_map(next(panels), maps[name][method][column], split.masks[row])
-    for axes in grid.flat:
-        bare(axes)
-    for axes, label in zip(grid[:, 0], labels, strict=True):
-        axes.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
-    return figure
-
-
-def example(split: Split, row: int, maps: Mapping[str, Mapping[str, Tensor]]) -> Figure:
-    """One image: input and mask on the left, a line of maps with their EPG for each network."""
-    figure = Figure(figsize=(5.6, 3.2), facecolor="white")
-    grid = figure.subplots(len(maps), 2 + len(METHODS), squeeze=False, width_ratios=[1, 0.16] + [1] * len(METHODS))
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.05, hspace=0.2)
-    show_image(grid[0, 0], split.images[row])
-    show_mask(grid[1, 0], split.masks[row])
-    grid[0, 0].set_title("Input")
-    grid[1, 0].set_xlabel("Mask")
-    for line, (name, of_network) in enumerate(maps.items()):
-        for column, (method, values) in enumerate(of_network.items(), start=2):
-            show_map(grid[line, column], values, split.masks[row])
-            share = energy_pointing_game(values[None], split.masks[row][None]).item()
-            grid[line, column].set_title(method if line == 0 else "")
-            grid[line, column].set_xlabel("no map" if math.isnan(share) else f"EPG {share:.2f}", labelpad=3)
-        grid[line, 2].set_ylabel(NETWORKS[name], color=COLOURS[name], fontweight="bold")
-    for axes in grid.flat:
-        bare(axes)
-    return figure
-
-
-def bars(results: dict) -> Figure:
-    """Every measure of both networks side by side, with the 95 % intervals and the chance level of EPG."""
-    figure = Figure(figsize=(7.2, 3.4), facecolor="white")
-    axes = figure.subplots()
-    width = 0.38
-    for place, (name, network) in enumerate(results["networks"].items()):
-        values = list(measures(network).values())
-        x = [i + (place - 0.5) * width for i in range(len(values))]
-        axes.bar(
-            x,
-            [v.mean for v in values],
-            width * 0.94,
-            yerr=[v.half_width for v in values],
-            color=COLOURS[name],
-            error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
-            label=NETWORKS[name],
-        )
-        for at, value in zip(x, values, strict=True):
-            if not math.isnan(value.mean):
-                top = value.mean + (0 if math.isnan(value.half_width) else value.half_width)
-                axes.text(at, top + 0.015, f"{value.mean:.2f}", ha="center", fontsize=9)
-    labels = [measure.replace(", ", "\n") for measure in measures(next(iter(results["networks"].values())))]
-    axes.set_xticks(range(len(labels)), [label.replace(" backgrounds", "") for label in labels])
-    axes.hlines(results["epg_by_chance"], 1.5, len(labels) - 0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.text(len(labels) - 0.48, results["epg_by_chance"], "chance", va="center", fontsize=9)
-    axes.set(ylim=(0, 1.08), xlim=(-0.6, len(labels) - 0.05))
-    axes.tick_params(axis="x", length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.62, 1.02), ncols=2)
-    return figure
-
-
-def training_curves(results: dict) -> Figure:
-    """Cross-entropy in training, and accuracy on both validation splits, per epoch."""
-    figure = Figure(figsize=(7.2, 2.7), facecolor="white")
-    loss, accuracy = figure.subplots(1, 2, gridspec_kw={"wspace": 0.25})
-    for name, curve in results["curves"].items():
-        epochs = range(1, len(curve["cross_entropy"]) + 1)
-        loss.plot(epochs, curve["cross_entropy"], color=COLOURS[name], label=NETWORKS[name], marker=".")
-        accuracy.plot(epochs, curve["validation_uncorrelated"], color=COLOURS[name], marker=".")
-        accuracy.plot(epochs, curve["validation_matched"], color=COLOURS[name], linestyle=(0, (2, 2)), linewidth=1)
-    loss.set(title="Cross-entropy in training", xlabel="epoch", ylim=(0, None))
-    loss.legend()
-    accuracy.set(title="Accuracy in validation", xlabel="epoch", ylim=(0, 1.02))
-    accuracy.plot([], [], color=FAINT, marker=".", label="uncorrelated")
-    accuracy.plot([], [], color=FAINT, linestyle=(0, (2, 2)), linewidth=1, label="matched")
-    accuracy.legend(fontsize=9)
-    for axes in (loss, accuracy):
-        axes.title.set_size(10)
-    return figure
-
-
-# -------------------------------------------------------------------------------------------------- page
-
-
-def page(folder: Path, results: dict, examples: list[Example]) -> str:
-    """report.html: one file, its pictures inside."""
-
-    def picture(name: str) -> str:
-        return "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
-
-    columns = [measures(network) for network in results["networks"].values()]
-    lines = [
-        {
-            "measure": measure,
-            "numbers": [number(column[measure]) for column in columns],
-            "comparison": comparison(*(column[measure] for column in columns)),
-        }
-        for measure in columns[0]
-    ]
+def page(results: dict, examples: "Examples | None") -> str:
+    """The page as text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -263,9 +56,365 @@ def page(folder: Path, results: dict, examples: list[Example]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         results=results,
-        lines=lines,
-        networks=NETWORKS,
-        examples=examples,
-        picture=picture,
-        same=SAME,
+        colours=pictures.colours(results["methods"]),
+        measures={name: measure for name, measure in MEASURES.items() if measure_rows(results, name)},
+        sections=[section(results, name) for name in MEASURES if is_of_maps(name) and measure_rows(results, name)],
+        headline=table(results, [row for row in results["rows"] if not is_of_maps(row["key"].partition("/")[0])]),
+        findings=findings(results),
+        interval_note=interval_note(results),
+        scatter=scatter(results),
+        curves=curves(results),
+        cost=cost(results),
+        undefined=any(value["undefined"] for row in results["rows"] for value in row["values"].values()),
+        differences=count_differences(results),
+        gallery=[] if examples is None else examples.figures(results),
+        options=options(results["config"]),
     )
+
+
+def options(config: dict) -> list[tuple[str, str]]:
+    """The options of the training that are set, for people."""
+    found = []
+    for name, value in config.items():
+        if value is None or value in ([], {}, ""):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} = {of_key}" for key, of_key in value.items())
+        found.append((name.replace("_", " "), str(value)))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+
+
+def is_of_maps(measure: str) -> bool:
+    """Whether a measure judges explanation maps."""
+    return measure in ("epg", "pointing_game", "iou", "ehr", "deletion", "insertion")
+
+
+def measure_rows(results: dict, measure: str) -> list[dict]:
+    """The summary's rows of a measure."""
+    return [row for row in results["rows"] if row["key"].partition("/")[0] == measure]
+
+
+def table(results: dict, rows: list[dict]) -> list[dict]:
+    """Rows for the template: a name, and for each method its number, its difference and how that is to be shown."""
+    return [
+        {
+            "name": row_name(row["key"], results["explanations"]),
+            "cells": [cell(row, method) for method in results["methods"]],
+        }
+        for row in rows
+    ]
+
+
+def cell(row: dict, method: str) -> dict:
+    """One method's part of a row."""
+    value = row["values"].get(method)
+    change = row["differences"].get(method)
+    return {
+        "number": number(value),
+        "undefined": value["undefined"] if value and value["mean"] is not None else 0,
+        "difference": difference(change),
+        "excludes_zero": bool(change and change["excludes_zero"]),
+    }
+
+
+def section(results: dict, name: str) -> dict:
+    """One measure of maps: its table and its bar charts, one chart an explanation method."""
+    rows = measure_rows(results, name)
+    return {
+        "key": name,
+        "measure": MEASURES[name],
+        "rows": table(results, rows),
+        "charts": [{"name": row_name(row["key"], results["explanations"]), "bars": bars(results, row)} for row in rows],
+        "chance": results["chance"] if name == "epg" else None,
+    }
+
+
+def bars(results: dict, row: dict, most: float = 1.0) -> list[dict]:
+    """A bar a method, in per cent of ``most``: its length, its 95 % interval and its number."""
+    found = []
+    for method, name in results["methods"].items():
+        value = row["values"].get(method)
+        mean = value and value["mean"]
+        width = (value and value["half_width"]) or 0
+        low, high = (min(max(100 * ((mean or 0) + sign * width) / most, 0), 100) for sign in (-1, 1))
+        found.append(
+            {
+                "method": method,
+                "name": name,
+                "length": min(max(100 * (mean or 0) / most, 0), 100),
+                "low": low,
+                "span": high - low if width else 0,
+                "factor": "",
+                "number": "none" if mean is None else f"{mean:.2f}" if most == 1 else f"{mean:.3f}",
+            }
+        )
+    return found
+
+
+def cost(results: dict) -> list[dict]:
+    """Bars of the seconds a step, with each method's factor to the first."""
+    rows = measure_rows(results, "seconds_per_step")
+    if not rows:
+        return []
+    means = {method: value["mean"] for method, value in rows[0]["values"].items()}
+    found = bars(results, rows[0], most=1.15 * max(means.values()))
+    first = means.get(next(iter(results["methods"])))
+    for bar in found:
+        bar["factor"] = f"× {means[bar['method']] / first:.1f}" if first and bar["method"] in means else ""
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- charts
+
+
+def scatter(results: dict) -> str | None:
+    """Accuracy on the first test set against EPG, as an inline picture; None without masks."""
+    accuracy = f"accuracy/{results['data']['explained']}"
+    epg = epg_key(results)
+    points: dict[str, list] = {}
+    for run in results["runs"]:
+        pair = [run["numbers"].get(key, {"mean": None})["mean"] for key in (epg, accuracy)]
+        if all(map(pictures.finite, pair)):
+            points.setdefault(run["method"], []).append(tuple(pair))
+    if not points:
+        return None
+    return pictures.svg(lambda: pictures.scatter(points, results["methods"], results["chance"], epg_label(results)))
+
+
+def epg_key(results: dict) -> str:
+    """The EPG that stands for all: the mean of the six methods, or the first one measured."""
+    keys = [row["key"] for row in measure_rows(results, "epg")]
+    return f"epg/{MEAN}" if f"epg/{MEAN}" in keys or not keys else keys[0]
+
+
+def epg_label(results: dict) -> str:
+    """What :func:`epg_key` is called."""
+    key = epg_key(results)
+    return (
+        "EPG, mean of the six methods"
+        if key.endswith(f"/{MEAN}")
+        else f"EPG of {row_name(key, results['explanations'])}"
+    )
+
+
+def curves(results: dict) -> list[dict]:
+    """The training curves as inline pictures, one a quantity."""
+    quantities: dict[str, dict[str, list]] = {}
+    for run in results["runs"]:
+        for quantity, values in run["curves"].items():
+            quantities.setdefault(quantity, {}).setdefault(run["method"], []).append(values)
+    return [
+        {
+            "name": quantity,
+            "picture": pictures.svg(lambda of=of, q=quantity: pictures.curves(q, of, share="accuracy" in q.lower())),
+        }
+        for quantity, of in quantities.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- in plain words
+
+
+def findings(results: dict) -> list[dict]:
+    """The summary's answers, each a question, bars, and a sentence for each method but the first."""
+    methods = results["methods"]
+    first = next(iter(methods))
+    rows = {row["key"]: row for row in results["rows"]}
+    found = []
+    key = epg_key(results)
+    if key in rows:
+        found.append(
+            {
+                "question": "Does it look at the object?",
+                "what": f"{epg_label(results)}: the share of an explanation that lies on the object",
+                "bars": bars(results, rows[key]),
+                "chance": results["chance"],
+                "sentences": [looks_sentence(results, method) for method in methods if method != first],
+            }
+        )
+    accuracies = measure_rows(results, "accuracy")
+    if accuracies:
+        found.append(
+            {
+                "question": "Is it right as often?",
+                "what": row_name(accuracies[0]["key"], results["explanations"]),
+                "bars": bars(results, accuracies[0]),
+                "chance": None,
+                "sentences": [accuracy_sentence(results, method) for method in methods if method != first],
+            }
+        )
+    if cost(results):
+        found.append(
+            {
+                "question": "What does it cost?",
+                "what": "Seconds a training step, median",
+                "bars": cost(results),
+                "chance": None,
+                "sentences": [
+                    f"A step with {bar['name']} takes {bar['factor'][2:]} times as long as with {methods[first]}."
+                    for bar in cost(results)
+                    if bar["factor"] and bar["method"] != first and len(methods) <= FEW
+                ],
+            }
+        )
+    return found
+
+
+def sorted_by_verdict(results: dict, rows: list[dict], method: str) -> dict[str, list[str]]:
+    """The names of the rows in which ``method`` lies clearly above, clearly below or not clearly off the first one."""
+    verdicts: dict[str, list[str]] = {"more": [], "less": [], "unclear": [], "unknown": []}
+    for row in rows:
+        change = row["differences"].get(method)
+        name = row_name(row["key"], results["explanations"])
+        if change is None or change["excludes_zero"] is None:
+            verdicts["unknown"].append(name)
+        elif not change["excludes_zero"]:
+            verdicts["unclear"].append(name)
+        else:
+            verdicts["more" if change["mean"] > 0 else "less"].append(name)
+    return verdicts
+
+
+def looks_sentence(results: dict, method: str) -> str:
+    """In which explanation methods ``method`` has more on the object than the first one."""
+    rows = [row for row in measure_rows(results, "epg") if not row["key"].endswith(f"/{MEAN}")]
+    name, first = results["methods"][method], next(iter(results["methods"].values()))
+    verdicts = sorted_by_verdict(results, rows, method)
+    if len(verdicts["unknown"]) == len(rows):
+        return f"{name}: too few runs to tell from {first}."
+    found = {kind: in_words(of_kind, len(results["methods"])) for kind, of_kind in verdicts.items()}
+    parts = []
+    if found["more"]:
+        parts.append(f"more of the explanation on the object in {found['more']}")
+    if found["less"]:
+        parts.append(f"less in {found['less']}")
+    if found["unclear"]:
+        parts.append(f"no clear difference in {found['unclear']}")
+    of = f" of {len(rows)} explanation methods" if len(results["methods"]) > FEW else ""
+    return f"{name} against {first}: {'; '.join(parts)}{of}."
+
+
+def accuracy_sentence(results: dict, method: str) -> str:
+    """How much accuracy ``method`` wins or loses on each test set."""
+    name, first = results["methods"][method], next(iter(results["methods"].values()))
+    parts = []
+    for row in measure_rows(results, "accuracy"):
+        of = row["key"].partition("/")[2].replace("_", " ")
+        where = "" if of == "test" else f" on {of}"
+        change = row["differences"].get(method)
+        if change is None or change["mean"] is None:
+            continue
+        points = f"{100 * abs(change['mean']):.1f} points {'higher' if change['mean'] > 0 else 'lower'}"
+        if change["excludes_zero"]:
+            parts.append(f"{points}{where}")
+        else:
+            unclear = "no clear difference" if change["excludes_zero"] is not None else f"{points}, of one training,"
+            parts.append(f"{unclear}{where}")
+    return f"{name} against {first}: {'; '.join(parts)}." if parts else f"{name}: not measured."
+
+
+def in_words(names: list[str], methods: int) -> str:
+    """The names, or where many training methods are compared their number alone."""
+    return listed(names) if methods <= FEW or not names else f"{len(names)}"
+
+
+def listed(names: list[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def count_differences(results: dict) -> dict:
+    """How many differences have an interval, and how many of these would exclude zero by chance alone."""
+    intervals = [d for row in results["rows"] for d in row["differences"].values() if d["excludes_zero"] is not None]
+    return {
+        "all": len(intervals),
+        "excluding_zero": sum(d["excludes_zero"] for d in intervals),
+        "by_chance": math.ceil(0.05 * len(intervals)),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- gallery
+
+
+class Examples:
+    """The gallery: some test images, and what every training method's first run makes of them."""
+
+    def __init__(self, images: dict[str, np.ndarray], runs: dict[str, dict[str, np.ndarray]]):
+        """``images``: the arrays of IMAGES; ``runs``: training method -> the arrays of its MAPS."""
+        self.images = images
+        self.runs = runs
+
+    @classmethod
+    def load(cls, results: dict, folder: Path) -> "Examples | None":
+        """From the comparison's folder; None where nothing is stored."""
+        seed = results["seeds"][0]
+        runs = {
+            method: folder / RUNS / run_name(method, seed) / MEASURED / MAPS
+            for method in results["methods"]
+            if (folder / RUNS / run_name(method, seed) / MEASURED / MAPS).exists()
+        }
+        if not runs or not (folder / IMAGES).exists():
+            return None
+        return cls(arrays(folder / IMAGES), {method: arrays(path) for method, path in runs.items()})
+
+    @property
+    def masks(self) -> np.ndarray | None:
+        """[G,H,W], or None where no image of the gallery has one."""
+        return self.images["masks"] if self.images["annotated"].any() else None
+
+    def figure(self, results: dict):
+        """gallery.png."""
+        shown = [e for e in PICTURED if e in results["explanations"]] or list(results["explanations"])[:3]
+        return pictures.gallery(
+            self.images["images"],
+            self.masks,
+            self.runs,
+            {method: results["methods"][method] for method in self.runs},
+            {explanation: results["explanations"][explanation] for explanation in shown},
+        )
+
+    def figures(self, results: dict) -> list[dict]:
+        """For the template: an entry an image with inline pictures."""
+        return [self._figure(results, place) for place in range(len(self.images["images"]))]
+
+    def _figure(self, results: dict, place: int) -> dict:
+        classes = results["data"]["classes"]
+        mask = self.images["masks"][place] if self.images["annotated"][place] else None
+        group = int(self.images["groups"][place])
+        groups = results["data"]["groups"]
+        label = int(self.images["labels"][place])
+        return {
+            "label": classes[label],
+            "background": groups[group] if 0 <= group < len(groups) else "",
+            "input": pictures.image_tile(self.images["images"][place]),
+            "mask": "" if mask is None else pictures.mask_tile(mask),
+            "networks": [
+                {
+                    "method": method,
+                    "name": results["methods"][method],
+                    "predicted": classes[int(run["predicted"][place])],
+                    "right": int(run["predicted"][place]) == label,
+                    "probability": float(run["probability"][place]),
+                    "maps": [
+                        one_map(run[explanation][place], mask, run[f"epg_{explanation}"][place])
+                        for explanation in results["explanations"]
+                    ],
+                }
+                for method, run in self.runs.items()
+            ],
+        }
+
+
+def one_map(values: np.ndarray, mask: np.ndarray | None, epg: float) -> dict:
+    """A map's picture and what stands under it."""
+    text = f"{epg:.2f}" if math.isfinite(epg) else "" if values.any() else "all zero"
+    return {"picture": pictures.map_tile(values.astype(np.float32), mask), "text": text}
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, read and closed."""
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in stored.files}

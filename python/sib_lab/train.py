@@ -1,213 +1,494 @@
-"""Training that can be interrupted at any batch and resumed without a trace in the result."""
+"""Training of any method on any data set and network, interrupted and resumed without a trace in the result.
+
+Everything random follows from the seed and the number of the step: the initial weights, the order of the batches
+(sib_lab/batches.py), augmentation (drawn for each epoch and image) and what the network itself draws (the generators
+are set before each step). So weights, buffers, optimiser and the number of steps done are the whole state of a
+training, and a run that is killed and resumed, at whatever step, ends with the same numbers.
+"""
 
 import math
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sib_ext import SpatialIBLoss
+from . import runs
+from .batches import Batches, all_batches, mean_object_area
+from .config import STEP_EPOCHS, STEP_FACTOR, TrainConfig
+from .data import DataSets, Item
+from .data.base import check_classes
+from .keeper import Keeper
+from .losses import Forward, TrainingLoss, make_criterion, submodule
+from .networks import build_network, cam_layer
+from .processes import (
+    by_torchrun,
+    deferred_signals,
+    launch_processes,
+    make_fabric,
+    settings,
+    with_processes_of_torchrun,
+)
+from .runs import CheckpointError, Run, RunError, TrainingError, open_config_data, open_run, quantiles
 
-from .config import Config
-from .data.digits_on_textures import Split, normalise
-from .measure import accuracy
-from .models import SmallCNN
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from rich.console import Console
 
-#: The two networks of the demo: key in checkpoints and results -> name for people.
-NETWORKS = {"cross_entropy": "Cross-entropy", "spatial_ib": "S-IB"}
-WARM_UP = 0.1  #: share of all steps over which the learning rate rises
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be resumed; the message is one sentence for the user."""
-
-
-class Learner:
-    """One network on its way through training.
-
-    The order of the batches follows from the seed and the epoch, and the network has no other randomness after its
-    initialisation, so weights, BatchNorm buffers, optimiser and the number of steps done are the whole state.
-    """
-
-    def __init__(self, config: Config, criterion: nn.Module):
-        """``criterion``: nn.CrossEntropyLoss, or SpatialIBLoss (then ``config.mask`` says which mask it gets)."""
-        self.config = config
-        self.criterion = criterion
-        torch.manual_seed(config.seed)
-        self.model = SmallCNN()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=config.weight_decay)
-        self.steps_done = 0
-        self.history: dict[str, list[float]] = {
-            "loss": [],  # per step, like the next two
-            "cross_entropy": [],
-            "seconds": [],
-            "validation_matched": [],  # accuracy, per epoch, like the next
-            "validation_uncorrelated": [],
-        }
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last, smaller batch is left out."""
-        return self.config.train_digits * self.config.copies // self.config.batch_size
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
-
-    @property
-    def at_epoch_end(self) -> bool:
-        return self.steps_done % self.steps_per_epoch == 0
-
-    def batch(self) -> Tensor:
-        """Row numbers [batch_size] of the next batch."""
-        epoch, number = divmod(self.steps_done, self.steps_per_epoch)
-        rows = self.config.train_digits * self.config.copies
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(rows)
-        return torch.from_numpy(order[number * self.config.batch_size :][: self.config.batch_size])
-
-    def learning_rate(self) -> float:
-        """Linear warm-up, then half a cosine down to 0."""
-        done = (self.steps_done + 1) / self.steps
-        if done < WARM_UP:
-            return self.config.learning_rate * done / WARM_UP
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
-
-    def step(self, split: Split) -> None:
-        """One optimiser step on the next batch of ``split``."""
-        rows = self.batch()
-        x, labels, masks = normalise(split.images[rows]), split.labels[rows], split.masks[rows]
-        start = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.model.train()
-        loss, cross_entropy = self._losses(x, labels, masks)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        self.history["seconds"].append(time.perf_counter() - start)
-        self.history["loss"].append(loss.item())
-        self.history["cross_entropy"].append(cross_entropy.item())
-        self.steps_done += 1
-
-    def _losses(self, x: Tensor, labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to descend and the cross-entropy in it, scalars."""
-        if not isinstance(self.criterion, SpatialIBLoss):
-            loss = self.criterion(self.model(x), labels)
-            return loss, loss.detach()
-        x.requires_grad_()
-        terms = self.criterion.terms(self.model(x), labels, x, mask=masks if self.config.mask == "given" else None)
-        return terms.loss, terms.cross_entropy.detach()
-
-    def validate(self, splits: Mapping[str, Split]) -> None:
-        """Adds this epoch's accuracy on both validation splits to the history."""
-        for name in ("validation_matched", "validation_uncorrelated"):
-            self.history[name].append(accuracy(self.model, splits[name]))
-
-    def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps_done": self.steps_done,
-            "history": self.history,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_done = state["steps_done"]
-        self.history = state["history"]
+CURVE_POINTS = 1000  #: about so many points has a curve of steps.csv
+KEPT_SECONDS = 20_000  #: step times kept, the latest
+NEED_MASKS = ("rrr", "energy-loss")  #: methods that do nothing without an annotation
 
 
-def make_learners(config: Config) -> dict[str, Learner]:
-    """Both networks, from the same initial weights."""
-    return {
-        "cross_entropy": Learner(config, nn.CrossEntropyLoss()),
-        "spatial_ib": Learner(config, SpatialIBLoss(config.preset)),
-    }
+def train(
+    config: TrainConfig,
+    folder: Path | str,
+    *,
+    resume: bool = True,
+    console: "Console | None" = None,
+    quiet: bool = False,
+    data: DataSets | None = None,
+) -> Run:
+    """Trains a network and leaves a run folder (see :mod:`sib_lab.runs`); a finished one is opened at once.
 
+    Several devices: ``config.devices`` processes are started here, or ``torchrun`` has started this program in several.
 
-def fit(
-    learners: Sequence[Learner],
-    splits: Mapping[str, Split],
-    save: Callable[[], None],
-    on_step: Callable[[Learner], None],
-) -> None:
-    """Trains each learner from where it stands to its last epoch; calls ``save`` at the end of every epoch.
+    Args:
+        resume: go on where ``folder`` stands; False: start anew and remove what the old run left there.
+        console: where progress is shown (with several devices: the standard output).
+        quiet: show nothing.
+        data: opened data; None: opened as the config says. Must be what the config says, for the run to be repeatable.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C was pressed; the batch under way was finished and ``save`` called.
+        RunError: (TrainingError, CheckpointError) one sentence that says what is wrong and what to do.
+        DataError, NetworkError: the same for data and networks.
+        KeyboardInterrupt: Ctrl-C; the batch under way was finished and a checkpoint written. A second Ctrl-C
+            interrupts at once.
+        SystemExit: SIGTERM, in the same way; the code is 143.
     """
-    with deferred_interrupt() as interrupted:
-        for learner in learners:
-            while learner.steps_done < learner.steps:
-                learner.step(splits["train"])
-                if learner.at_epoch_end:
-                    learner.validate(splits)
-                on_step(learner)
-                if learner.at_epoch_end or interrupted():
-                    save()
-                if interrupted():
-                    raise KeyboardInterrupt
+    folder = Path(folder)
+    config = with_processes_of_torchrun(config)
+    if resume and (folder / runs.FINISHED).exists():
+        _check_same(config, runs.load_state(folder / runs.LAST), folder)
+        return open_run(folder)
+    fabric = make_fabric(config)
+    spawned = config.devices > 1 and not by_torchrun()
+    # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
+    work = partial(
+        _work,
+        config=config,
+        folder=folder,
+        resume=resume,
+        console=None if spawned else console,  # a console cannot go to another process
+        quiet=quiet,
+        data=data,
+    )
+    outcome = launch_processes(fabric, work) if spawned else fabric.launch(work)
+    if outcome is not None:
+        raise outcome
+    return open_run(folder)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Of step ``step`` (from 0) of ``steps``.
+
+    ``one-cycle``: linear warm-up, then half a cosine down to 0. ``step``: times 0.1 every 30 epochs. ``constant``.
+    """
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "step":
+        return config.learning_rate * STEP_FACTOR ** (step // steps_per_epoch // STEP_EPOCHS)
+    done = (step + 1) / steps
+    if done < config.warm_up:
+        return config.learning_rate * done / config.warm_up
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - config.warm_up) / (1 - config.warm_up)))
+
+
+class Trainer:
+    """One network on its way through training, in one process.
+
+    Raises:
+        TrainingError, ValueError: options that this data set cannot meet.
+    """
+
+    def __init__(self, config: TrainConfig, data: DataSets, fabric: "Fabric"):
+        check_classes(data.classes, data.train.labels, data.name)
+        if config.method in NEED_MASKS and not data.train.annotated.any():
+            raise TrainingError(
+                f"The method {config.method} needs masks, but no training image of {data.name} has one."
+            )
+        self.config, self.data, self.fabric = config, data, fabric
+        self.batches = Batches(
+            data.train, config, fabric.global_rank, fabric.world_size, pin_memory=fabric.device.type == "cuda"
+        )
+        if self.batches.steps_per_epoch == 0:
+            raise TrainingError(
+                f"There are {len(data.train)} training images in {data.name}, too few for batches of "
+                f"{config.batch_size}: take a smaller batch size."
+            )
+        self.steps = self.batches.steps_per_epoch * config.epochs
+        self.step = 0  #: done so far
+
+        torch.manual_seed(config.seed)
+        weights = Path(config.weights) if config.weights else None
+        self.network = fabric.to_device(build_network(config.network, len(data.classes), data.size, weights))
+        self.criterion = fabric.to_device(_criterion(config, data, self.network))
+        self.model = Forward(fabric.strategy.setup_module(self.network), fabric.autocast)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.network.parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        self.epochs: list[dict[str, float]] = []  #: the lines of metrics.csv
+        self.curves: dict[str, list[float]] = {}  #: the columns of steps.csv
+        self.seconds: list[float] = []  #: of the latest steps
+        #: of loss parts since the epoch and the window of the curves began: sum and number of steps
+        self.sums: dict[str, dict[str, tuple[float, int]]] = {"epoch": {}, "window": {}}
+        self.best = -1.0  #: accuracy on the first validation split
+
+    # ------------------------------------------------------------------------------------------ training
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.batches.steps_per_epoch
+
+    @property
+    def window(self) -> int:
+        """Steps in a point of the curves."""
+        return max(1, self.steps // CURVE_POINTS)
+
+    def run(self, stop_signal: Callable[[], int | None], keep: Keeper, show: Callable[["Trainer"], None]) -> None:
+        """Trains from where it stands to the last epoch.
+
+        Args:
+            stop_signal: the number of a signal that came, or None.
+            keep: writes checkpoints and curves.
+            show: called after every step.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: a signal came; the step was finished and a checkpoint written.
+        """
+        while self.step < self.steps:
+            epoch, number = divmod(self.step, self.batches.steps_per_epoch)
+            for item in self.batches.from_batch(epoch, number):
+                stopped, due = self.train_step(item, stop_signal, keep.is_due)
+                if self.step % self.batches.steps_per_epoch == 0:
+                    self._end_epoch(keep)
+                elif due or stopped:
+                    keep.checkpoint(self)
+                show(self)
+                if stopped:
+                    raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
+
+    def train_step(
+        self,
+        item: Item,
+        stop_signal: Callable[[], int | None] = lambda: None,
+        is_due: Callable[[int], bool] = lambda step: False,
+    ) -> tuple[int, bool]:
+        """One optimiser step; the answers of both functions, agreed on by all processes (0 for no signal).
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite; the weights are those before the step.
+        """
+        x, y, mask, annotated = self._on_device(item)
+        self._seed_step()
+        start = time.perf_counter()
+        rate = learning_rate(self.config, self.step, self.steps, self.batches.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.criterion.advance(self.step / self.steps)
+        parts = self.criterion(self.model, x, y, mask, annotated)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(parts["loss"])
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        values, (stopped, due) = self._agreed(
+            parts | {"gradient_norm": norm}, (float(stop_signal() or 0), float(is_due(self.step + 1)))
+        )
+        self._check_finite(values, rate)
+        self.optimizer.step()
+        if self.fabric.device.type == "cuda":
+            torch.cuda.synchronize(self.fabric.device)
+        self.seconds.append(time.perf_counter() - start)
+        self.step += 1
+        self._add(values)
+        return int(stopped), due > 0
+
+    def _on_device(self, item: Item) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Image, label, mask (None where no sample has one) and annotated (None where all have)."""
+        x, y = self.fabric.to_device((item.image, item.label))
+        known = torch.as_tensor(item.annotated, dtype=torch.bool)
+        if not known.any():
+            return x, y, None, None
+        mask = self.fabric.to_device(item.mask)
+        return x, y, mask, None if known.all() else self.fabric.to_device(known)
+
+    def _seed_step(self) -> None:
+        """Sets the generators that a network may draw from (dropout) for this step of this process."""
+        words = np.random.SeedSequence([self.config.seed, self.step, self.fabric.global_rank])
+        key = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        torch.default_generator.manual_seed(key)
+        if self.fabric.device.type == "cuda":
+            torch.cuda.manual_seed(key)
+
+    def _agreed(
+        self, parts: Mapping[str, Tensor], flags: tuple[float, ...]
+    ) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Loss parts, averaged over the processes, and flags, the highest of any process, as numbers."""
+        values = torch.stack([value.detach().double() for value in parts.values()])
+        if self.fabric.world_size > 1:
+            values = self.fabric.all_reduce(values, reduce_op="mean")
+            flags = self.fabric.all_reduce(torch.tensor(flags, device=values.device), reduce_op="max").tolist()
+        return dict(zip(parts, values.tolist(), strict=True)), tuple(flags)
+
+    def _check_finite(self, values: Mapping[str, float], rate: float) -> None:
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                lower = "a lower learning rate" if self.config.method == "ce" else "a lower learning rate or strength"
+                precise = "" if self.config.precision == "32-true" else ", or precision 32-true"
+                raise TrainingError(
+                    f"The {name.replace('_', ' ')} is {values[name]} at step {self.step + 1} of {self.steps} "
+                    f"(learning rate {rate:.3g}): train anew with {lower}{precise}."
+                )
+
+    def _add(self, values: Mapping[str, float]) -> None:
+        """Notes a step's loss parts in the sums and, at the end of a window, in the curves."""
+        for sums in self.sums.values():
+            for name, value in values.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + value, count + 1)
+        if self.step % self.window == 0:
+            points = len(self.curves.setdefault("step", []))
+            self.curves["step"].append(self.step)
+            means = _means(self.sums["window"])
+            for name in means | self.curves:
+                if name != "step":  # a part that not every step has is NaN where a window has none
+                    curve = self.curves.setdefault(name, [math.nan] * points)
+                    curve.append(means.get(name, math.nan))
+            self.sums["window"] = {}
+        self.seconds = self.seconds[-max(KEPT_SECONDS, self.batches.steps_per_epoch) :]
+
+    def _end_epoch(self, keep: Keeper) -> None:
+        """Validates, adds the epoch's line to the history and saves."""
+        count = self.batches.steps_per_epoch
+        line = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "learning_rate": learning_rate(self.config, self.step - 1, self.steps, count),
+        } | _means(self.sums["epoch"])
+        self.sums["epoch"] = {}
+        for name, split in self.data.validation.items():
+            line[f"accuracy_{name}"], line[f"cross_entropy_{name}"] = self.evaluate(split)
+        line |= {f"seconds_{name}": value for name, value in quantiles(self.seconds[-count:]).items()}
+        self.epochs.append(line)
+        accuracy = line[f"accuracy_{next(iter(self.data.validation))}"]
+        if accuracy >= self.best:  # of equals the one that trained longer
+            self.best = accuracy
+            keep.best(self)
+        keep.checkpoint(self)
+
+    def evaluate(self, split: torch.utils.data.Dataset) -> tuple[float, float]:
+        """Accuracy and mean cross-entropy on a split, in eval mode, over all processes."""
+        self.model.eval()
+        # Past the wrapper of distributed training: processes may have different numbers of batches.
+        model = Forward(self.network, self.fabric.autocast)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+        with torch.no_grad():
+            for item in all_batches(split, self.config.workers, self.fabric.global_rank, self.fabric.world_size):
+                x, y = self.fabric.to_device((item.image, item.label))
+                logits = model(x)
+                loss = F.cross_entropy(logits, y, reduction="sum")
+                sums += torch.stack([(logits.argmax(1) == y).sum(), loss, torch.ones_like(y).sum()]).double()
+        if self.fabric.world_size > 1:
+            sums = self.fabric.all_reduce(sums, reduce_op="sum")
+        right, loss, count = sums.tolist()
+        return right / count, loss / count
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, for ``last.pt``."""
+        return self.best_state() | {
+            "optimizer": self.optimizer.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "sums": self.sums,
+            "history": {"epochs": self.epochs, "curves": self.curves, "seconds": self.seconds},
+        }
+
+    def best_state(self) -> dict[str, Any]:
+        """The network alone, for ``best.pt``."""
+        return {
+            "config": runs.plain(asdict(self.config)),
+            "classes": list(self.data.classes),
+            "size": self.data.size,
+            "epoch": self.epoch,
+            "model": self.network.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Puts the training where a checkpoint of :meth:`state` stands."""
+        if state["classes"] != list(self.data.classes) or state["size"] != self.data.size:
+            raise ValueError("the checkpoint's classes or image size are not those of the data")
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.criterion.load_state_dict(state["criterion"])
+        self.step, self.best, self.sums = state["step"], state["best"], state["sums"]
+        history = state["history"]
+        self.epochs, self.curves, self.seconds = history["epochs"], history["curves"], history["seconds"]
+
+
+def _means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
+    options, layer, area = config.loss_options, None, None
+    if config.method == "energy-loss" and options.get("attribution", "gradcam") == "gradcam":
+        layer = None if "layer" in options else cam_layer(network)
+    if config.method == "centre-mask" and "centre_area" not in options:
+        area = mean_object_area(data.train)
+    try:
+        criterion = make_criterion(config, layer, area)
+        if named := options.get("layer"):
+            submodule(network, named)
+        return criterion
+    except ValueError as error:
+        raise TrainingError(f"The loss cannot be made: {error}.") from error
+
+
+def _work(
+    fabric: "Fabric",
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    console: "Console | None",
+    quiet: bool,
+    data: DataSets | None,
+) -> BaseException | None:
+    """One process's training. What stops it is returned, for it may have to go to another process."""
+    try:
+        with settings(config, fabric.device):
+            trainer = Trainer(config, open_config_data(config) if data is None else data, fabric)
+            _resume_or_clear(trainer, folder, resume)
+            keep = Keeper(folder, config, fabric)
+            keep.begin(trainer)
+            shown = _progress(trainer, folder, console, quiet or fabric.global_rank > 0)
+            with shown as show, deferred_signals() as stop_signal:
+                trainer.run(stop_signal, keep, show)
+            keep.finish(trainer)
+    except (Exception, KeyboardInterrupt, SystemExit) as outcome:
+        if fabric.world_size > 1 and not isinstance(outcome, (RunError, KeyboardInterrupt, SystemExit)):
+            raise  # the others may not have it: this process must fail, so that nobody waits for it
+        return outcome
+    return None
+
+
+def _resume_or_clear(trainer: Trainer, folder: Path, resume: bool) -> None:
+    """Loads ``last.pt``; or, without one or told to start anew, removes what an old run left."""
+    path = folder / runs.LAST
+    if resume and path.exists():
+        state = _loaded(path)
+        _check_same(trainer.config, state, folder)
+        try:
+            trainer.load(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The checkpoint {path} does not fit this training: start anew with --fresh or in another folder."
+            ) from error
+        return
+    trainer.fabric.barrier()  # before the first process removes what another still looks for
+    if trainer.fabric.global_rank == 0:
+        runs.remove_results(folder)
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        return runs.load_state(path)
+    except RunError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged or not one of this program: "
+            "start anew with --fresh or in another folder."
+        ) from error
+
+
+def _check_same(config: TrainConfig, state: Mapping[str, Any], folder: Path) -> None:
+    if differing := config.differing(state.get("config", {})):
+        options = ", ".join(f"{name} = {value}" for name, value in differing.items())
+        raise CheckpointError(
+            f"The run in {folder} was made with {options}: "
+            "go on with the same options, take another folder, or start anew with --fresh."
+        )
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT only sets a flag (yielded as a function); a second one interrupts at once."""
-    pressed = False
+def _progress(
+    trainer: Trainer, folder: Path, console: "Console | None", quiet: bool
+) -> Iterator[Callable[[Trainer], None]]:
+    """A bar with the time left; where the output is no terminal, a line an epoch."""
+    if quiet:
+        yield lambda trainer: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    def on_interrupt(signum, frame):
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    console = console or Console()
+    if trainer.step:
+        console.print(f"Going on at step {trainer.step} of {trainer.steps} in {folder}.")
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+        console=console,
+        transient=not console.is_terminal,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task(trainer.config.method, total=trainer.steps, completed=trainer.step, state="")
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def show(trainer: Trainer) -> None:
+        ended = trainer.step % trainer.batches.steps_per_epoch == 0
+        if not console.is_terminal:
+            if ended:
+                console.print(
+                    f"{trainer.config.method} epoch {trainer.epoch}/{trainer.config.epochs}: {_state(trainer)}"
+                )
+            return
+        progress.update(task, completed=trainer.step, state=_state(trainer))
+
+    with progress:
+        yield show
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path: Path, config: Config, learners: Mapping[str, Learner]) -> None:
-    """Writes beside ``path`` and renames, so that ``path`` is whole at every moment."""
-    state = {"config": asdict(config), "learners": {name: learner.state_dict() for name, learner in learners.items()}}
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, config: Config, learners: Mapping[str, Learner]) -> None:
-    """Puts the learners where the checkpoint stands.
-
-    Raises:
-        CheckpointError: no file, not readable as a checkpoint, or written with another configuration.
-    """
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint at {path}: start without --resume.")
-    broken = CheckpointError(f"The checkpoint {path} cannot be read: start anew without --resume.")
-    try:
-        state = torch.load(path, weights_only=True)
-        saved = state["config"]
-    except Exception as error:  # torch.load fails in many ways on a damaged file
-        raise broken from error
-    differing = {name: saved.get(name) for name, value in asdict(config).items() if saved.get(name) != value}
-    if differing:
-        options = ", ".join(f"{name} = {value}" for name, value in differing.items())
-        raise CheckpointError(
-            f"The checkpoint {path} was made with {options}: "
-            "resume with the same options, or start anew without --resume."
-        )
-    try:
-        for name, learner in learners.items():
-            learner.load_state_dict(state["learners"][name])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise broken from error
+def _state(trainer: Trainer) -> str:
+    """Recent cross-entropy and the latest accuracy."""
+    words = []
+    if trainer.curves:
+        recent = trainer.curves["cross_entropy"][-20:]
+        words.append(f"cross-entropy {sum(recent) / len(recent):.3f}")
+    if trainer.epochs:
+        first = next(iter(trainer.data.validation))
+        words.append(f"accuracy {trainer.epochs[-1][f'accuracy_{first}']:.3f}")
+    return ", ".join(words)

@@ -1,15 +1,23 @@
-"""A demo small enough for a test."""
+"""A data set and a training small enough for a test."""
 
 import signal
 
 import pytest
-from sib_lab.config import Config
-from sib_lab.train import Learner
+from sib_lab.config import TrainConfig, recipe
+from sib_lab.train import Trainer
+
+
+def tiny_config(method: str = "sib", **changes) -> TrainConfig:
+    """The demo's recipe on a few digits; a second of training."""
+    sizes = {"train": 64, "validation": 20, "test": 30, "copies": 1}
+    options = {"epochs": 2, "batch_size": 16, "threads": 1, "data_options": sizes}
+    return recipe("balanced", "digits", "small_cnn", method=method, **(options | changes))
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Config:
-    return Config(epochs=2, batch_size=8, train_digits=24, validation_digits=10, test_digits=16, copies=1, threads=1)
+def tiny():
+    """tiny(method, **changes) -> TrainConfig."""
+    return tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +30,13 @@ def press_ctrl_c(monkeypatch):
     """press_ctrl_c(n): a real SIGINT during the n-th training step from now."""
 
     def at(number: int) -> None:
-        original, steps = Learner.step, iter(range(1, 10**9))
+        original, steps = Trainer.train_step, iter(range(1, 10**9))
 
-        def step(self, split):
+        def step(self, *arguments, **options):
             if next(steps) == number:
                 signal.raise_signal(signal.SIGINT)
-            original(self, split)
+            return original(self, *arguments, **options)
 
-        monkeypatch.setattr(Learner, "step", step)
+        monkeypatch.setattr(Trainer, "train_step", step)
 
     return at

@@ -11,6 +11,7 @@ of 48 px that belong to one part each (see :func:`picture_part`).
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import skimage.data
@@ -18,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from .base import ArrayItems, Common, DataSets, Transform, check_classes, gentle_transforms, limited, normalise, visible
+from .errors import DataError
 
 SIZE = 40  #: side of an image, px
 BLOCK = 48  #: side of a block of a picture, px; a crop never leaves its block
@@ -38,6 +42,7 @@ BACKGROUNDS = (
     "coffee",
     "rocket",
 )
+FLIPPED = "flipped"  #: instead of an agreement: the background is always that of the next label
 PARTS = ("train", "validation", "test")
 LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -61,22 +66,70 @@ class Split:
         return normalise(self.images)
 
 
-def normalise(images: Tensor) -> Tensor:
-    """[0,1] -> [-1,1]: mean 0.5 and standard deviation 0.5, as in the published protocol."""
-    return (images - 0.5) / 0.5
+def open_set(
+    root: Path | None,
+    common: Common,
+    *,
+    train: int = 1200,
+    validation: int = 197,
+    test: int = 400,
+    copies: int = 4,
+) -> DataSets:
+    """The digits as DataSets; see :func:`sib_lab.data.open_data` and :func:`build`. ``root`` is not looked at."""
+    try:
+        splits = build(common.seed, train, validation, test, copies, common.agreement)
+    except ValueError as error:
+        raise DataError(f"digits: {error}.") from error
+    transforms = dict(zip(("train", "test"), gentle_transforms(common, flip=False), strict=True))
+    training = _items(splits["train"], common, transforms["train"], common.annotated)
+    check_classes("0123456789", training.labels, "digits")
+    return DataSets(
+        "digits",
+        tuple("0123456789"),
+        common.size,
+        training,
+        {
+            kind: _items(splits[f"validation_{kind}"], common, transforms["test"])
+            for kind in ("matched", "uncorrelated")
+        },
+        {
+            kind: _items(splits[f"test_{kind}"], common, transforms["test"])
+            for kind in ("uncorrelated", "matched", "flipped")
+        },
+        groups=BACKGROUNDS,
+    )
 
 
-def build(seed: int, train: int = 1200, validation: int = 197, test: int = 400, copies: int = 2) -> dict[str, Split]:
+def _items(split: Split, common: Common, transform: Transform, annotated: float = 1.0) -> ArrayItems:
+    """A split at the wanted size, with all its masks or a share of them."""
+    rows = torch.tensor(limited(split.labels, common.limit, common.seed))
+    layers = torch.cat([split.images[rows], split.masks[rows]], 1)
+    if common.size != SIZE:
+        layers = F.interpolate(layers, (common.size, common.size), mode="bilinear", antialias=True).clamp(0, 1)
+    seen = visible(torch.ones(len(rows), dtype=torch.bool), annotated, common.seed)
+    return ArrayItems(layers, split.labels[rows], transform, seen, split.backgrounds[rows])
+
+
+def build(
+    seed: int,
+    train: int = 1200,
+    validation: int = 197,
+    test: int = 400,
+    copies: int = 2,
+    agreement: float = AGREEMENT,
+) -> dict[str, Split]:
     """All splits, from one seed.
 
     Args:
         seed: any int >= 0.
         train, validation, test: how many different digits each part gets; at most 1797 together.
         copies: how many times each training digit is pasted, each time elsewhere, on another crop, in another colour.
+        agreement: share of training images, and of the matched ones, whose background agrees with the label.
 
     Returns:
         ``train``; and ``validation`` and ``test``, each as ``*_matched`` (the background agrees with the label as often
-        as in training) and ``*_uncorrelated`` (the background is drawn independently of the label).
+        as in training) and ``*_uncorrelated`` (the background is drawn independently of the label); and
+        ``test_flipped``, where the background of label k is always that of label k + 1 (of 9: 0).
 
     Raises:
         ValueError: more digits wanted than there are.
@@ -88,11 +141,12 @@ def build(seed: int, train: int = 1200, validation: int = 197, test: int = 400, 
     order = np.random.default_rng([seed, 0]).permutation(len(labels))
     digits = dict(zip(PARTS, np.split(order, np.cumsum(counts))[:3], strict=True))
     wanted = {
-        "train": ("train", np.tile(digits["train"], copies), AGREEMENT),
-        "validation_matched": ("validation", digits["validation"], AGREEMENT),
+        "train": ("train", np.tile(digits["train"], copies), agreement),
+        "validation_matched": ("validation", digits["validation"], agreement),
         "validation_uncorrelated": ("validation", digits["validation"], None),
-        "test_matched": ("test", digits["test"], AGREEMENT),
+        "test_matched": ("test", digits["test"], agreement),
         "test_uncorrelated": ("test", digits["test"], None),
+        "test_flipped": ("test", digits["test"], FLIPPED),
     }
     return {
         name: _compose(np.random.default_rng([seed, number]), part, indices, alphas, labels, agreement)
@@ -131,9 +185,11 @@ def stroke(digit: Tensor, size: int) -> np.ndarray:
     return ((enlarged - 0.3) / 0.3).clamp(0, 1).numpy()
 
 
-def _drawn_backgrounds(rng: np.random.Generator, labels: np.ndarray, agreement: float | None) -> np.ndarray:
+def _drawn_backgrounds(rng: np.random.Generator, labels: np.ndarray, agreement: float | str | None) -> np.ndarray:
     """Background of each image: the label's own in ``agreement`` of them and another one in the rest; None: any."""
     kinds = len(BACKGROUNDS)
+    if agreement == FLIPPED:
+        return (labels + 1) % kinds
     if agreement is None:
         return rng.integers(kinds, size=len(labels))
     shift = np.zeros(len(labels), dtype=np.int64)
@@ -148,7 +204,7 @@ def _compose(
     digits: np.ndarray,
     alphas: Tensor,
     labels: np.ndarray,
-    agreement: float | None,
+    agreement: float | str | None,
 ) -> Split:
     backgrounds = _drawn_backgrounds(rng, labels[digits], agreement)
     pairs = [_paste(rng, _crop(rng, b, part), alphas[d]) for d, b in zip(digits, backgrounds, strict=True)]

@@ -1,0 +1,245 @@
+"""What every data set is made of: items, their transforms and the splits."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from .errors import DataError, some
+
+
+class Item(NamedTuple):
+    """An image with its label and what is known about where the object is; ``default_collate`` stacks every field."""
+
+    image: Tensor  #: [3,size,size] float32 in [-1,1] (mean 0.5, standard deviation 0.5)
+    label: int  #: index into the set's classes
+    mask: Tensor  #: [1,size,size] float32 in [0,1], 1 on the object; zeros where ``annotated`` is False
+    annotated: bool  #: whether ``mask`` is a real annotation
+    group: int  #: kind of background, for worst-group accuracy; -1 where the set has none
+
+
+@dataclass(frozen=True)
+class DataSets:
+    """The splits of one set. No image (and no object of a composite) is in two of them."""
+
+    name: str
+    classes: tuple[str, ...]
+    size: int  #: side of the images, px
+    train: "ItemDataset"
+    validation: "dict[str, ItemDataset]"  #: the first selects the best checkpoint
+    test: "dict[str, ItemDataset]"  #: the first is explained and measured on
+    skipped: tuple[str, ...] = ()  #: files left out on request, each with its reason
+    groups: tuple[str, ...] = ()  #: names of the background groups that ``Item.group`` counts
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every set takes; see :func:`sib_lab.data.open_data`."""
+
+    size: int
+    seed: int = 0
+    annotated: float = 1.0
+    agreement: float = 0.95
+    skip_broken: bool = False
+    augment: bool = False
+    limit: int | None = None
+
+
+class ItemDataset(Dataset):
+    """Images with masks. Item i is the same whichever worker makes it, except for augmentation, which also takes
+    the epoch (see :meth:`set_epoch`).
+
+    A subclass gives :meth:`layers`; geometry is done on the four layers together, so a mask follows its image.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | Tensor,
+        transform: "Transform",
+        annotated: Sequence[bool] | Tensor,
+        groups: Sequence[int] | Tensor | None = None,
+    ):
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)  #: [N]
+        self.annotated = torch.as_tensor(annotated, dtype=torch.bool)  #: [N]
+        no_group = torch.full_like(self.labels, -1)
+        self.groups = no_group if groups is None else torch.as_tensor(groups, dtype=torch.int64)  #: [N]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def layers(self, row: int) -> Tensor:
+        """Red, green, blue and mask, [4,H,W]: uint8 in 0..255 or float32 in [0,1]."""
+        raise NotImplementedError
+
+    def __getitem__(self, row: int) -> Item:
+        row = int(row)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of a data set of {len(self)}")
+        row %= len(self)
+        layers = as_float(self.transform(self.layers(row), row))
+        annotated = bool(self.annotated[row])
+        mask = layers[3:] if annotated else torch.zeros_like(layers[3:])
+        return Item(normalise(layers[:3]), int(self.labels[row]), mask, annotated, int(self.groups[row]))
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that augmentation is drawn for; seen by workers that already run, too."""
+        self.transform.epoch.fill_(epoch)
+
+
+class ArrayItems(ItemDataset):
+    """Images held in memory: layers [N,4,H,W] uint8 or float32, or images [N,3,H,W] uint8 without masks."""
+
+    def __init__(self, images: Tensor, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.images = images
+
+    def layers(self, row: int) -> Tensor:
+        image = self.images[row]
+        return image if len(image) == 4 else torch.cat([image, torch.zeros_like(image[:1])])
+
+
+def as_float(layers: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [0,1]; float32 stays."""
+    return layers if layers.is_floating_point() else layers.to(torch.float32) / 255
+
+
+def normalise(images: Tensor) -> Tensor:
+    """[0,1] -> [-1,1]: mean 0.5 and standard deviation 0.5, as in the published protocol."""
+    return (images - 0.5) / 0.5
+
+
+def stack(dataset: Dataset, rows: Sequence[int] | Tensor) -> Item:
+    """The given rows as one Item of stacked tensors: image [N,3,S,S], mask [N,1,S,S], the other fields [N].
+
+    Raises:
+        DataError: no rows, or an image that cannot be read.
+    """
+    rows = [int(row) for row in rows]
+    if not rows:
+        raise DataError("There are no images to stack: give at least one row.")
+    return default_collate([dataset[row] for row in rows])
+
+
+# -------------------------------------------------------------------------------------------- transforms
+
+
+class Transform:
+    """Geometry for the layers [4,H,W] of row i: ``fixed`` for evaluation, or ``random`` with numbers of its own for
+    every (seed, epoch, row), so that neither workers nor a resumed run change them."""
+
+    def __init__(self, fixed: Callable | None = None, random: Callable | None = None, seed: int = 0):
+        self.fixed = fixed
+        self.random = random
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __call__(self, layers: Tensor, row: int) -> Tensor:
+        if self.random is None:
+            return layers if self.fixed is None else _apply(self.fixed, layers)
+        key = np.random.SeedSequence([self.seed, int(self.epoch), row]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(key[0] >> np.uint64(1)))
+            return _apply(self.random, layers)
+
+
+def _apply(transform: Callable, layers: Tensor) -> Tensor:
+    from torchvision import tv_tensors
+
+    return transform(tv_tensors.Image(layers)).as_subclass(Tensor)
+
+
+def photo_transforms(options: Common) -> tuple[Transform, Transform]:
+    """For training and for evaluation: the published Resize 256, CenterCrop 224, scaled to ``size`` (the shorter side
+    becomes size * 256/224); with ``augment``, a random resized crop and flip for training."""
+    from torchvision.transforms import v2
+
+    side = round(options.size * 256 / 224)
+    fixed = v2.Compose([v2.Resize(side, antialias=True), v2.CenterCrop(options.size)])
+    random = v2.Compose([v2.RandomResizedCrop(options.size, antialias=True), v2.RandomHorizontalFlip()])
+    return Transform(fixed, random if options.augment else None, options.seed), Transform(fixed)
+
+
+def gentle_transforms(options: Common, flip: bool) -> tuple[Transform, Transform]:
+    """For images that are made at their final size: with ``augment``, crops of at least 70 % of the area."""
+    from torchvision.transforms import v2
+
+    steps = [v2.RandomResizedCrop(options.size, scale=(0.7, 1.0), ratio=(0.9, 1.1), antialias=True)]
+    random = v2.Compose(steps + [v2.RandomHorizontalFlip()] * flip)
+    return Transform(None, random if options.augment else None, options.seed), Transform()
+
+
+# ------------------------------------------------------------------------------------------------ splits
+
+
+def stratified(
+    labels: Sequence[int], classes: Sequence[str], shares: dict[str, float], seed: int
+) -> dict[str, list[int]]:
+    """Row numbers of each named part (a share of every class, at least one image) and of ``train``, which keeps the
+    rest; one seed gives one split.
+
+    Raises:
+        DataError: a class with too few images, or shares outside (0,1) or that leave nothing to train on.
+    """
+    if not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+        given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise DataError(
+            f"The shares of the splits must each lie between 0 and 1 and leave images to train on: {given}."
+        )
+    labels = np.asarray(labels)
+    parts: dict[str, list[int]] = {"train": [], **{name: [] for name in shares}}
+    for label, name in enumerate(classes):
+        rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
+        counts = [max(1, round(share * len(rows))) for share in shares.values()]
+        if len(rows) and len(rows) <= sum(counts):
+            raise DataError(
+                f"The class {name} has {len(rows)} images to share out among train, {' and '.join(shares)}: "
+                f"at least {len(shares) + 1} are needed, or smaller shares."
+            )
+        *held, rest = np.split(rows, np.cumsum(counts))
+        for part, chosen in zip([*shares, "train"], [*held, rest], strict=True):
+            parts[part].extend(chosen.tolist())
+    return {part: sorted(rows) for part, rows in parts.items()}
+
+
+def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
+    """At most ``limit`` row numbers, in order, spread evenly over the classes; None: all rows."""
+    labels = np.asarray(labels)
+    if limit is None or limit >= len(labels):
+        return list(range(len(labels)))
+    order = np.random.default_rng([seed, 1]).permutation(len(labels))
+    seen: dict[int, int] = {}
+    turns = np.empty(len(labels), dtype=np.int64)
+    for row in order:
+        turns[row] = seen[labels[row]] = seen.get(labels[row], -1) + 1
+    return sorted(order[np.argsort(turns[order], kind="stable")][:limit].tolist())
+
+
+def visible(annotated: Sequence[bool] | Tensor, share: float, seed: int) -> Tensor:
+    """Which training masks the loss may see, [N] bool: a share of those there are; larger shares include smaller."""
+    known = torch.as_tensor(annotated, dtype=torch.bool)
+    rows = known.nonzero()[:, 0].numpy()
+    chosen = np.random.default_rng([seed, 2]).permutation(rows)[: math.floor(share * len(rows) + 0.5)]
+    seen = torch.zeros_like(known)
+    seen[torch.from_numpy(chosen)] = True
+    return seen
+
+
+def check_classes(classes: Sequence[str], labels: Sequence[int] | Tensor, name: str) -> None:
+    """Every class has a training image.
+
+    Raises:
+        DataError: naming the classes that have none.
+    """
+    present = set(np.unique(np.asarray(labels)).tolist())
+    missing = [c for label, c in enumerate(classes) if label not in present]
+    if missing:
+        raise DataError(
+            f"{name}: {len(missing)} of {len(classes)} classes have no training image ({some(missing)}): "
+            "add images, remove the class everywhere, or raise the limit if one was set."
+        )

@@ -1,0 +1,409 @@
+"""Images in files, with masks or boxes beside them: reading, checking and splitting."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from xml.etree import ElementTree
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from sib_ext.functional import boxes_to_mask
+
+from .base import (
+    Common,
+    DataSets,
+    ItemDataset,
+    Transform,
+    check_classes,
+    limited,
+    photo_transforms,
+    stratified,
+    visible,
+)
+from .errors import DataError
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+Box = tuple[float, float, float, float]  #: x1, y1, x2, y2 in pixels, x2 and y2 excluded
+THREADS = 4  #: that check files
+
+
+@dataclass(frozen=True)
+class ZipEntry:
+    """A file in a .zip, read where a Path would be."""
+
+    archive: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+    def open(self) -> BytesIO:
+        try:
+            return BytesIO(_archive(self.archive, os.getpid()).read(self.name))
+        except KeyError as error:
+            raise FileNotFoundError(str(self)) from error
+
+
+@lru_cache(maxsize=8)
+def _archive(path: Path, process: int) -> ZipFile:
+    """One handle a process: forked workers must not share a file position."""
+    return ZipFile(path)
+
+
+#: Where an image is read from; a plain string where there are a million of them.
+File = Path | str | ZipEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image file with its label and at most one kind of annotation."""
+
+    image: File
+    label: int
+    mask: File | None = None
+    boxes: tuple[Box, ...] = ()  #: their union is the object
+    xml: Path | str | None = None  #: an annotation with the boxes, read when they are wanted
+    upright: bool = False  #: whether the image is turned as its EXIF orientation says; masks and boxes never are
+
+    @property
+    def annotated(self) -> bool:
+        return self.mask is not None or bool(self.boxes) or self.xml is not None
+
+    def all_boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The boxes in pixels of the image, which has this size."""
+        if self.xml is None:
+            return self.boxes
+        boxes, size = read_xml_boxes(self.xml)
+        x, y = (width / size[0], height / size[1]) if size else (1, 1)
+        return tuple((x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes)
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def read_image(path: File, upright: bool = False) -> np.ndarray:
+    """RGB [H,W,3] uint8; greyscale and palette images are converted.
+
+    ``upright`` turns photographs as their EXIF orientation says, as every viewer does. The published sets are read
+    as they are stored, which is what their annotations refer to.
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        loaded = _loaded(image, path)
+        return np.asarray((ImageOps.exif_transpose(loaded) if upright else loaded).convert("RGB"))
+
+
+def read_mask(path: File) -> np.ndarray:
+    """Mask [H,W] uint8, 255 on the object: a greyscale image's value, or 0 and not 0 for 1-bit images, palettes of
+    colours and values of at most 1.
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        _loaded(image, path)
+        indices = image.mode == "P" and not _is_grey(image)
+        values = np.asarray(image if indices else image.convert("L"))
+        indices |= values.max(initial=0) <= 1
+    return np.where(values > 0, 255, 0).astype(np.uint8) if indices else values
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether every colour of a palette is grey, so that the palette only packs a greyscale image."""
+    palette = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def read_trimap(path: File) -> np.ndarray:
+    """Oxford-IIIT Pet's trimap -> mask [H,W] uint8: 255 on the animal (1) and on its unclassified outline (3), 0 on the
+    background (2).
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        return np.where(np.asarray(_loaded(image, path)) == 2, 0, 255).astype(np.uint8)
+
+
+def _opened(path: File) -> Image.Image:
+    try:
+        return Image.open(path.open() if isinstance(path, ZipEntry) else path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing.") from error
+    except Exception as error:  # PIL's decoders fail in many ways on damaged files
+        raise DataError(f"{path} cannot be read as an image.") from error
+
+
+def _loaded(image: Image.Image, path: File) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:
+        raise DataError(f"{path} is damaged: it cannot be read to its end.") from error
+    return image
+
+
+def read_size(path: File, upright: bool = False) -> tuple[int, int]:
+    """Width and height from the file's header; ``upright`` as in :func:`read_image`.
+
+    Raises:
+        DataError: the file is missing or cannot be read as an image.
+    """
+    with _opened(path) as image:
+        turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if turned else image.size
+
+
+def read_xml_boxes(path: Path | str) -> tuple[tuple[Box, ...], tuple[float, float] | None]:
+    """The boxes of an annotation in Pascal VOC's XML, as ImageNet and Stanford Dogs have them, and the width and height
+    of the image that they were drawn on (copies of ImageNet may have been resized since); None where it says nothing.
+
+    Raises:
+        DataError: the file is missing, is no such XML, or holds no box.
+    """
+    try:
+        root = ElementTree.parse(path)
+        boxes = [
+            tuple(float(box.findtext(side)) for side in ("xmin", "ymin", "xmax", "ymax")) for box in root.iter("bndbox")
+        ]
+        width, height = (float(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing.") from error
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an XML annotation with boxes.") from error
+    if not boxes:
+        raise DataError(f"{path} holds no box.")
+    return tuple(boxes), (width, height) if width > 0 and height > 0 else None
+
+
+def rasterise(boxes: Sequence[Box], width: int, height: int) -> np.ndarray:
+    """Mask [H,W] uint8 of the union of boxes, clipped to the image; a pixel cut by an edge gets its covered share.
+
+    Raises:
+        DataError: a box has no area inside the image.
+    """
+    clipped = torch.tensor([clip(box, width, height) for box in boxes])
+    mask = boxes_to_mask(clipped, height, width).amax(0)[0]
+    return (mask * 255).round().to(torch.uint8).numpy()
+
+
+def clip(box: Box, width: int, height: int) -> Box:
+    """A box cut at the image's edges.
+
+    Raises:
+        DataError: nothing is left of it.
+    """
+    x1, y1, x2, y2 = box
+    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if not (inside[0] < inside[2] and inside[1] < inside[3]):
+        sides = ", ".join(f"{side:g}" for side in box)
+        raise DataError(f"the box ({sides}) has no area inside the image of {width} x {height} px.")
+    return inside
+
+
+# ---------------------------------------------------------------------------------------------- checking
+
+#: How far every file is read when a set is opened.
+CHECKS = ("none", "header", "full")
+
+
+def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> str | None:
+    """What is wrong with a sample, or None: image and mask are there and readable (their headers, or all of them),
+    of one size, and boxes have an area inside the image."""
+    try:
+        if check == "full":
+            read_layers(sample, mask_reader)
+        else:
+            size = read_size(sample.image, sample.upright)
+            if sample.mask is not None:
+                _check_size(sample, size, read_size(sample.mask))
+            _check_boxes(sample, sample.all_boxes(*size), *size)
+    except DataError as error:
+        return str(error).removesuffix(".")
+    return None
+
+
+def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    if size != mask_size:
+        raise DataError(
+            f"{sample.mask} is {mask_size[0]} x {mask_size[1]} px, but its image {sample.image} is "
+            f"{size[0]} x {size[1]} px."
+        )
+
+
+def _check_boxes(sample: Sample, boxes: Sequence[Box], width: int, height: int) -> None:
+    try:
+        for box in boxes:
+            clip(box, width, height)
+    except DataError as error:
+        raise DataError(f"{sample.image}: {error}") from error
+
+
+def usable(
+    name: str,
+    samples: list[Sample],
+    check: str,
+    skip_broken: bool,
+    skipped: list[str],
+    mask_reader: Callable = read_mask,
+) -> list[Sample]:
+    """The samples without a problem; the others are added to ``skipped``, each with its reason.
+
+    Raises:
+        DataError: there are others and ``skip_broken`` is False.
+    """
+    if check == "none":
+        return samples
+    with ThreadPoolExecutor(THREADS) as pool:
+        problems = list(pool.map(lambda sample: problem(sample, check, mask_reader), samples))
+    found = [text for text in problems if text]
+    if found and not skip_broken:
+        raise broken(name, len(found), f"{len(samples)} images cannot be used", found[0])
+    skipped.extend(found)
+    return [sample for sample, text in zip(samples, problems, strict=True) if text is None]
+
+
+def broken(name: str, count: int, what: str, first: str) -> DataError:
+    """The sentence that stops a set with broken files."""
+    return DataError(
+        f"{name}: {count} of {what} (the first: {first}): repair or remove them, or leave them out with skip_broken "
+        "(--skip-broken)."
+    )
+
+
+# -------------------------------------------------------------------------------------------------- sets
+
+
+def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
+    """Red, green, blue and mask of a sample, [4,H,W] uint8; without annotation the mask is 0.
+
+    Raises:
+        DataError: a file is missing or broken, or the mask has another size than its image.
+    """
+    image = read_image(sample.image, sample.upright)
+    height, width, _ = image.shape
+    if sample.mask is not None:
+        mask = mask_reader(sample.mask)
+        _check_size(sample, (width, height), mask.shape[::-1])
+    elif boxes := sample.all_boxes(width, height):
+        _check_boxes(sample, boxes, width, height)
+        mask = rasterise(boxes, width, height)
+    else:
+        mask = np.zeros((height, width), dtype=np.uint8)
+    return torch.from_numpy(np.concatenate([image.transpose(2, 0, 1), mask[None]]))
+
+
+class ImageFiles(ItemDataset):
+    """Images read from their files when they are asked for."""
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        transform: Transform,
+        annotated: Sequence[bool] | Tensor,
+        mask_reader: Callable = read_mask,
+    ):
+        super().__init__([sample.label for sample in samples], transform, annotated)
+        self.samples = samples
+        self.mask_reader = mask_reader
+
+    def layers(self, row: int) -> Tensor:
+        return read_layers(self.samples[row], self.mask_reader)
+
+
+def file_sets(
+    name: str,
+    classes: Sequence[str],
+    parts: dict[str, list[Sample]],
+    common: Common,
+    shares: dict[str, float],
+    mask_reader: Callable = read_mask,
+    check: str = "header",
+    full: bool = True,
+    skipped: Sequence[str] = (),
+) -> DataSets:
+    """DataSets of image files.
+
+    Args:
+        parts: samples of ``train`` and of any of ``validation`` and ``test``.
+        shares: what is taken from every class of ``train`` for a part that is not there.
+        check: how far files are read now, of :data:`CHECKS`.
+        full: whether ``skip_broken`` reads every file to its end.
+        skipped: what the caller has left out already.
+
+    Raises:
+        DataError: broken files (without ``skip_broken``), a class without training images, or an empty part.
+    """
+    parts, skipped = dict(parts), list(skipped)
+    if missing := {part: share for part, share in shares.items() if part not in parts}:
+        train = parts["train"]
+        rows = stratified([sample.label for sample in train], classes, missing, common.seed)
+        parts |= {part: [train[row] for row in chosen] for part, chosen in rows.items()}
+    if common.skip_broken and full:
+        check = "full"
+    for part, samples in parts.items():
+        rows = limited([sample.label for sample in samples], common.limit, common.seed)
+        parts[part] = [samples[row] for row in rows]
+    everything = [sample for samples in parts.values() for sample in samples]
+    good = usable(name, everything, check, common.skip_broken, skipped, mask_reader)
+    if len(good) < len(everything):
+        kept = set(good)
+        parts = {part: [sample for sample in samples if sample in kept] for part, samples in parts.items()}
+    for part, samples in parts.items():
+        if not samples:
+            raise DataError(f"{name}: the {part} split has no image that can be used.")
+    check_classes(classes, [sample.label for sample in parts["train"]], name)
+    for_training, fixed = photo_transforms(common)
+    known = {part: [sample.annotated for sample in samples] for part, samples in parts.items()}
+    seen = visible(known["train"], common.annotated, common.seed)
+    return DataSets(
+        name,
+        tuple(classes),
+        common.size,
+        ImageFiles(parts["train"], for_training, seen, mask_reader),
+        {"validation": ImageFiles(parts["validation"], fixed, known["validation"], mask_reader)},
+        {"test": ImageFiles(parts["test"], fixed, known["test"], mask_reader)},
+        tuple(skipped),
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files under a folder, at any depth, in order; hidden ones left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.relative_to(folder).parts))
+    )
+
+
+def is_hidden(name: str) -> bool:
+    """Files and folders that systems leave beside a user's own."""
+    return name.startswith((".", "__MACOSX"))
+
+
+def read_lines(path: Path, columns: int) -> list[list[str]]:
+    """The lines of a text table, split at white space into at least ``columns``; the last keeps what is left.
+
+    Raises:
+        DataError: the file is missing, or a line has fewer columns.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as text.") from error
+    lines = [line.split(maxsplit=columns - 1) for line in text.splitlines() if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        if len(line) < columns:
+            raise DataError(f"{path}: entry {number} has {len(line)} columns where {columns} are expected.")
+    return lines

@@ -1,0 +1,170 @@
+"""What a training writes into its run folder while it goes on; what lies there is named in sib_lab/runs.py."""
+
+import csv
+import io
+import json
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import runs
+from .config import TrainConfig
+from .runs import RunError, quantiles
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from .train import Trainer
+
+PACKAGES = ("torch", "numpy", "sib-ext", "lightning-fabric", "torchvision", "captum", "torchcam", "timm")
+
+
+class Keeper:
+    """Writes the run folder, in the first process; the others wait and hear of its errors."""
+
+    def __init__(self, folder: Path, config: TrainConfig, fabric: "Fabric"):
+        self.folder, self.config, self.fabric = folder, config, fabric
+        self.saved_at = time.monotonic()
+        self.writer = None  # of TensorBoard
+        self.written = {"epochs": 0, "curves": 0}  # of the history, to TensorBoard
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Notes the start in config.json and brings the curves to where the training stands."""
+        self._first(lambda: self._begin(trainer))
+
+    def checkpoint(self, trainer: "Trainer") -> None:
+        """last.pt, and the curves up to it."""
+        self._first(lambda: self._checkpoint(trainer))
+        self.saved_at = time.monotonic()
+
+    def best(self, trainer: "Trainer") -> None:
+        self._first(lambda: runs.save_state(self.folder / runs.BEST, trainer.best_state()))
+
+    def finish(self, trainer: "Trainer") -> None:
+        """finished.json: the run's end in a few numbers."""
+        self._first(lambda: self._finish(trainer))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint within the epoch is due after ``step`` steps."""
+        by_steps = self.config.save_steps > 0 and step % self.config.save_steps == 0
+        return by_steps or time.monotonic() - self.saved_at > 60 * self.config.save_minutes
+
+    def _begin(self, trainer: "Trainer") -> None:
+        record = {"config": runs.plain(asdict(self.config)), "starts": []}
+        if trainer.step:
+            record["starts"] = runs.read_record(self.folder).get("starts", [])
+        record["starts"].append({"step": trainer.step} | surroundings(self.fabric.device))
+        runs.write_text(self.folder / runs.CONFIG, json.dumps(record, indent=2) + "\n")
+        # Curves are written again from the checkpoint, so that nothing after it appears twice.
+        shutil.rmtree(self.folder / runs.TENSORBOARD, ignore_errors=True)
+        self._write_curves(trainer)
+
+    def _checkpoint(self, trainer: "Trainer") -> None:
+        runs.save_state(self.folder / runs.LAST, trainer.state())
+        self._write_curves(trainer)
+
+    def _finish(self, trainer: "Trainer") -> None:
+        first = f"accuracy_{next(iter(trainer.data.validation))}"
+        best = max(trainer.epochs, key=lambda line: (line[first], line["epoch"]))
+        summary = {"steps": trainer.steps, "selected_by": first, "best": best, "last": trainer.epochs[-1]}
+        summary["seconds_per_step"] = quantiles(trainer.seconds)
+        runs.write_text(self.folder / runs.FINISHED, json.dumps(summary, indent=2) + "\n")
+        if self.writer is not None:
+            self.writer.close()
+
+    def _write_curves(self, trainer: "Trainer") -> None:
+        runs.write_text(self.folder / runs.METRICS, as_csv(trainer.epochs))
+        points = [
+            dict(zip(trainer.curves, values, strict=True)) for values in zip(*trainer.curves.values(), strict=True)
+        ]
+        runs.write_text(self.folder / runs.STEPS, as_csv(points))
+        try:
+            self._write_tensorboard(trainer.epochs, points)
+        except OSError as error:
+            raise RunError(
+                f"{self.folder / runs.TENSORBOARD} cannot be written ({error.strerror or error}): the checkpoint is "
+                "whole; make room there and run the same command again."
+            ) from error
+
+    def _write_tensorboard(self, epochs: list[dict], points: list[dict]) -> None:
+        """What is new since the last call: epochs under ``epoch/``, curves under ``step/``."""
+        if self.writer is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of tensorboard's own imports
+                from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / runs.TENSORBOARD))
+        for kind, group, lines in (("epochs", "epoch", epochs), ("curves", "step", points)):
+            for line in lines[self.written[kind] :]:
+                for name in line.keys() - {"epoch", "step"}:
+                    self.writer.add_scalar(f"{group}/{name}", line[name], int(line["step"]))
+            self.written[kind] = len(lines)
+        self.writer.flush()
+
+    def _first(self, action: Callable[[], None]) -> None:
+        """Does something in the first process; its RunError is raised in all."""
+        error = None
+        if self.fabric.global_rank == 0:
+            try:
+                action()
+            except RunError as problem:
+                error = problem
+        if self.fabric.world_size > 1:
+            error = self.fabric.broadcast(error)
+        if error is not None:
+            raise error
+
+
+def as_csv(lines: list[dict[str, float]]) -> str:
+    """A header and the lines; numbers so that reading them gives the same number back."""
+    text = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return text.getvalue()
+
+
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """When, with what and on what a run was started."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "git_commit": git_commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of this program's source, with ``+changes`` where files differ from it; None outside git."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(here.parent), *arguments]
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    # Installed into an environment that lies in some other repository, the file is not tracked there.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit

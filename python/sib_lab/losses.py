@@ -1,0 +1,388 @@
+"""Every training loss of the workbench behind one call, so that they can be compared.
+
+``criterion(model, x, y, mask, annotated)`` returns a dict of scalars: ``loss`` to descend, and the named parts of it.
+Notation: z = model(x) [B,K]; R = ds/dx [B,C,H,W] the vector-Jacobian product (VJP) of a seed s(z) (sib_ext.seeds); the
+foreground M [B,1,H,W] in [0,1]. A sample without an annotation adds nothing to a term that needs one, and every term
+is a mean over all B samples, so that an annotated sample weighs the same in every batch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sib_ext import SpatialIBLoss
+from sib_ext.seeds import SEEDS, vjp
+
+from .config import TrainConfig
+from .networks import token_grid
+
+#: Weight of each method's main term where none is given.
+STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
+SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
+TINY = 1e-20  # keeps 0/0 at 0
+
+
+class TrainingLoss(nn.Module):
+    """The interface: a module, because a loss may have a state that belongs into checkpoints."""
+
+    def forward(
+        self, model: nn.Module, x: Tensor, y: Tensor, mask: Tensor | None = None, annotated: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The loss and its parts.
+
+        Args:
+            model: images -> logits [B,K].
+            x: images [B,C,H,W].
+            y: class indices [B].
+            mask: foreground [B,1,H,W] in [0,1]; None: no sample has one.
+            annotated: bool [B], which samples' mask counts; None: all.
+
+        Returns:
+            scalars: ``loss`` (differentiable), ``cross_entropy`` and the method's own parts (detached).
+        """
+        raise NotImplementedError
+
+    def advance(self, progress: float) -> None:
+        """Called before every step with the share of the training that is done, in [0,1)."""
+
+
+def make_criterion(config: TrainConfig, layer: str | None = None, area: float | None = None) -> TrainingLoss:
+    """The loss that a config asks for.
+
+    Args:
+        layer: name of the module whose feature map Grad-CAM looks at (energy-loss only).
+        area: mean share of the image that is object, from the training masks (centre-mask only); None: not known.
+
+    Raises:
+        ValueError: a loss option that the method does not have, or one out of range.
+    """
+    options = dict(config.loss_options)
+    try:
+        if config.method == "ce":
+            return CrossEntropy(**options)
+        if config.method in ("sib", "sib-paper", "centre-mask"):
+            return _spatial_ib(config, options, area)
+        strength = STRENGTH[config.method] if config.strength is None else config.strength
+        if config.method == "gradient-penalty":
+            return GradientPenalty(strength, match=config.match, **options)
+        if config.method == "rrr":
+            return RightForTheRightReasons(strength, **options)
+        return EnergyLoss(strength, **({"layer": layer} | options))
+    except TypeError as error:  # an argument that the loss does not have
+        raise ValueError(f"the method {config.method} cannot take the options {options}: {error}") from error
+
+
+def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None) -> TrainingLoss:
+    if config.strength is not None:
+        options["background_weight"] = config.strength
+    paper = config.method == "sib-paper"
+    if config.method == "centre-mask":
+        area = options.pop("centre_area", area)
+        return CentreMask(SpatialIBLoss("balanced", **options), SELF_MADE_AREA if area is None else area)
+    given = config.masks == "given" or (config.masks == "auto" and not paper)
+    return SpatialIB(SpatialIBLoss("paper" if paper else "balanced", **options), given)
+
+
+# ------------------------------------------------------------------------------------------ the losses
+
+
+class CrossEntropy(TrainingLoss):
+    """-mean_b log p_b,y. No VJP is taken."""
+
+    def forward(self, model, x, y, mask=None, annotated=None):
+        loss = F.cross_entropy(model(x), y)
+        return {"loss": loss, "cross_entropy": loss.detach()}
+
+
+class SpatialIB(TrainingLoss):
+    """:class:`sib_ext.SpatialIBLoss`; parts ``background``, ``foreground`` (I values, unweighted), ``vjp_variance``.
+
+    Args:
+        criterion: with all its constants.
+        given: use the given masks where there are any (self-made ones elsewhere); False: self-made ones always.
+    """
+
+    def __init__(self, criterion: SpatialIBLoss, given: bool = True):
+        super().__init__()
+        self.criterion, self.given = criterion, given
+
+    def forward(self, model, x, y, mask=None, annotated=None):
+        if not self.given:
+            mask = annotated = None
+        terms = self._terms(model, _watched(x), y, mask, annotated)
+        parts = {name: getattr(terms, name) for name in ("cross_entropy", "background", "foreground")}
+        if terms.vjp is not None:
+            parts["vjp_variance"] = vjp_variance(terms.vjp)
+        return _result(terms.loss, **parts)
+
+    def _terms(self, model, x, y, mask, annotated):
+        """The one place where S-IB meets the model."""
+        return self.criterion.terms(model(x), y, x, mask, annotated)
+
+
+class CentreMask(SpatialIB):
+    """Control: S-IB whose mask is the same rectangle in the middle of every image, with ``area`` of its pixels.
+
+    What it achieves, the mere prior that objects stand in the middle achieves.
+    """
+
+    def __init__(self, criterion: SpatialIBLoss, area: float):
+        super().__init__(criterion)
+        if not 0 < area < 1:
+            raise ValueError(f"the centre mask's area must lie in (0, 1), got {area}")
+        self.area = area
+
+    def forward(self, model, x, y, mask=None, annotated=None):
+        height, width = x.shape[2:]
+        centre = centre_mask(height, width, self.area).to(x.device).expand(len(x), 1, height, width)
+        return super().forward(model, x, y, centre)
+
+
+class GradientPenalty(TrainingLoss):
+    """Control: CE + strength * mean_b |R_b|^2, without any mask (double backpropagation, Drucker & LeCun 1992).
+
+    |R_b|^2 is the sum over C,H,W: C*H*W times the library's ``energy`` with an empty foreground.
+
+    With ``match`` the term is strength * huber(log(v / target)) instead, v = mean_b Var(R_b), huber(t) = t^2/2 up to 1
+    and |t| - 1/2 beyond: v follows the target from either side (a scale-free loss may well strengthen R). So R
+    becomes as strong as the other loss makes it, but wherever it likes. The targets are the values of ``match``, evenly
+    over training (``vjp_variance`` of every epoch in the metrics.csv of the run to be matched).
+
+    Part ``penalty``: the term, unweighted.
+
+    Args:
+        strength: >= 0; None: 0.1, and with ``match`` 3, at which v kept within 3 % of the target on digits,
+            the first two of six epochs left out.
+        seed: of R; must be that of the run to be matched.
+        match: VJP variances > 0.
+    """
+
+    def __init__(self, strength: float | None = None, seed: str = "target_logit", match: Sequence[float] = ()):
+        super().__init__()
+        if seed not in SEEDS:
+            raise ValueError(f"seed must be one of {', '.join(SEEDS)}, got {seed!r}")
+        if not all(value > 0 and math.isfinite(value) for value in match):
+            raise ValueError(f"match must have finite VJP variances above 0, got {', '.join(map(str, match))}")
+        self.strength = strength if strength is not None else 3.0 if match else 0.1
+        self.seed, self.match, self.progress = seed, tuple(match), 0.0
+
+    def advance(self, progress):
+        self.progress = progress
+
+    def forward(self, model, x, y, mask=None, annotated=None):
+        x = _watched(x)
+        logits = model(x)
+        R = vjp(logits, x, y, self.seed)
+        cross_entropy = F.cross_entropy(logits, y)
+        penalty = self._mismatch(R) if self.match else _energy(R).mean()
+        parts = {"cross_entropy": cross_entropy, "penalty": penalty, "vjp_variance": vjp_variance(R)}
+        return _result(cross_entropy + self.strength * penalty, **parts)
+
+    def _mismatch(self, R: Tensor) -> Tensor:
+        variance = _wide(R).flatten(1).var(1).mean()
+        deviation = torch.log((variance + TINY) / interpolated(self.match, self.progress))
+        return F.smooth_l1_loss(deviation, torch.zeros_like(deviation))
+
+
+class RightForTheRightReasons(TrainingLoss):
+    """CE + strength * mean_b |(1 - M_b) R_b|^2, R the VJP of the label's log-probability.
+
+    Annotated samples only. After Ross, Hughes & Doshi-Velez 2017, whose VJP is that of the sum over all classes'
+    log-probabilities; the label's is what explanations of the label show. Part ``background``: the squared norm,
+    unweighted.
+    """
+
+    def __init__(self, strength: float):
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, model, x, y, mask=None, annotated=None):
+        if mask is None:
+            return _without_annotation(model, x, y)
+        x = _watched(x)
+        logits = model(x)
+        cross_entropy = F.cross_entropy(logits, y)
+        R = vjp(logits, x, y, "target_log_prob")
+        background = _annotated_mean(_energy((1 - mask.to(_wide(R).dtype)) * _wide(R)), annotated)
+        return _result(cross_entropy + self.strength * background, cross_entropy=cross_entropy, background=background)
+
+
+class EnergyLoss(TrainingLoss):
+    """CE + strength * mean_b (1 - EPG_b): the share of the label's explanation outside the given mask, in [0,1].
+
+    After Rao et al. 2023 (Studying How to Efficiently and Effectively Guide Models with Explanations), with this
+    workbench's explanations: ``gradcam``: relu(sum_k alpha_k A_k), alpha_k the mean over the plane of dz_y/dA_k,
+    upsampled bilinearly; ``input_x_gradient``: sum_c |x * dz_y/dx|. Annotated samples only, and of them only those
+    whose explanation is not 0 everywhere. Part ``background``: the share, unweighted.
+
+    Args:
+        strength: >= 0.
+        attribution: ``gradcam`` or ``input_x_gradient``.
+        layer: name of the module whose output is A, for ``gradcam``.
+    """
+
+    ATTRIBUTIONS = ("gradcam", "input_x_gradient")
+
+    def __init__(self, strength: float, attribution: str = "gradcam", layer: str | None = None):
+        super().__init__()
+        if attribution not in self.ATTRIBUTIONS:
+            raise ValueError(f"attribution must be one of {', '.join(self.ATTRIBUTIONS)}, got {attribution!r}")
+        if attribution == "gradcam" and layer is None:
+            raise ValueError("attribution='gradcam' needs the name of a layer: give layer=..., or 'input_x_gradient'")
+        self.strength, self.attribution, self.layer = strength, attribution, layer
+
+    def forward(self, model, x, y, mask=None, annotated=None):
+        if mask is None:
+            return _without_annotation(model, x, y)
+        logits, maps = (self._gradcam if self.attribution == "gradcam" else self._input_x_gradient)(model, x, y)
+        cross_entropy = F.cross_entropy(logits, y)
+        if maps.shape[2:] != mask.shape[2:]:
+            maps = F.interpolate(maps, size=mask.shape[2:], mode="bilinear", align_corners=False)
+        background = _annotated_mean(background_share(maps, mask.to(maps.dtype)), annotated)
+        return _result(cross_entropy + self.strength * background, cross_entropy=cross_entropy, background=background)
+
+    def _gradcam(self, model, x, y):
+        with captured(model, self.layer) as outputs:
+            logits = model(x)
+        (features,) = outputs
+        (gradient,) = torch.autograd.grad(_label_logits(logits, y), features, create_graph=True)
+        A, R = (feature_map(_wide(t)) for t in (features, gradient))
+        return logits, F.relu((R.mean((2, 3), keepdim=True) * A).sum(1, keepdim=True))
+
+    def _input_x_gradient(self, model, x, y):
+        x = _watched(x)
+        logits = model(x)
+        return logits, (_wide(x) * _wide(vjp(logits, x, y, "target_logit"))).abs().sum(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------- pieces
+
+
+def centre_mask(height: int, width: int, area: float) -> Tensor:
+    """[height,width] in [0,1]: a rectangle of the image's shape in its middle, with a mean of exactly ``area``.
+
+    Pixels on its edge count by the share of them that lies inside.
+    """
+
+    def inside(side: int) -> Tensor:
+        half = math.sqrt(area) * side / 2
+        left = torch.arange(side, dtype=torch.float64) - side / 2
+        return (left + 1).clamp(max=half) - left.clamp(min=-half)
+
+    return (inside(height).clamp(min=0)[:, None] * inside(width).clamp(min=0)).float()
+
+
+def background_share(maps: Tensor, mask: Tensor) -> Tensor:
+    """sum(map * (1 - M)) / sum(map) of maps [B,1,H,W] >= 0, per sample [B]; 0, without gradient, for a map of zeros."""
+    total = maps.flatten(1).sum(1)
+    outside = (maps * (1 - mask)).flatten(1).sum(1)
+    return torch.where(total > 0, outside / torch.where(total > 0, total, 1), 0)
+
+
+def vjp_variance(R: Tensor) -> Tensor:
+    """mean_b Var_{c,h,w}(R_b), unbiased, detached: how strong the VJP is, the same for every method."""
+    return _wide(R.detach()).flatten(1).var(1).mean()
+
+
+def interpolated(values: Sequence[float], progress: float) -> float:
+    """The value at ``progress`` in [0,1) of a curve whose i-th of n values is the mean over [i/n, (i+1)/n)."""
+    place = min(max(progress * len(values) - 0.5, 0), len(values) - 1)
+    left = min(int(place), len(values) - 2) if len(values) > 1 else 0
+    right = min(left + 1, len(values) - 1)
+    return values[left] + (place - left) * (values[right] - values[left])
+
+
+@contextmanager
+def captured(model: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """Collects the outputs of a module of the network while it runs; the hook is removed whatever happens.
+
+    Raises:
+        ValueError: the network has no module of that name.
+    """
+    outputs: list[Tensor] = []
+    module = submodule(unwrapped(model), layer)
+    handle = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def submodule(network: nn.Module, layer: str) -> nn.Module:
+    """A module of the network by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return network.get_submodule(layer)
+    except AttributeError as error:
+        raise ValueError(f"the network {type(network).__name__} has no layer {layer!r}") from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of distributed training and mixed precision."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, Forward)):
+        model = model.module
+    return model
+
+
+class Forward(nn.Module):
+    """A network under a precision: the forward pass runs in it, the logits come out in float32.
+
+    Args:
+        module: the network, perhaps wrapped for distributed training.
+        precision: makes a context, e.g. ``fabric.autocast``.
+    """
+
+    def __init__(self, module: nn.Module, precision):
+        super().__init__()
+        self.module, self.precision = module, precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.precision():
+            logits = self.module(x)
+        return _wide(logits)
+
+
+def feature_map(values: Tensor) -> Tensor:
+    """[B,C,h,w] as it is; the tokens [B,N,C] of a vision transformer as the grid that they stand for."""
+    return values if values.dim() == 4 else token_grid(values)
+
+
+def _result(loss: Tensor, **parts: Tensor | None) -> dict[str, Tensor]:
+    return {"loss": loss} | {name: value.detach() for name, value in parts.items() if value is not None}
+
+
+def _without_annotation(model, x, y):
+    cross_entropy = F.cross_entropy(model(x), y)
+    return _result(cross_entropy, cross_entropy=cross_entropy, background=torch.zeros_like(cross_entropy))
+
+
+def _watched(x: Tensor) -> Tensor:
+    """x as a leaf that gradients can be taken to."""
+    return x.detach().requires_grad_()
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: statistics of half-precision tensors are taken wider."""
+    return values.float() if values.dtype in (torch.half, torch.bfloat16) else values
+
+
+def _energy(R: Tensor) -> Tensor:
+    """|R_b|^2 per sample [B]."""
+    return _wide(R).square().flatten(1).sum(1)
+
+
+def _label_logits(logits: Tensor, y: Tensor) -> Tensor:
+    return logits.gather(1, y[:, None]).sum()
+
+
+def _annotated_mean(values: Tensor, annotated: Tensor | None) -> Tensor:
+    """Mean over all samples of values [B] that count only where annotated."""
+    return values.mean() if annotated is None else torch.where(annotated, values, 0).mean()

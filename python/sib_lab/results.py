@@ -1,0 +1,378 @@
+"""What a comparison found: from the numbers stored in its runs to means, intervals, differences, table and files.
+
+Nothing here trains or explains: :func:`collect` reads what ``sib-lab compare`` has stored, so that table and report can
+be written again at any time.
+"""
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from .runs import write_text
+from .statistics import Difference, Estimate, estimate, over_seeds, paired_difference
+
+COMPARISON = "comparison.json"  #: what was asked for, in the comparison's folder
+RESULTS, METRICS, REPORT, GALLERY = "results.json", "metrics.csv", "report.html", "gallery.png"
+RUNS, MEASURED = "runs", "measured"  #: folders: of all runs, and of the stored measurements inside each run
+#: Explanation "method" under which the mean over the six methods stands.
+MEAN = "mean"
+MINUS = "\N{MINUS SIGN}"
+#: Of metrics.csv.
+COLUMNS = ("method", "measure", "mean", "half_width_95", "undefined_images", "difference", "its_half_width_95")
+
+
+#: Training methods -> names for people.
+NAMES = {
+    "ce": "Cross-entropy",
+    "sib": "S-IB",
+    "sib-paper": "Published S-IB",
+    "gradient-penalty": "Gradient penalty",
+    "centre-mask": "Centre mask",
+    "rrr": "Right reasons",
+    "energy-loss": "Energy loss",
+}
+
+
+class ReportError(Exception):
+    """A folder without the stored results that were asked for; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a number is called and read."""
+
+    name: str
+    higher_is_better: bool | None  #: None: neither
+    reading: str  #: one line for people
+
+
+MEASURES = {
+    "accuracy": Measure("Accuracy", True, "the share of test images whose most probable class is the right one."),
+    "worst_group": Measure(
+        "Worst group",
+        True,
+        "the accuracy of the worst group, a group being the images of one class on one background; in a small test set "
+        "groups are small and the worst one is partly bad luck.",
+    ),
+    "epg": Measure(
+        "EPG",
+        True,
+        "energy-based pointing game: the share of a map's sum that lies on the object, between 0 and 1. A map that "
+        "says nothing reaches the object's share of the image, its chance level.",
+    ),
+    "pointing_game": Measure(
+        "Pointing game", True, "the share of images in which the brightest pixel of the map lies on the object."
+    ),
+    "iou": Measure(
+        "IoU",
+        True,
+        "intersection over union of the object and the pixels above t times the map's maximum, for the best t between "
+        "0.15 and 0.95 of each image (the mean best t is in results.json).",
+    ),
+    "ehr": Measure(
+        "EHR",
+        True,
+        "effective heat ratio: the share of the heat that is on the object, averaged while only the map's hottest "
+        "pixels are kept (Zhang et al. 2021).",
+    ),
+    "deletion": Measure(
+        "Deletion",
+        False,
+        "area under the predicted class's probability while the map's hottest pixels are blanked first: low means that "
+        "the map names the pixels that the network needs.",
+    ),
+    "insertion": Measure(
+        "Insertion",
+        True,
+        "area under the predicted class's probability while the map's hottest pixels are revealed first on a blurred "
+        "copy: high means that the map names pixels that suffice.",
+    ),
+    "seconds_per_step": Measure("Seconds a step", False, "the median time of one optimiser step on one batch."),
+}
+
+
+def run_name(method: str, seed: int) -> str:
+    """The folder of a run under ``runs``."""
+    return f"{method}-seed{seed}"
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path) -> dict:
+    """The content of a JSON file.
+
+    Raises:
+        ReportError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReportError(f"There is no comparison in {path.parent}: {path.name} is missing.") from error
+    except (OSError, ValueError) as error:
+        raise ReportError(f"The file {path} cannot be read: {error}.") from error
+
+
+def stored_values(run: Path) -> dict[str, list]:
+    """Every number that a run's measurements hold: key such as ``epg/gradcam`` -> values, one an image (or one in all).
+
+    None stands for an undefined value.
+    """
+    values = {}
+    for path in sorted((run / MEASURED).glob("*.json")):
+        values |= read_json(path)["values"]
+    return values
+
+
+def collect(folder: Path) -> dict:
+    """Everything that results.json holds, from what is stored in ``folder``.
+
+    Raises:
+        ReportError: no comparison there, or none of its runs is measured.
+    """
+    comparison = read_json(folder / COMPARISON)
+    runs, missing = [], []
+    for method in comparison["methods"]:
+        for seed in comparison["seeds"]:
+            run = folder / RUNS / run_name(method, seed)
+            if (run / MEASURED / "training.json").exists():
+                runs.append(_run(run, method, seed, comparison))
+            else:
+                missing.append(run.name)
+    if not runs:
+        raise ReportError(f"None of the runs in {folder} is measured yet: run sib-lab compare --out {folder} first.")
+    methods = {m: name for m, name in comparison["methods"].items() if any(r["method"] == m for r in runs)}
+    interval = "images" if len(comparison["seeds"]) == 1 else "seeds"
+    rows = [summary_row(key, runs, list(methods), interval) for key in _keys(runs, comparison)]
+    chances = [run["chance"] for run in runs if run["chance"] is not None]
+    for run in runs:
+        run["numbers"] = {key: _run_number(values) for key, values in run.pop("values").items()}
+    return comparison | {
+        "methods": methods,
+        "missing": missing,
+        "interval": interval,
+        "chance": sum(chances) / len(chances) if chances else None,
+        "rows": rows,
+        "runs": runs,
+    }
+
+
+def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
+    """One run's part of the results; its ``values`` are still per image."""
+    training = read_json(run / MEASURED / "training.json")
+    values = {key: tensor(of_key) for key, of_key in stored_values(run).items()}
+    six = [f"epg/{explanation}" for explanation in comparison["six"]]
+    if six and all(key in values for key in six):
+        values[f"epg/{MEAN}"] = torch.stack([values[key] for key in six]).mean(0)  # NaN where one of them is
+    return {"name": run.name, "method": method, "seed": seed, "values": values, **training["run"]}
+
+
+def tensor(values: list) -> Tensor:
+    """Stored values as float64 [N]; None is NaN."""
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def _keys(runs: list[dict], comparison: dict) -> list[str]:
+    """The keys of the summary, in the order of the table; IoU's thresholds are in the runs' numbers alone."""
+    present = dict.fromkeys(key for run in runs for key in run["values"] if key.partition("/")[0] in MEASURES)
+    names = [*comparison["data"]["tests"], *comparison["explanations"], MEAN]
+    order = {name: place for place, name in enumerate(names)}
+
+    def place(key: str) -> tuple[int, int]:
+        measure, _, of = key.partition("/")
+        return list(MEASURES).index(measure), order.get(of, 0)
+
+    return sorted(present, key=place)
+
+
+def _run_number(values: Tensor) -> dict:
+    """One run's mean of a measure."""
+    undefined = int(values.isnan().sum())
+    return {"mean": plain(values.nanmean().item()), "count": len(values) - undefined, "undefined": undefined}
+
+
+# ------------------------------------------------------------------------------------------------- summary
+
+
+def summary_row(key: str, runs: list[dict], methods: list[str], interval: str) -> dict:
+    """One line of the table: each method's estimate of ``key`` and its difference to the first method.
+
+    Over seeds, a value is a seed's mean over its images, and differences pair equal seeds; over images (one seed), a
+    value is an image's, and differences pair equal images.
+    """
+    of_method: dict[str, dict[int, Tensor]] = {method: {} for method in methods}
+    for run in runs:
+        if key in run["values"]:
+            of_method[run["method"]][run["seed"]] = run["values"][key]
+    first = of_method[methods[0]]
+    values, differences = {}, {}
+    for method, of_seed in of_method.items():
+        if not of_seed:
+            continue
+        values[method] = as_dict(_estimate(list(of_seed.values()), interval)) | {
+            "undefined": sum(int(v.isnan().sum()) for v in of_seed.values())
+        }
+        pairs = [(of_seed[seed], first[seed]) for seed in of_seed if seed in first]
+        if method != methods[0] and pairs:
+            differences[method] = as_difference(_difference(pairs, interval))
+    return {"key": key, "values": values, "differences": differences}
+
+
+def _estimate(of_seeds: list[Tensor], interval: str) -> Estimate:
+    if interval == "images":
+        return estimate(of_seeds[0])
+    return over_seeds(torch.stack([values.nanmean() for values in of_seeds]))
+
+
+def _difference(pairs: list[tuple[Tensor, Tensor]], interval: str) -> Difference:
+    """Of each pair's first value minus its second."""
+    if interval == "images":
+        return paired_difference(pairs[0][1], pairs[0][0])
+    return paired_difference(*(torch.stack([pair[side].nanmean() for pair in pairs]) for side in (1, 0)))
+
+
+def as_dict(value: Estimate) -> dict:
+    """For JSON: None instead of NaN."""
+    return {"mean": plain(value.mean), "half_width": plain(value.half_width), "count": value.count}
+
+
+def as_difference(value: Difference) -> dict:
+    """A difference for JSON, with whether its interval excludes zero (None: there is no interval)."""
+    return as_dict(value) | {"excludes_zero": value.clear if math.isfinite(value.half_width) else None}
+
+
+def plain(value: float) -> float | None:
+    """None for what JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------------------------- numbers for people
+
+
+def measure_of(key: str) -> Measure:
+    """The measure of a row's key."""
+    return MEASURES[key.partition("/")[0]]
+
+
+def row_name(key: str, explanations: dict[str, str]) -> str:
+    """What a row is called inside its measure's table: the explanation method or the test set."""
+    measure, _, of = key.partition("/")
+    if of == MEAN:
+        return "Mean of the six"
+    if of in explanations:
+        return explanations[of]
+    return MEASURES[measure].name + (f", {of.replace('_', ' ')}" if of not in ("", "test") else "")
+
+
+def number(value: dict | None) -> str:
+    """An estimate for people, e.g. ``0.512 ± 0.049``."""
+    if value is None:
+        return ""
+    if value["mean"] is None:
+        return "undefined"
+    return f"{value['mean']:.3f}" + ("" if value["half_width"] is None else f" ± {value['half_width']:.3f}")
+
+
+def difference(value: dict | None) -> str:
+    """A difference for people, e.g. ``+0.120 ± 0.030``; empty where there is none."""
+    if value is None or value["mean"] is None:
+        return ""
+    interval = "" if value["half_width"] is None else f" ± {value['half_width']:.3f}"
+    return f"{value['mean']:+.3f}{interval}".replace("-", MINUS)
+
+
+def interval_note(results: dict) -> str:
+    """What ± means here."""
+    if results["interval"] == "seeds":
+        seeds = len(results["seeds"])
+        return f"± is the 95 % interval of the mean over {seeds} seeds (Student's t); differences pair equal seeds"
+    return "± is the 95 % interval of the mean over images, of one training each; differences pair equal images"
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def tables(results: dict, width: int = 120) -> list[Table]:
+    """As few tables as fit a terminal of ``width`` characters: values, then differences to the first method."""
+    names = results["methods"]
+    first = next(iter(names))
+    columns = [("values", method, name) for method, name in names.items()]
+    columns += [("differences", m, f"{name}\n{MINUS} {names[first]}") for m, name in names.items() if m != first]
+    found = [_table(results, part) for part in _fitting(results, columns, width)]
+    found[-1].caption = f"{interval_note(results)}. *: the interval of the difference excludes zero."
+    if any(value["undefined"] for row in results["rows"] for value in row["values"].values()):
+        found[-1].caption += " †: without the images where it is undefined."
+    return found
+
+
+def _fitting(results: dict, columns: list[tuple[str, str, str]], width: int) -> list[list[tuple[str, str, str]]]:
+    """The columns, divided so that each part and the column of names fit into ``width``."""
+    around = 3  # of a column: a line and two spaces
+    names = max(len(row_name(row["key"], results["explanations"])) for row in results["rows"]) + around + 1
+    parts: list[list[tuple[str, str, str]]] = [[]]
+    used = names
+    for column in columns:
+        cells = [_cell(row, *column[:2]) for row in results["rows"]]
+        wide = max(map(len, [*cells, *column[2].split("\n")])) + around
+        if parts[-1] and used + wide > width:
+            parts.append([])
+            used = names
+        parts[-1].append(column)
+        used += wide
+    return parts
+
+
+def _table(results: dict, columns: list[tuple[str, str, str]]) -> Table:
+    table = Table(caption_justify="left")
+    table.add_column("")
+    for _, _, name in columns:
+        table.add_column(name, justify="right")
+    section = None
+    for row in results["rows"]:
+        measure, _, of = row["key"].partition("/")
+        if measure != section:
+            table.add_section()
+            if of in results["explanations"]:
+                table.add_row(f"[bold]{MEASURES[measure].name}[/bold]{_chance(measure, results)}")
+        section = measure
+        table.add_row(row_name(row["key"], results["explanations"]), *(_cell(row, *column[:2]) for column in columns))
+    return table
+
+
+def _chance(measure: str, results: dict) -> str:
+    """The level of a map that says nothing, where the measure has one."""
+    return f" (chance {results['chance']:.3f})" if measure == "epg" and results["chance"] is not None else ""
+
+
+def _cell(row: dict, kind: str, method: str) -> str:
+    value = row[kind].get(method)
+    if kind == "values":
+        return number(value) + ("†" if value and value["undefined"] else " ")
+    return difference(value) + ("*" if value and value["excludes_zero"] else " ")
+
+
+def write(results: dict, folder: Path) -> None:
+    """results.json with everything, and metrics.csv with the compared numbers alone, which one seed repeats exactly.
+
+    Raises:
+        RunError: they cannot be written.
+    """
+    write_text(folder / RESULTS, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in results["rows"]:
+        if row["key"] == "seconds_per_step":
+            continue
+        for method, value in row["values"].items():
+            change = row["differences"].get(method, {"mean": None, "half_width": None})
+            numbers = [value["mean"], value["half_width"], value["undefined"], change["mean"], change["half_width"]]
+            writer.writerow([method, row["key"], *numbers])
+    write_text(folder / METRICS, lines.getvalue())

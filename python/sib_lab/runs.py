@@ -1,0 +1,268 @@
+"""Run folders: what a training leaves behind, written so that it is whole at every moment, and opened again.
+
+A run folder holds ``config.json`` (options, versions, git commit), ``metrics.csv`` (a line an epoch), ``steps.csv``
+(curves within epochs), ``tensorboard/``, ``last.pt`` (where to go on), ``best.pt`` (the best network on validation)
+and, at the end, ``finished.json``.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+
+CONFIG, FINISHED = "config.json", "finished.json"
+METRICS, STEPS, TENSORBOARD = "metrics.csv", "steps.csv", "tensorboard"
+LAST, BEST = "last.pt", "best.pt"
+
+
+class RunError(Exception):
+    """Something about a run that the user must decide; the message is one sentence."""
+
+
+class TrainingError(RunError):
+    """A training that cannot start or go on; the message is one sentence."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be resumed; the message is one sentence."""
+
+
+@dataclass
+class Run:
+    """A trained (or partly trained) network with its history."""
+
+    folder: Path
+    config: TrainConfig
+    model: nn.Module  #: on the CPU, in eval mode
+    classes: tuple[str, ...]
+    size: int  #: side of the images it was trained on, px
+    epoch: int  #: how many epochs these weights were trained, whole ones
+    history: list[dict[str, float]]  #: the lines of metrics.csv
+    curves: dict[str, list[float]]  #: the columns of steps.csv: ``step``, and the mean of every loss part up to it
+    seconds_per_step: dict[str, float]  #: without loading data: median, p20, p80 over all steps
+    finished: bool
+    record: dict[str, Any] = field(default_factory=dict)  #: config.json in full: versions, git commit
+
+    def data(self, root: Path | str | None = None):
+        """The data set as it was trained on, see :func:`sib_lab.data.open_data`; ``root``: where it lies now."""
+        return open_config_data(self.config, root)
+
+
+def open_config_data(config: TrainConfig, root: Path | str | None = None):
+    """The data set that a config names; ``root`` replaces the config's.
+
+    Raises:
+        DataError: what is wrong with it.
+    """
+    from .data import open_data
+
+    names = ("size", "seed", "annotated", "agreement", "skip_broken", "augment", "limit")
+    options = {name: getattr(config, name) for name in names} | dict(config.data_options)
+    return open_data(config.data, config.root if root is None else root, **options)
+
+
+def open_run(folder: Path | str, best: bool = True) -> Run:
+    """Opens a run folder, or one checkpoint file in it.
+
+    Args:
+        folder: the folder; or its ``best.pt`` or ``last.pt``, then ``best`` does not matter.
+        best: the weights that were best on validation; False: the latest.
+
+    Raises:
+        RunError: no run there, nothing trained yet, a damaged file, or a network that does not fit its weights.
+    """
+    path = Path(folder)
+    folder, path = (path.parent, path) if path.suffix == ".pt" else (path, path / (BEST if best else LAST))
+    record = read_record(folder)
+    last = load_state(folder / LAST)
+    state = load_state(path) if path != folder / LAST else last
+    config = saved_config(record["config"], folder)
+    model = _network(config, state, path)
+    history = last["history"]
+    return Run(
+        folder=folder,
+        config=config,
+        model=model,
+        classes=tuple(state["classes"]),
+        size=state["size"],
+        epoch=state["epoch"],
+        history=history["epochs"],
+        curves=history["curves"],
+        seconds_per_step=quantiles(history["seconds"]),
+        finished=(folder / FINISHED).exists(),
+        record=record,
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder.
+
+    Raises:
+        RunError: it is not there or cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise RunError(
+            f"There is no run in {folder}: it has no {CONFIG}; train one with `sib-lab train --out {folder}`."
+        )
+    try:
+        record = json.loads(path.read_text())
+        record["config"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read as a run's configuration: train anew into another folder.") from error
+    return record
+
+
+def saved_config(options: Mapping[str, Any], where: Path) -> TrainConfig:
+    """A config from what was saved; options of other versions of this program are named.
+
+    Raises:
+        RunError: options that this version does not know, or values that it refuses.
+    """
+    known = {f.name for f in fields(TrainConfig)}
+    if unknown := sorted(options.keys() - known):
+        raise RunError(f"The run {where} has options that this version does not know: {', '.join(unknown)}.")
+    try:
+        return TrainConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"The run {where} has an option that this version refuses: {error}.") from error
+
+
+def _network(config: TrainConfig, state: Mapping[str, Any], path: Path) -> nn.Module:
+    from .networks import build_network
+
+    try:
+        model = build_network(config.network, len(state["classes"]), state["size"])
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise RunError(
+            f"The weights in {path} do not fit the network {config.network}: they belong to another run or version."
+        ) from error
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------- whole files
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What :func:`save_state` wrote, on the CPU.
+
+    Raises:
+        RunError: no such file, or one that is damaged or of another kind.
+    """
+    if not path.is_file():
+        raise RunError(f"There is no checkpoint {path}: the run has not reached its first one.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "model" not in state or "classes" not in state:
+            raise ValueError("not a checkpoint of this program")
+    except Exception as error:  # torch.load fails in many ways on a damaged file
+        raise RunError(f"The checkpoint {path} is damaged or not one of this program: train anew.") from error
+    return state
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes a checkpoint so that ``path`` is whole at every moment; errors as in :func:`write_whole`."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text so that ``path`` is whole at every moment; errors as in :func:`write_whole`."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_whole(path: Path, write) -> None:
+    """Calls ``write(file)`` on a file beside ``path``, brings it to the disk and renames it.
+
+    Raises:
+        RunError: the disk is full or refuses; what ``path`` was before, it still is.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    file = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as raw:
+            file = _Watched(raw)
+            write(file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch.save answers a failing disk with a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else file and file.error
+        _remove(temporary)
+        if cause is None:
+            raise
+        raise RunError(
+            f"{path} cannot be written ({cause.strerror or cause}): what was saved before is whole; "
+            "make room there and run the same command again."
+        ) from error
+
+
+class _Watched:
+    """A binary file that remembers the first error of a write."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def remove_results(folder: Path) -> None:
+    """Removes what a run left in a folder, for another one to begin there.
+
+    Raises:
+        RunError: the folder refuses.
+    """
+    try:
+        for name in (LAST, BEST, METRICS, STEPS, FINISHED):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename} cannot be written or removed ({error.strerror}): take another folder."
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings a rename to the disk, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass  # it is in nobody's way: the next save writes over it
+
+
+def plain(value: Any) -> Any:
+    """Mappings and sequences as dicts and lists, for JSON and checkpoints."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile; NaN for nothing."""
+    values = torch.tensor(seconds or [float("nan")], dtype=torch.float64)
+    return {name: values.quantile(q).item() for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}

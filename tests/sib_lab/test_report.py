@@ -1,0 +1,322 @@
+import json
+import math
+import re
+from io import StringIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from sib_lab import report, results
+from sib_lab.config import METHODS
+from sib_lab.pictures import COLOURS, colours, map_tile, outline
+
+EXPLANATIONS = {"gradcam": "Grad-CAM", "integrated_gradients": "Integrated Gradients", "vjp": "VJP"}
+SIX = ["gradcam", "integrated_gradients"]
+
+
+def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True, images=40, explanations=EXPLANATIONS):
+    """Writes into ``folder`` what ``sib-lab compare`` would have stored, with made-up numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    comparison = {
+        "methods": {method: results.NAMES.get(method, method) for method in methods},
+        "losses": {method: f"the loss {method}" for method in methods},
+        "seeds": list(seeds),
+        "explanations": explanations,
+        "six": [name for name in explanations if name != "vjp"],
+        "data": {
+            "name": "digits",
+            "classes": [str(label) for label in range(10)],
+            "groups": ["brick", "grass", "gravel"],
+            "tests": {"uncorrelated": images, "matched": images},
+            "explained": "uncorrelated",
+            "images": images,
+            "unannotated": 0,
+            "skipped": [],
+        },
+        "config": {"network": "small_cnn", "epochs": 4, "batch_size": 32},
+        "versions": {"python": "3.12", "torch": "2.11.0"},
+        "machine": {"processor": "made up", "threads": 2},
+        "git_commit": None,
+    }
+    (folder / results.COMPARISON).write_text(json.dumps(comparison))
+    for place, method in enumerate(methods):
+        for seed in seeds:
+            measured = folder / results.RUNS / results.run_name(method, seed) / results.MEASURED
+            measured.mkdir(parents=True)
+            values = {
+                f"accuracy/{name}": (rng.random(images) < level - 0.05 * place).tolist()
+                for name, level in (("uncorrelated", 0.75), ("matched", 0.97))
+            }
+            store(measured / "accuracy.json", values | {"worst_group/uncorrelated": [0.5 - 0.04 * place]})
+            for number, explanation in enumerate(explanations):
+                if not masks:
+                    values = {"deletion": rng.random(images) / 2}
+                else:
+                    values = {
+                        "epg": np.clip(
+                            0.2 + 0.05 * number + (0.1 - 0.03 * number) * place + rng.normal(0, 0.08, images), 0, 1
+                        ),
+                        "pointing_game": rng.random(images) < 0.5 + 0.1 * place,
+                        "iou": np.clip(rng.normal(0.3, 0.05, images), 0, 1),
+                        "deletion": rng.random(images) / 2,
+                    }
+                    values["epg"][: 2 * number] = math.nan
+                of = {f"{m}/{explanation}": [None if np.isnan(v) else float(v) for v in values[m]] for m in values}
+                store(measured / f"{explanation}.json", of)
+            curve = {
+                "Cross-entropy in training": [2 / (1 + e) + 0.1 * place for e in range(4)],
+                "Validation accuracy, matched": [0.5 + 0.1 * e for e in range(4)],
+            }
+            run = {"chance": 0.1 if masks else None, "epochs": 4, "curves": curve}
+            (measured / "training.json").write_text(
+                json.dumps({"run": run, "values": {"seconds_per_step": [0.03 * (1 + 2 * place)]}})
+            )
+        maps = rng.random((2, 20, 20)) ** 4
+        np.savez(
+            folder / results.RUNS / results.run_name(method, seeds[0]) / results.MEASURED / report.MAPS,
+            predicted=[3, 4],
+            probability=[0.9, 0.512],
+            **{explanation: maps for explanation in explanations},
+            **{f"epg_{explanation}": [0.25, math.nan] for explanation in explanations},
+        )
+    square = np.zeros((2, 40, 40))
+    square[:, 10:20, 10:25] = masks
+    np.savez(
+        folder / report.IMAGES,
+        images=rng.random((2, 3, 40, 40)).astype(np.float32) * 2 - 1,
+        masks=square,
+        labels=[3, 5],
+        groups=[1, -1],
+        annotated=[masks, masks],
+    )
+    return folder
+
+
+def store(path, values):
+    path.write_text(json.dumps({"values": values}))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A comparison with its report: folder and results."""
+    folder = stored_comparison(tmp_path_factory.mktemp("report") / "of two")
+    found = results.collect(folder)
+    results.write(found, folder)
+    report.write(found, folder)
+    return folder, found
+
+
+def row(found, key):
+    return next(row for row in found["rows"] if row["key"] == key)
+
+
+def printed(found, width=120):
+    console = Console(file=StringIO(), width=width)
+    for table in results.tables(found, width):
+        console.print(table)
+    return console.file.getvalue()
+
+
+def hand_made(folder, values, interval="seeds"):
+    """A comparison with one measure: method -> seed -> values of the images."""
+    seeds = sorted({seed for of_method in values.values() for seed in of_method})
+    stored_comparison(folder, tuple(values), tuple(seeds), explanations={})
+    for method, of_method in values.items():
+        for seed in seeds:
+            measured = folder / results.RUNS / results.run_name(method, seed) / results.MEASURED
+            for path in measured.glob("*.json"):
+                if path.name != "training.json":
+                    path.unlink()
+            if seed in of_method:
+                store(measured / "accuracy-uncorrelated.json", {"accuracy/uncorrelated": of_method[seed]})
+            else:
+                (measured / "training.json").unlink()
+    return results.collect(folder)
+
+
+# -------------------------------------------------------------------------------------------------- statistics
+
+
+def test_over_seeds_the_mean_is_of_seed_means_with_student_s_t_and_differences_pair_equal_seeds(tmp_path):
+    ce = {0: [0.0, 1.0], 1: [1.0, 1.0], 2: [0.0, 0.0]}  # means 0.5, 1, 0
+    sib = {2: [0.25, 0.25], 0: [0.5, 1.0], 1: [1.0, 1.5]}  # means 0.75, 1.25, 0.25: always 0.25 more
+    found = row(hand_made(tmp_path, {"ce": ce, "sib": sib}), "accuracy/uncorrelated")
+    t = 4.302652729911275  # 97.5 % quantile for 2 degrees of freedom, from a table
+    assert found["values"]["ce"]["mean"] == pytest.approx(0.5)
+    assert found["values"]["ce"]["half_width"] == pytest.approx(t * 0.5 / math.sqrt(3))
+    assert found["differences"]["sib"]["mean"] == pytest.approx(0.25)
+    assert found["differences"]["sib"]["half_width"] == pytest.approx(0, abs=1e-12)
+    assert found["differences"]["sib"]["excludes_zero"] is True
+
+
+def test_with_one_seed_the_interval_is_over_images_and_differences_pair_equal_images(tmp_path):
+    ce, sib = [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]
+    found = row(hand_made(tmp_path, {"ce": {7: ce}, "sib": {7: sib}}), "accuracy/uncorrelated")
+    assert found["values"]["ce"]["mean"] == 0.5 and found["values"]["ce"]["count"] == 4
+    assert found["values"]["ce"]["half_width"] == pytest.approx(1.959963984540054 * math.sqrt(1 / 3) / 2)
+    t = 3.182446305284263  # 3 degrees of freedom
+    assert found["differences"]["sib"]["mean"] == 0.25
+    assert found["differences"]["sib"]["half_width"] == pytest.approx(t * 0.5 / 2)
+    assert found["differences"]["sib"]["excludes_zero"] is False
+
+
+def test_undefined_images_are_counted_and_left_out(tmp_path):
+    found = hand_made(tmp_path, {"ce": {0: [0.2, None, 0.4]}, "sib": {0: [None, None, None]}})
+    values = row(found, "accuracy/uncorrelated")["values"]
+    assert values["ce"]["mean"] == pytest.approx(0.3) and values["ce"]["undefined"] == 1
+    assert values["sib"]["mean"] is None and values["sib"]["undefined"] == 3
+    assert "0.300" in printed(found) and "†" in printed(found) and "undefined" in printed(found)
+
+
+def test_a_seed_that_one_method_has_not_finished_is_named_and_left_out_of_its_pairs(tmp_path):
+    found = hand_made(tmp_path, {"ce": {0: [0.0], 1: [1.0], 2: [1.0]}, "sib": {0: [0.5], 1: [1.0]}})
+    values = row(found, "accuracy/uncorrelated")
+    assert found["missing"] == ["sib-seed2"]
+    assert values["differences"]["sib"]["count"] == 2 and values["differences"]["sib"]["mean"] == pytest.approx(0.25)
+    report.write(found, tmp_path)
+    assert "Not finished: sib-seed2" in (tmp_path / results.REPORT).read_text()
+
+
+def test_the_mean_of_the_six_leaves_the_vjp_out(written):
+    run = written[1]["runs"][0]["numbers"]
+    stored = results.stored_values(written[0] / results.RUNS / "ce-seed0")
+    six = [np.array([np.nan if v is None else v for v in stored[f"epg/{name}"]]) for name in SIX]
+    both = sum(six) / 2
+    assert run["epg/mean"]["mean"] == pytest.approx(np.nanmean(both), abs=1e-12)
+    assert run["epg/mean"]["undefined"] == np.isnan(both).sum()
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_the_table_shows_every_number_and_marks_the_differences_that_exclude_zero(written):
+    text = printed(written[1])
+    for of_row in written[1]["rows"]:
+        for value in of_row["values"].values():
+            assert f"{value['mean']:.3f} ± {value['half_width']:.3f}" in text
+        for change in of_row["differences"].values():
+            shown = f"{change['mean']:+.3f} ± {change['half_width']:.3f}".replace("-", "\N{MINUS SIGN}")
+            assert (f"{shown}*" if change["excludes_zero"] else f"{shown} ") in text
+    assert "over 3 seeds" in text and "EPG (chance 0.100)" in text
+
+
+def test_a_narrow_terminal_gets_several_tables_with_the_same_numbers(written):
+    wide, narrow = printed(written[1]), printed(written[1], width=80)
+    assert narrow.count("Accuracy, matched") > wide.count("Accuracy, matched") == 1
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", narrow)) == set(re.findall(r"\d\.\d{3} ± \d\.\d{3}", wide))
+
+
+def test_metrics_csv_has_a_line_a_method_and_measure_without_times(written):
+    lines = (written[0] / results.METRICS).read_text().splitlines()
+    assert lines[0] == ",".join(results.COLUMNS)
+    assert len(lines) == 1 + 2 * (len(written[1]["rows"]) - 1) and not any("seconds" in line for line in lines)
+
+
+def test_results_json_holds_every_number_of_every_seed(written):
+    stored = json.loads((written[0] / results.RESULTS).read_text())
+    assert stored == json.loads(json.dumps(written[1]))
+    assert [run["name"] for run in stored["runs"]] == [f"{m}-seed{s}" for m in ("ce", "sib") for s in (0, 1, 2)]
+    assert all(f"iou/{name}" in run["numbers"] for run in stored["runs"] for name in EXPLANATIONS)
+
+
+def test_the_report_is_one_file_that_loads_nothing_from_elsewhere(written):
+    html = (written[0] / results.REPORT).read_text()
+    sources = re.findall(r'src="([^"]{0,30})', html)
+    # two images: input, mask and three maps of two networks each; the scatter; two curves
+    assert len(sources) == 2 * (2 + 2 * 3) + 1 + 2
+    assert all(re.match(r"data:image/(png|jpeg|svg\+xml);base64,", source) for source in sources)
+    assert "<link" not in html and "<script" not in html and "url(" not in html and "http" not in html
+
+
+def test_the_report_says_in_words_what_the_numbers_say(written):
+    html = (written[0] / results.REPORT).read_text()
+    found = written[1]
+    verdicts = report.sorted_by_verdict(found, report.measure_rows(found, "epg"), "sib")
+    for of_row in report.measure_rows(found, "epg"):
+        change, name = of_row["differences"]["sib"], results.row_name(of_row["key"], EXPLANATIONS)
+        clear = abs(change["mean"]) > change["half_width"]
+        assert name in verdicts[("more" if change["mean"] > 0 else "less") if clear else "unclear"]
+    assert report.looks_sentence(found, "sib") in html
+    assert "A step with S-IB takes 3.0 times as long as with Cross-entropy." in html
+    assert "over 3 seeds" in html
+
+
+def test_writing_the_report_again_gives_the_same_bytes(written, tmp_path):
+    before = (written[0] / results.REPORT).read_bytes()
+    report.write(results.collect(written[0]), written[0])
+    assert (written[0] / results.REPORT).read_bytes() == before
+
+
+def test_the_gallery_picture_is_small_enough_to_be_shown(written):
+    with Image.open(written[0] / results.GALLERY) as picture:
+        picture.verify()
+    assert (written[0] / results.GALLERY).stat().st_size < 400_000
+
+
+def test_a_data_set_without_masks_gets_a_report_without_the_measures_that_need_them(tmp_path):
+    found = results.collect(stored_comparison(tmp_path, masks=False))
+    report.write(found, tmp_path)
+    html = (tmp_path / results.REPORT).read_text()
+    assert "no object masks" in html and "Deletion" in html and "Pointing game</summary>" not in html
+    assert not any(of_row["key"].startswith("epg") for of_row in found["rows"])
+
+
+@pytest.mark.parametrize("methods", [("ce",), tuple(results.NAMES)])
+def test_one_method_and_seven_methods_have_reports_too(methods, tmp_path):
+    found = results.collect(stored_comparison(tmp_path, methods))
+    report.write(found, tmp_path)
+    html = (tmp_path / results.REPORT).read_text()
+    assert all(results.NAMES[method] in html for method in methods)
+    printed(found)
+
+
+def test_names_from_a_user_s_folders_are_escaped(tmp_path):
+    stored_comparison(tmp_path)
+    comparison = json.loads((tmp_path / results.COMPARISON).read_text())
+    comparison["data"]["classes"][3] = "<script>alert(1)</script>"
+    (tmp_path / results.COMPARISON).write_text(json.dumps(comparison))
+    report.write(results.collect(tmp_path), tmp_path)
+    assert "<script" not in (tmp_path / results.REPORT).read_text()
+
+
+def test_a_folder_without_results_is_one_sentence(tmp_path):
+    with pytest.raises(results.ReportError, match=r"There is no comparison in .*: comparison.json is missing\."):
+        results.collect(tmp_path)
+    (tmp_path / results.COMPARISON).write_text("{")
+    with pytest.raises(results.ReportError, match="cannot be read"):
+        results.collect(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def test_every_training_method_has_a_colour_of_its_own_that_stays():
+    assert list(results.NAMES) == list(METHODS)
+    assert set(COLOURS) == set(results.NAMES) and len(set(COLOURS.values())) == len(COLOURS)
+    assert colours(["rrr", "ce"]) == {"rrr": COLOURS["rrr"], "ce": COLOURS["ce"]}
+    assert len(set(colours(["ce", "mine", "yours"]).values())) == 3
+
+
+def test_the_outline_is_the_object_s_own_edge():
+    inside = np.zeros((5, 6), dtype=bool)
+    inside[1:4, 2:6] = True
+    expected = inside.copy()
+    expected[2, 3:5] = False  # surrounded on all four sides; the picture's edge counts as outside
+    assert (outline(inside) == expected).all()
+
+
+def test_a_map_s_tile_has_its_maximum_brightest_and_the_outline_in_white():
+    import base64
+    import io
+
+    values, mask = np.zeros((20, 20)), np.zeros((40, 40))
+    values[3, 4] = 2.0
+    mask[20:32, 20:32] = 1
+    with Image.open(io.BytesIO(base64.b64decode(map_tile(values, mask).partition(",")[2]))) as picture:
+        shown = np.asarray(picture.convert("RGB")).astype(int)
+    assert shown.shape == (160, 160, 3)  # 20 px enlarged eight times
+    assert shown[3 * 8 + 4, 4 * 8 + 4].sum() > 600 and shown[5, 5].sum() < 20
+    assert (shown[80, 80:128] == 255).all() and shown[100, 100].sum() < 20  # row 10 of 20: the object's upper edge
