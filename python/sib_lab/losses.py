@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sib_ext import SpatialIBLoss
+from sib_ext import SIBStep, SpatialIBLoss
 from sib_ext.seeds import SEEDS, vjp
 
 from .config import TrainConfig
@@ -24,6 +24,8 @@ from .networks import token_grid
 #: Weight of each method's main term where none is given.
 STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
+#: Loss options that are not SpatialIBLoss's but SIBStep's.
+STEP_OPTIONS = ("layers", "layer_weight", "engine", "every", "share", "microbatch", "recompute", "force")
 TINY = 1e-20  # keeps 0/0 at 0
 
 
@@ -80,12 +82,13 @@ def make_criterion(config: TrainConfig, layer: str | None = None, area: float | 
 def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None) -> TrainingLoss:
     if config.strength is not None:
         options["background_weight"] = config.strength
+    of_step = {name: options.pop(name) for name in STEP_OPTIONS if name in options}
     paper = config.method == "sib-paper"
     if config.method == "centre-mask":
         area = options.pop("centre_area", area)
-        return CentreMask(SpatialIBLoss("balanced", **options), SELF_MADE_AREA if area is None else area)
+        return CentreMask(SpatialIBLoss("balanced", **options), SELF_MADE_AREA if area is None else area, **of_step)
     given = config.masks == "given" or (config.masks == "auto" and not paper)
-    return SpatialIB(SpatialIBLoss("paper" if paper else "balanced", **options), given)
+    return SpatialIB(SpatialIBLoss("paper" if paper else "balanced", **options), given, **of_step)
 
 
 # ------------------------------------------------------------------------------------------ the losses
@@ -102,27 +105,49 @@ class CrossEntropy(TrainingLoss):
 class SpatialIB(TrainingLoss):
     """:class:`sib_ext.SpatialIBLoss`; parts ``background``, ``foreground`` (I values, unweighted), ``vjp_variance``.
 
+    Through :class:`sib_ext.SIBStep`; each of its layers adds a part ``background_<layer>``.
+
     Args:
         criterion: with all its constants.
         given: use the given masks where there are any (self-made ones elsewhere); False: self-made ones always.
+        layers: names of modules of the network that get background terms of their own.
+        options: of :class:`sib_ext.SIBStep`: layer_weight, engine, every, share, microbatch, recompute, force.
     """
 
-    def __init__(self, criterion: SpatialIBLoss, given: bool = True):
+    def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] = (), **options):
         super().__init__()
         self.criterion, self.given = criterion, given
+        self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        self.options = options
+        self._step: SIBStep | None = None
+        self._restored: dict = {}
 
     def forward(self, model, x, y, mask=None, annotated=None):
         if not self.given:
             mask = annotated = None
-        terms = self._terms(model, _watched(x), y, mask, annotated)
+        terms = self._step_of(model).terms(x, y, mask, annotated)
         parts = {name: getattr(terms, name) for name in ("cross_entropy", "background", "foreground")}
+        parts |= {f"background_{name}": value for name, value in zip(self.layers, terms.layers.values(), strict=False)}
         if terms.vjp is not None:
             parts["vjp_variance"] = vjp_variance(terms.vjp)
         return _result(terms.loss, **parts)
 
-    def _terms(self, model, x, y, mask, annotated):
-        """The one place where S-IB meets the model."""
-        return self.criterion.terms(model(x), y, x, mask, annotated)
+    def _step_of(self, model: nn.Module) -> SIBStep:
+        """Made with the first batch: the model is not there before."""
+        if self._step is None or self._step.model is not model:
+            network = unwrapped(model)
+            wanted = {submodule(network, layer): layer for layer in self.layers}
+            names = [name for name, module in model.named_modules() if module in wanted]
+            self._step = SIBStep(model, self.criterion, names, **self.options)
+            if self._restored:
+                self._step.load_state_dict(self._restored)
+        return self._step
+
+    def get_extra_state(self) -> dict:
+        return self._restored if self._step is None else self._step.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self._step, self._restored = None, state
 
 
 class CentreMask(SpatialIB):
@@ -131,8 +156,8 @@ class CentreMask(SpatialIB):
     What it achieves, the mere prior that objects stand in the middle achieves.
     """
 
-    def __init__(self, criterion: SpatialIBLoss, area: float):
-        super().__init__(criterion)
+    def __init__(self, criterion: SpatialIBLoss, area: float, **of_step):
+        super().__init__(criterion, **of_step)
         if not 0 < area < 1:
             raise ValueError(f"the centre mask's area must lie in (0, 1), got {area}")
         self.area = area

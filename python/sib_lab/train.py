@@ -353,6 +353,11 @@ def _means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in sums.items()}
 
 
+def _listed(value: Any) -> list:
+    """What an option for one or several names holds."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
 def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
     options, layer, area = config.loss_options, None, None
     if config.method == "energy-loss" and options.get("attribution", "gradcam") == "gradcam":
@@ -361,7 +366,7 @@ def _criterion(config: TrainConfig, data: DataSets, network: nn.Module) -> Train
         area = mean_object_area(data.train)
     try:
         criterion = make_criterion(config, layer, area)
-        if named := options.get("layer"):
+        for named in (*_listed(options.get("layer")), *_listed(options.get("layers"))):
             submodule(network, named)
         return criterion
     except ValueError as error:

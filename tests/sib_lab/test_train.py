@@ -22,7 +22,7 @@ from sib_lab.networks import SmallCNN
 from sib_lab.runs import BEST, CONFIG, FINISHED, LAST, METRICS, STEPS, TENSORBOARD, RunError, open_run
 from sib_lab.train import CheckpointError, Trainer, TrainingError, learning_rate
 
-from sib_ext import SpatialIBLoss
+from sib_ext import SIBStep, SpatialIBLoss
 
 DIGITS = {"train": 72, "validation": 20, "test": 10, "copies": 1}
 SMALL = TrainConfig(
@@ -210,10 +210,15 @@ def test_the_objects_area_is_that_of_the_annotated_masks(data):
 # -------------------------------------------------------------------------------------------- training
 
 
-def plain_loop(data, criterion, options=SMALL):
+def cross_entropy_step(model):
+    return lambda x, y, mask: F.cross_entropy(model(x), y)
+
+
+def plain_loop(data, make_step, options=SMALL):
     """The same training written down as a reader of the README would."""
     torch.manual_seed(options.seed)
     model = SmallCNN()
+    step = make_step(model.train())
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=options.weight_decay)
     steps, done, losses = STEPS_PER_EPOCH * options.epochs, 0, []
     for epoch in range(options.epochs):
@@ -222,8 +227,7 @@ def plain_loop(data, criterion, options=SMALL):
             item = stack(data.train, order[number * 16 : number * 16 + 16].tolist())
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(options, done, steps, STEPS_PER_EPOCH)
-            x = item.image.requires_grad_()
-            loss = criterion(model.train()(x), item.label, x, item.mask)
+            loss = step(item.image, item.label, item.mask)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -234,9 +238,8 @@ def plain_loop(data, criterion, options=SMALL):
 
 @pytest.mark.parametrize("method", ["ce", "sib"])
 def test_training_is_a_plain_training_loop_bit_for_bit(data, tmp_path, method):
-    library = SpatialIBLoss()
-    criterion = library if method == "sib" else lambda logits, y, x, mask: F.cross_entropy(logits, y)
-    model, losses = plain_loop(data, criterion)
+    make_step = cross_entropy_step if method == "ce" else lambda model: SIBStep(model, SpatialIBLoss())
+    model, losses = plain_loop(data, make_step)
     options = replace(SMALL, method=method)
     run(options, tmp_path, data)
     trained = open_run(tmp_path, best=False)
@@ -837,3 +840,22 @@ def test_the_options_module_is_light_to_import():
     code = "import sys, sib_lab.config, sib_lab.train_command; assert 'torch' not in sys.modules"
     subprocess.run([os.sys.executable, "-c", code], check=True)
     assert config.METHODS
+
+
+def test_layers_and_lazy_steps_are_options_of_the_loss_and_survive_a_stop(data, tmp_path, press_ctrl_c):
+    options = replace(SMALL, method="sib", loss_options={"layers": ["block4"], "layer_weight": 0.5, "every": 3})
+    run(options, tmp_path / "whole", data)
+    line = open_run(tmp_path / "whole", best=False).history[0]
+    assert 0 < line["background_block4"] < 1
+
+    press_ctrl_c(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(options, tmp_path / "stopped", data)
+    run(options, tmp_path / "stopped", data)
+    whole, stopped = (open_run(tmp_path / name, best=False) for name in ("whole", "stopped"))
+    assert same_weights(whole.model, stopped.model)
+
+
+def test_a_layer_that_is_not_there_is_named(data, tmp_path):
+    with pytest.raises(TrainingError, match="no layer 'block9'"):
+        run(replace(SMALL, method="sib", loss_options={"layers": ["block9"]}), tmp_path, data)
