@@ -133,18 +133,10 @@ class _BatchNorm(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        if _input_only:
-            grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
-            return grad_x, *[None] * 6
-        if torch.is_grad_enabled():
+        def layer(x, weight, bias):
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
 
-            def layer(x, weight, bias):
-                return F.batch_norm(x, None, None, weight, bias, True, 0.0, ctx.eps)
-
-            return *_plain_derivatives(layer, (x, weight, bias), grad, needed), *[None] * 4
-        return *_norm_backward(grad, x, weight, mean, rstd, ctx.eps, list(needed[:3])), *[None] * 4
+        return *_norm_gradients(ctx, grad, layer), *[None] * 4
 
 
 class _GroupNorm(Function):
@@ -157,18 +149,22 @@ class _GroupNorm(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        if _input_only:
-            grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
-            return grad_x, *[None] * 4
-        if torch.is_grad_enabled():
+        def layer(x, weight, bias):
+            return F.group_norm(x, ctx.groups, weight, bias, ctx.eps)
 
-            def layer(x, weight, bias):
-                return F.group_norm(x, ctx.groups, weight, bias, ctx.eps)
+        return *_norm_gradients(ctx, grad, layer), None, None
 
-            return *_plain_derivatives(layer, (x, weight, bias), grad, needed), None, None
-        return *_norm_backward(grad, x, weight, mean, rstd, ctx.eps, list(needed[:3])), None, None
+
+def _norm_gradients(ctx, grad: Tensor, layer: Callable) -> tuple:
+    """(dx, dweight, dbias) as the pass under way wants them; ``layer`` is PyTorch's own, (x, weight, bias) -> y."""
+    x, weight, bias, mean, rstd = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    if _input_only:
+        grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
+        return grad_x, None, None
+    if torch.is_grad_enabled():
+        return _plain_derivatives(layer, (x, weight, bias), grad, needed)
+    return _norm_backward(grad, x, weight, mean, rstd, ctx.eps, list(needed[:3]))
 
 
 class _NormInputGradient(Function):
