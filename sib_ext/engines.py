@@ -504,12 +504,25 @@ class _Gradients:
         self.sums: list[Tensor | None] = [None] * len(self.parameters)
 
     def add(self, scalar: Tensor, weight: Tensor | float = 1.0) -> None:
-        """Adds ``weight`` times the gradient of ``scalar`` and frees its graph."""
-        grads = torch.autograd.grad(self.step._scaled(scalar), self.parameters, allow_unused=True)
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                grad = self.step._unscaled(grad) * weight
-                self.sums[i] = grad if self.sums[i] is None else self.sums[i].add_(grad)
+        """Adds ``weight`` times the gradient of ``scalar`` and frees its graph.
+
+        Each gradient is added as it comes, so that there is never a second set of all of them.
+        """
+
+        def hook(i: int) -> Callable:
+            def take(grad: Tensor) -> Tensor:
+                part = self.step._unscaled(grad) * weight
+                self.sums[i] = part if self.sums[i] is None else self.sums[i].add_(part)
+                return grad.new_zeros(()).expand_as(grad)
+
+            return take
+
+        handles = [parameter.register_hook(hook(i)) for i, parameter in enumerate(self.parameters)]
+        try:
+            torch.autograd.grad(self.step._scaled(scalar), self.parameters, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def attached_to(self, loss: Tensor) -> Tensor:
         """``loss`` with these gradients behind it."""
@@ -525,4 +538,10 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, None, *(g if g is None else g * grad for g in ctx.gradients)
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward was called twice on a loss of SIBStep, whose gradients are gone: call it again"
+            )
+        # In place and given away, so that they become the parameters' without a copy.
+        gradients, ctx.gradients = [g if g is None else g.mul_(grad) for g in ctx.gradients], None
+        return None, None, *gradients

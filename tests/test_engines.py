@@ -425,6 +425,13 @@ def test_gradients_accumulate_and_scale_as_usual(batch):
         assert error([p.grad for p in model.parameters()], [0.5 * g for g in once]) < 1e-12
 
 
+def test_a_second_backward_says_what_to_do(batch):
+    loss = SIBStep(Network(), SpatialIBLoss(), microbatch=2)(*batch)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward was called twice"):
+        loss.backward()
+
+
 def test_a_training_does_not_grow(batch):
     """The tensors alive after a step are those alive after the steps before."""
     for options in ({}, {"microbatch": 2}, {"engine": "finite_difference"}, {"recompute": ("stem",)}):
