@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from .config import METHODS, TrainConfig
 from .data import SETS, DataError
@@ -104,6 +104,10 @@ def compare_command(
     strength: Annotated[
         list[str] | None, typer.Option(help="Weight of a method's main term, METHOD=VALUE; may be repeated.")
     ] = None,
+    loss_option: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument of a method's loss, METHOD:NAME=VALUE; may be repeated. See sib-lab train."),
+    ] = None,
     masks: Annotated[
         Literal["auto", "given", "self-made"],
         typer.Option(help="S-IB's foreground; auto: given, except for sib-paper."),
@@ -129,13 +133,13 @@ def compare_command(
     with one_sentence(command_line(context, leaving_out="--fresh")):
         from .compare import OF_MASKS, OF_NETWORK, Plan, compare
 
-        given = {name: value for name, value in context.params.items() if value is not None and name != "strength"}
+        own = ("strength", "loss_option")
+        given = {name: value for name, value in context.params.items() if value is not None and name not in own}
         with as_sentence(ValueError):
             names = listed(methods)
-            strengths = strengths_of(strength or [], names)
-            of_method = {name: {"method": name} | strengths.get(name, {}) for name in names}
+            of_method = own_options(names, strength or [], loss_option or [])
             plan = Plan(
-                {name: config_from(preset, data, network, given | own) for name, own in of_method.items()},
+                {name: config_from(preset, data, network, given | of_method[name]) for name in names},
                 tuple(range(first_seed, first_seed + seeds)),
                 OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures)),
                 images,
@@ -268,21 +272,30 @@ def pairs(words: list[str], option: str = "--option", form: str = "NAME=VALUE") 
     return dict(word.split("=", 1) for word in words)
 
 
-def strengths_of(words: list[str], methods: list[str]) -> dict[str, dict[str, float]]:
-    """``sib=3`` -> {sib: {strength: 3.0}}.
+def own_options(methods: list[str], strengths: list[str], loss_options: list[str]) -> dict[str, dict[str, Any]]:
+    """What each method has for itself: METHOD=VALUE and METHOD:NAME=VALUE words, sorted by method.
 
     Raises:
-        DataError, ValueError: no METHOD=VALUE, no number, or a method that is not in ``methods``.
+        DataError, ValueError: another form, no number, or a method that is not in ``methods``.
     """
-    found = {}
-    for method, value in pairs(words, "--strength", "METHOD=VALUE").items():
-        if method not in methods:
-            raise ValueError(f"there is a strength of {method}, which is not compared")
+    found: dict[str, dict[str, Any]] = {method: {"method": method} for method in methods}
+    for method, value in pairs(strengths, "--strength", "METHOD=VALUE").items():
         try:
-            found[method] = {"strength": float(value)}
+            _of(found, method)["strength"] = float(value)
         except ValueError:
-            raise ValueError(f"the strength of {method} must be a number, got {value!r}") from None
+            raise ValueError(f"--strength {method} takes a number, got {value!r}") from None
+    for name, value in pairs(loss_options, "--loss-option", "METHOD:NAME=VALUE").items():
+        method, colon, option = name.partition(":")
+        if not colon:
+            raise ValueError(f"--loss-option takes METHOD:NAME=VALUE, got '{name}={value}'")
+        _of(found, method).setdefault("loss_option", []).append(f"{option}={value}")
     return found
+
+
+def _of(found: dict[str, dict[str, Any]], method: str) -> dict[str, Any]:
+    if method not in found:
+        raise DataError(f"An option was given to {method}, which is not compared.")
+    return found[method]
 
 
 def main() -> None:

@@ -255,7 +255,8 @@ def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     strength = "" if config.strength is None else f"; strength {config.strength:g}"
     if plan.is_matched(method):
         strength = "; it keeps the VJP's variance at that of the S-IB run of the same seed"
-    return METHODS[config.method] + (f"; {told}" if uses else "") + strength
+    options = "".join(f"; {name} = {value}" for name, value in config.loss_options.items())
+    return METHODS[config.method] + (f"; {told}" if uses else "") + strength + options
 
 
 def shared_options(configs: Sequence[TrainConfig]) -> dict:
