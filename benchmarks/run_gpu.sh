@@ -72,6 +72,7 @@ sanitizer() {
 }
 
 if [[ $DEVICE == cuda ]]; then
+  export SIB_EXT_REQUIRE_GPU=1 # tests that cannot run fail
   stage "GPU" 30 nvidia-smi
   stage "build" 150 env SIB_EXT_CUDA=1 "$PYTHON" setup.py build_ext --inplace
 else
@@ -79,7 +80,7 @@ else
 fi
 stage "what runs" 30 "$PYTHON" -m sib_ext.info
 stage "small inputs" 60 "$PYTHON" -m tests.gpu.exercise --device "$DEVICE"
-stage "tests, CUDA kernels" 120 "$PYTHON" -m pytest tests/gpu -k native -q -rs --durations=5 -p no:cacheprovider
+stage "tests, CUDA kernels" 120 "$PYTHON" -m pytest tests/gpu -k native -q -rfEs --tb=short --durations=5 -p no:cacheprovider
 bench=(--device "$DEVICE" --out "$OUT/results")
 if [[ $DEVICE == cpu ]]; then bench+=(--tiny --seconds 0.05); fi
 stage "benchmark of the ops" 150 "$PYTHON" benchmarks/bench_ops.py "${bench[@]}"
@@ -90,12 +91,14 @@ sanitizer racecheck 80
 step=(--device "$DEVICE" --out "$OUT/results")
 if [[ $DEVICE == cpu ]]; then step+=(--tiny); fi
 stage "benchmark of a step" 110 "$PYTHON" benchmarks/bench_step.py "${step[@]}"
-stage "tests, Triton" 120 "$PYTHON" -m pytest tests/gpu -k triton -q -rs --durations=5 -p no:cacheprovider
+stage "tests, engines" 90 "$PYTHON" -m pytest tests/gpu/test_engines_on_a_gpu.py -k 'not native and not triton' -q -rfEs \
+  --tb=short --durations=5 -p no:cacheprovider
+stage "tests, Triton" 120 "$PYTHON" -m pytest tests/gpu -k triton -q -rfEs --tb=short --durations=5 -p no:cacheprovider
 
 printf '\n--- the benchmark\n'
 sed -n '/^forward + backward of both ops/,/^=== memcheck/p' "$LOG" | head -70
 printf '\n--- what failed in the tests and checks\n'
-grep -E '^(FAILED|ERROR) |^E  |========= (ERROR|RACECHECK|Invalid)|RuntimeError' "$LOG" | cut -c1-300 | head -60
+grep -E '^(FAILED|ERROR)[ :]|^RuntimeError|^========= (ERROR|RACECHECK|Invalid|Error|Race)' "$LOG" | cut -c1-250 | head -60
 printf '\n--- summary (%d s; everything in %s)\n' "$SECONDS" "$OUT"
 cat "$SUMMARY"
 exit $failed

@@ -263,7 +263,7 @@ def precisions():
             yield pytest.param(sample, dtype, True, id=f"{name}-tensor cores")
 
 
-@pytest.mark.parametrize(("sample", "dtype", "tensor_cores"), precisions())
+@pytest.mark.parametrize(("sample", "dtype", "tensor_cores"), list(precisions()))
 def test_errors_of_statistics_are_at_most_those_of_the_formula_in_the_same_dtype(sample, dtype, tensor_cores, emulated):
     emulated.tensor_cores = tensor_cores
     fields = sample.fields(dtype)

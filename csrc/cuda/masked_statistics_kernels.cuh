@@ -43,6 +43,17 @@ __device__ Four<Accumulate<S>> load_four(const S* at) {
   return wide;
 }
 
+// In pieces of 16 bytes (of 8 for half types). __stcg, because the compiler parts an ordinary store into four.
+template <class S>
+__device__ void store_four(const Four<S>& values, S* at) {
+  using Piece = std::conditional_t<sizeof(Four<S>) == sizeof(uint2), uint2, uint4>;
+  constexpr int kPieces = sizeof(Four<S>) / sizeof(Piece);
+  Piece pieces[kPieces];
+  memcpy(pieces, &values, sizeof values);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) __stcg(reinterpret_cast<Piece*>(at) + i, pieces[i]);
+}
+
 // Four pixels from p on, stride apart; zero where there are no more.
 template <class S>
 __device__ Four<Accumulate<S>> load_pixels(const S* line, int64_t stride, int64_t p, int64_t pixels, bool vector) {
@@ -61,7 +72,7 @@ __device__ void store_pixels(const Four<Accumulate<S>>& values, S* line, int64_t
     Four<S> narrowed;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) narrowed.v[i] = narrow<S>(values.v[i]);
-    *reinterpret_cast<Four<S>*>(line + p) = narrowed;
+    store_four(narrowed, line + p);
     return;
   }
 #pragma unroll

@@ -30,7 +30,14 @@
 #define __host__
 #define __launch_bounds__(...)
 
-// --------------------------------------------------------------------------------------------- half types
+// --------------------------------------------------------------------------------------------- value types
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 struct __half {
   uint16_t bits;
@@ -321,6 +328,12 @@ T __shfl_up_sync(unsigned, T value, int offset) {
 template <class T>
 T __shfl_sync(unsigned, T value, int source) {
   return emulation::from_words<T>(emulation::exchange(value, 4)[source % emulation::kWarpSize]);
+}
+
+template <class T>
+void __stcg(T* at, T value) {
+  if (reinterpret_cast<uintptr_t>(at) % alignof(T) != 0) emulation::stop("a store that is not aligned");
+  *at = value;
 }
 
 inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
