@@ -285,7 +285,8 @@ class SIBStep:
     def _compiled_vjps(self, batch: "Batch") -> "VJPs":
         model = unwrapped(self.model)
         if self._compiled is None:
-            self._compiled = torch.compile(_functional_vjps(model, self.criterion.seed), fullgraph=True)
+            # A graph for each shape: with sizes left open the derivative of the derivative does not trace.
+            self._compiled = torch.compile(_functional_vjps(model, self.criterion.seed), fullgraph=True, dynamic=False)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         logits, of_x, new_buffers = self._compiled(parameters, buffers, batch.x, batch.target)
         self.criterion.check_inputs(logits, batch.target, batch.x)

@@ -505,6 +505,17 @@ def test_a_compiled_model_is_trained_all_the_same(options, batch, eager_compile)
     assert error(gradients(model, loss), truths) < (1e-5 if "engine" in options else 1e-11)
 
 
+def test_a_smaller_last_batch_is_compiled_for_itself(batch, eager_compile):
+    model, criterion = Network().double(), SpatialIBLoss()
+    x, y, mask = batch[0].double(), *batch[1:]
+    step = SIBStep(model, criterion, engine="compiled")
+    for size in (IMAGES, 4, 3, IMAGES):
+        loss = step(x[:size], y[:size], mask[:size])
+        exact = SIBStep(copy.deepcopy(model), criterion)(x[:size], y[:size], mask[:size])
+        assert_near(loss, exact, 1e-12)
+        loss.backward()
+
+
 def test_a_model_compiled_in_place_is_refused_with_the_way_out():
     model = Network()
     model.compile(backend="aot_eager")
