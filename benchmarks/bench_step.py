@@ -117,7 +117,7 @@ def prepared(arguments, name: str) -> tuple[dict, nn.Module]:
     found = steps(model, name, arguments.compiled)
     part = max(2, arguments.batch // 4)
     found["microbatch"] = SIBStep(model, SpatialIBLoss(), microbatch=part)
-    wanted = arguments.engines.split(",") if arguments.engines else list(found)
+    wanted = arguments.engines.split(";") if arguments.engines else list(found)
     return {engine: step for engine, step in found.items() if engine in wanted}, model
 
 
@@ -275,7 +275,7 @@ def plot(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", help=f"of {', '.join(NETWORKS)} (default: all; on a GPU {', '.join(ON_A_GPU)})")
-    parser.add_argument("--engines", default="", help="comma-separated; all by default")
+    parser.add_argument("--engines", default="", help="separated by semicolons; all by default")
     parser.add_argument("--batch", type=int, help="images (default: 8; on a GPU 128)")
     parser.add_argument("--size", type=int, default=224, help="side of the images, px")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
