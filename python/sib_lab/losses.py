@@ -7,6 +7,7 @@ is a mean over all B samples, so that an annotated sample weighs the same in eve
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +30,10 @@ STEP_OPTIONS = ("layers", "layer_weight", "engine", "every", "share", "microbatc
 TINY = 1e-20  # keeps 0/0 at 0
 
 
-class TrainingLoss(nn.Module):
+class TrainingLoss(nn.Module, ABC):
     """The interface: a module, because a loss may have a state that belongs into checkpoints."""
 
+    @abstractmethod
     def forward(
         self, model: nn.Module, x: Tensor, y: Tensor, mask: Tensor | None = None, annotated: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -47,7 +49,6 @@ class TrainingLoss(nn.Module):
         Returns:
             scalars: ``loss`` (differentiable), ``cross_entropy`` and the method's own parts (detached).
         """
-        raise NotImplementedError
 
     def advance(self, progress: float) -> None:
         """Called before every step with the share of the training that is done, in [0,1)."""

@@ -81,12 +81,12 @@ class Emulation:
     """The ops with the signatures of the registered ones."""
 
     def __init__(self, library: Path):
-        self.library = ctypes.CDLL(os.fspath(library))
+        self.kernels = ctypes.CDLL(os.fspath(library))
         self.shared_bytes = HOPPER
         self.tensor_cores = True
 
     def set_order(self, name: str) -> None:
-        self.library.set_order(ORDERS[name])
+        self.kernels.set_order(ORDERS[name])
 
     def _mask_arguments(self, vjp, window, temperature, slope, eps, padding, area) -> _Mask:
         layout = (channels_last(vjp), window // 2, padding == "zeros", self.shared_bytes)
@@ -99,7 +99,7 @@ class Emulation:
         size = reference.support_size(height * width, options[1])
         support = poisoned(torch.empty(batch, 4, size, dtype=torch.int64))
         arguments = self._mask_arguments(vjp, *options)
-        self.library.density_mask(ctypes.byref(arguments), pointer(vjp), pointer(mask), pointer(support))
+        self.kernels.density_mask(ctypes.byref(arguments), pointer(vjp), pointer(mask), pointer(support))
         return mask, support
 
     def density_mask_backward(self, grad_mask, vjp, mask, support, *options) -> Tensor:
@@ -107,7 +107,7 @@ class Emulation:
         grad = poisoned(dispatch.empty_field(vjp))
         arguments = self._mask_arguments(vjp, *options)
         tensors = (grad_mask.contiguous(), vjp, mask.contiguous(), support.contiguous(), grad)
-        self.library.density_mask_backward(ctypes.byref(arguments), *map(pointer, tensors))
+        self.kernels.density_mask_backward(ctypes.byref(arguments), *map(pointer, tensors))
         return grad
 
     def _statistics_arguments(self, vjp, x) -> _Statistics:
@@ -122,7 +122,7 @@ class Emulation:
         moments = poisoned(torch.empty(batch, 7, dtype=mask.dtype))
         grams = [poisoned(torch.empty(batch, batch, dtype=mask.dtype)) if g else None for g in (gram_vjp, gram_input)]
         tensors = (vjp, x, mask, moments, *grams)
-        self.library.masked_statistics(ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, tensors))
+        self.kernels.masked_statistics(ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, tensors))
         return moments, *grams
 
     def masked_statistics_backward(self, grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x=True):
@@ -131,7 +131,7 @@ class Emulation:
         grads = [poisoned(dispatch.empty_field(t)) for t in (vjp, x)]
         grad_mask = poisoned(torch.empty_like(mask))
         outputs = (grads[0], grads[1] if need_x else None, grad_mask)
-        self.library.masked_statistics_backward(
+        self.kernels.masked_statistics_backward(
             ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, (*cotangents, vjp, x, mask, *outputs))
         )
         return outputs
@@ -142,5 +142,5 @@ class Emulation:
         sizes = (batch, channels, mean.shape[-1], x[0, 0].numel(), mean.dim() == 1)
         outputs = [poisoned(torch.empty_like(t)) for t in (x, x, mean.new_empty(channels))]
         tensors = (v, g, x, mean.contiguous(), rstd.contiguous(), weight, *outputs)
-        self.library.norm_double_backward(ctypes.byref(_Norm(TYPES[x.dtype], *sizes)), *map(pointer, tensors))
+        self.kernels.norm_double_backward(ctypes.byref(_Norm(TYPES[x.dtype], *sizes)), *map(pointer, tensors))
         return tuple(outputs)

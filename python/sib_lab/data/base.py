@@ -1,6 +1,7 @@
 """What every data set is made of: items, their transforms and the splits."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,7 +51,7 @@ class Common:
     limit: int | None = None
 
 
-class ItemDataset(Dataset):
+class ItemDataset(Dataset, ABC):
     """Images with masks. Item i is the same whichever worker makes it, except for augmentation, which also takes
     the epoch (see :meth:`set_epoch`).
 
@@ -73,9 +74,9 @@ class ItemDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def layers(self, row: int) -> Tensor:
         """Red, green, blue and mask, [4,H,W]: uint8 in 0..255 or float32 in [0,1]."""
-        raise NotImplementedError
 
     def __getitem__(self, row: int) -> Item:
         row = int(row)
