@@ -38,6 +38,11 @@ def input_gradients_only() -> Iterator[None]:
         _input_only = before
 
 
+def _from_parameters_alone(*tensors: Tensor | None) -> bool:
+    """Whether a layer's weights are leaves: computed weights may come from x, and a VJP must follow them there."""
+    return all(t is None or t.is_leaf or not t.requires_grad for t in tensors)
+
+
 def _plain_derivatives(layer: Callable, tensors: tuple, grad: Tensor, needed: tuple[bool, ...]) -> tuple:
     """Any other pass that will be differentiated again: PyTorch's own rule, whatever it costs."""
     return dispatch.partial_derivatives(layer, tensors, grad, needed[: len(tensors)])
@@ -96,7 +101,8 @@ class _ConvolutionInputGradient(Function):
 
 
 def _convolution(convolve: Callable, dims: int, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if isinstance(padding, str) or x.dim() != dims + 2 or x.is_complex():
+    plain = isinstance(padding, str) or x.dim() != dims + 2 or x.is_complex()
+    if plain or not _from_parameters_alone(weight, bias):
         return convolve(x, weight, bias, stride, padding, dilation, groups)
     geometry = (*([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation)), groups)
     geometry = tuple(v * dims if isinstance(v, list) and len(v) == 1 else v for v in geometry)
@@ -202,16 +208,16 @@ def _norm_backward(grad, x, weight, mean, rstd, eps, wanted):
 
 
 def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if not training:
+    refused = x.dim() < 2 or x.numel() <= x.shape[1]  # torch's own error
+    if not training or refused or not _from_parameters_alone(weight, bias):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    if x.numel() // x.shape[1] == 1:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)  # torch's own error
     return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
 
 
 def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
-    if x.dim() < 2 or x.shape[1] % num_groups:
-        return F.group_norm(x, num_groups, weight, bias, eps)  # torch's own error
+    refused = x.dim() < 2 or x.shape[1] % num_groups  # torch's own error
+    if refused or not _from_parameters_alone(weight, bias):
+        return F.group_norm(x, num_groups, weight, bias, eps)
     if _autocast_enabled(x):
         x, weight, bias = (t if t is None else t.float() for t in (x, weight, bias))  # as autocast does on a GPU
     with dispatch.without_autocast(x.device.type):

@@ -98,6 +98,35 @@ def test_gradcheck_of_the_vjp(layer_and_x):
         assert torch.autograd.gradgradcheck(function, inputs, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["conv", "batch norm", "group norm"])
+def test_a_vjp_follows_weights_that_are_computed_from_x(kind):
+    """Dynamic convolutions and conditional normalisation: R has a path through the weights, too."""
+    F = nn.functional
+    mixing = torch.randn(4, 4 * 4 * 9 if kind == "conv" else 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def model():
+        weight = (x.mean((0, 2, 3)) @ mixing).tanh()
+        if kind == "conv":
+            return F.conv2d(x, weight.view(4, 4, 3, 3))
+        if kind == "batch norm":
+            return F.batch_norm(x, None, None, weight, weight, True)
+        return F.group_norm(x, 2, weight, weight)
+
+    found = []
+    for fused in (True, False):
+        if fused:
+            with fused_double_backward():
+                y = model()
+        else:
+            y = model()
+        with input_gradients_only():
+            (R,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        found.append((R, *torch.autograd.grad((R**3).sum(), (x, mixing))))
+    for value, truth in zip(*found, strict=True):
+        assert_near(value, truth, 1e-12)
+
+
 def network():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False),
