@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+# Of the evidence: the folder with the pictures, and how large it is.
+DATA ?= ../shared/data
+SCALE ?= auto
 # The Triton kernels without a GPU, in Triton's interpreter: only where triton is chosen, as the rest has run already.
 # (The golden vectors take it a minute each: in test-all.)
 INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/test_norm_double_backward.py -k triton
 
-.PHONY: help demo test test-all bench lint format sdist clean
+.PHONY: help demo evidence test test-all bench lint format sdist clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +33,9 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 
 demo: $(VENV)/.installed ## train with and without S-IB on digits on textures; pictures and report in runs/demo
 	$(BIN)/sib-lab demo $(ARGS)
+
+evidence: $(VENV)/.installed ## S-IB against its controls on the pictures in DATA; SCALE=small, cpu or gpu; goes on where it was
+	$(BIN)/sib-lab evidence $(DATA) --scale $(SCALE) --out runs/evidence-$(SCALE) $(ARGS)
 
 test: $(VENV)/.installed ## the tests
 	OMP_WAIT_POLICY=PASSIVE SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)

@@ -3,6 +3,7 @@
 from . import functional
 from .engines import SIBStep
 from .fused_layers import fused_double_backward
+from .guard import CollapseWarning
 from .loss import SIBTerms, SpatialIBLoss
 from .ops import MaskedStatistics, density_mask, masked_statistics, use_impl
 from .preflight import DoubleBackwardReport, Finding, check_double_backward, has_kinks
@@ -10,6 +11,7 @@ from .preflight import DoubleBackwardReport, Finding, check_double_backward, has
 __version__ = "0.1.0"
 
 __all__ = [
+    "CollapseWarning",
     "DoubleBackwardReport",
     "Finding",
     "MaskedStatistics",

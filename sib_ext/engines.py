@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, seeds
-from .checks import check_choice, check_positive, describe
+from .checks import check_choice, describe
 from .fused_layers import fused_double_backward
 from .kinks import has_kinks
+from .layers import class_activation_of, last_feature_map
 from .loss import Information, SIBTerms, SpatialIBLoss
-from .passes import Noise, captured, frozen_statistics, layer_field, recomputed, without_ddp
+from .passes import Noise, captured, frozen_statistics, recomputed, without_ddp
 from .twin import is_compiled, unwrapped
 
 ENGINES = ("auto", "double_backward", "compiled", "finite_difference")
@@ -46,9 +47,9 @@ class SIBStep:
         model: images [B,C,H,W] -> logits [B,K]; may be wrapped in DDP, FSDP2 or ``torch.compile``.
         criterion: a :class:`sib_ext.SpatialIBLoss`.
         layers: names of modules (``model.named_modules()``) whose output, a feature map [B,C,h,w] or tokens [B,T,D] of
-            a square grid (with or without a class token), gets a background term of its own, on A*R_A summed over
-            channels: what class-activation maps show. Needs ``background_weight > 0``.
-        layer_weight: of each of those terms, times the criterion's ``background_weight``; > 0.
+            a square grid (with or without a class token), gets a background term of its own, on its class activation
+            (:func:`sib_ext.functional.class_activation`). ``"auto"``: the last feature map, found in the first step, if
+            the criterion has terms for layers (``layer_weight``), else none.
         engine: ``"auto"``, ``"double_backward"``, ``"compiled"`` or ``"finite_difference"``, see docs/engines.md.
         every: S-IB terms in every k-th step only, k times as strong (lazy regularisation; the first step has them).
         share: the part of each batch, drawn at random, that gets S-IB terms, in (0,1]; the rest is a plain forward
@@ -62,6 +63,7 @@ class SIBStep:
 
     Attributes:
         engine, info: which engine runs, and why.
+        layers: the names; those of ``"auto"`` are known after the first step.
         error: of ``"finite_difference"``, NaN before its first step: by how much a difference of s misses a
             derivative of s that is known, at the step h in use.
 
@@ -73,9 +75,8 @@ class SIBStep:
         self,
         model: nn.Module,
         criterion: SpatialIBLoss,
-        layers: Sequence[str] = (),
+        layers: Sequence[str] | str = "auto",
         *,
-        layer_weight: float = 1.0,
         engine: str = "auto",
         every: int = 1,
         share: float = 1.0,
@@ -85,7 +86,8 @@ class SIBStep:
         force: bool = False,
     ):
         self.model, self.criterion = model, criterion
-        self.layers, self.layer_weight = tuple(layers), layer_weight
+        self.layers = () if layers == "auto" else tuple(layers)
+        self._finds_layers = layers == "auto" and getattr(criterion, "has_layer_terms", False)
         self.every, self.share, self.microbatch = every, share, microbatch
         self.recompute, self.scaler, self.force = tuple(recompute), scaler, force
         self._check_options(engine)
@@ -107,9 +109,12 @@ class SIBStep:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share <= 1:
             raise ValueError(f"share must be a number in (0,1], got {self.share!r}")
-        check_positive("layer_weight", self.layer_weight)
-        if self.layers and self.criterion.background_weight == 0:
-            raise ValueError("layers have background terms only, and background_weight is 0: leave layers out")
+        if self.layers and not self.criterion.has_layer_terms:
+            raise ValueError(
+                "layers were given, but the criterion has no term for them (background_weight="
+                f"{self.criterion.background_weight:g}, layer_weight={self.criterion.layer_weight:g}): "
+                "give both weights, or leave layers out"
+            )
         names = [name for name, _ in unwrapped(self.model).named_modules() if name]
         for argument in ("layers", "recompute"):
             for name in getattr(self, argument):
@@ -128,13 +133,16 @@ class SIBStep:
 
     def _knobs(self) -> str:
         """The argument in use that ``compiled`` cannot serve."""
+        if self._finds_layers:
+            return "layers"
         return next((n for n in ("layers", "microbatch", "recompute", "scaler") if getattr(self, n)), "")
 
     def _check_combinations(self) -> None:
         if self.microbatch and self.criterion.process_group is not None:
             raise ValueError("microbatch does not go together with the criterion's process_group: leave one out")
         if self.engine == "compiled" and self._knobs():
-            raise ValueError(f"engine='compiled' takes no {self._knobs()}: use engine='double_backward'")
+            without = " (give layers=() for none)" if self._finds_layers else ""
+            raise ValueError(f"engine='compiled' takes no {self._knobs()}{without}: use engine='double_backward'")
         if self._two_phases and any(hasattr(m, "set_reshard_after_backward") for m in self.model.modules()):
             raise ValueError(
                 "engine='finite_difference' and microbatch take parameter gradients by autograd.grad, which FSDP2 does "
@@ -151,7 +159,7 @@ class SIBStep:
                 )
         if self.engine != "finite_difference":
             return
-        if is_compiled(plain) and self.layers:
+        if is_compiled(plain) and (self.layers or self._finds_layers):
             raise ValueError("layers are found by hooks, which a compiled model does not run: pass the model itself")
         self._refuse_kinks()
 
@@ -207,6 +215,9 @@ class SIBStep:
         batch, rest = Batch(x.detach(), target, given, annotated), None
         due = self.criterion.has_terms and self.steps % self.every == 0
         self.steps += 1
+        if due and self._finds_layers:
+            name = last_feature_map(unwrapped(self.model), batch.x)
+            self.layers, self._finds_layers = (name,) if name else (), False
         if not due:
             cross_entropy = self._cross_entropy(self._logits(batch), batch)
             return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
@@ -233,14 +244,12 @@ class SIBStep:
         logits = found.logits
         if rest is not None:
             logits, batch = torch.cat([logits, self._logits(rest)]), batch.with_images_of(rest)
-        return information.terms(self._cross_entropy(logits, batch), self.every)
+        return self.criterion.together(information, self._cross_entropy(logits, batch), self.every)
 
     def _information(self, found: "VJPs", batch: "Batch", joined: distributed.JoinedBatch) -> Information:
-        fields = map(layer_field, self.layers, found.features, found.of_features)
+        fields = map(class_activation_of, self.layers, found.features, found.of_features)
         layers = dict(zip(self.layers, fields, strict=True))
-        return self.criterion.information(
-            found.of_x, batch.x, batch.given, batch.annotated, joined, layers, self.layer_weight
-        )
+        return self.criterion.information(found.of_x, batch.x, batch.given, batch.annotated, joined, layers)
 
     def _forward(self, batch: "Batch", x: Tensor, shifts=None, twice: bool = False, inner: bool = False):
         """Logits and feature maps; ``twice``: to be differentiated twice; ``inner``: not through DDP's own forward."""
@@ -324,7 +333,7 @@ class SIBStep:
             cross_entropy = cross_entropy * (self._norm(rest) / norm).to(cross_entropy)
             gradients.add(cross_entropy)
             total += cross_entropy.detach()
-        terms = information.terms(joined.over_ranks(total), self.every)
+        terms = self.criterion.together(information, joined.over_ranks(total), self.every)
         terms = SIBTerms(*(t.detach() if isinstance(t, Tensor) else t for t in terms[:-1]), terms.layers)
         return terms._replace(loss=gradients.attached_to(terms.loss))
 
@@ -358,7 +367,7 @@ class SIBStep:
             shifts = [(h * d).to(v.dtype) for d, v in zip(directions, values, strict=True)]
             with noise.again(), frozen_statistics(self.model):
                 logits, _ = self._forward(part, part.x + shifts[0], shifts[1:], inner=True)
-            return seeds.scalar(logits, part.target, self.criterion.seed)
+                return seeds.scalar(logits, part.target, self.criterion.seed)
 
         directions = (u.of_x, *u.of_features)
         h = _unit(directions, values)

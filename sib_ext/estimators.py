@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_positive, describe
+from .reference import widen
 
 # The smallest denominator: keeps 0/0 at 0 and lies far under any VJP energy that float32 can tell from nothing.
 TINY = 1e-20
@@ -36,6 +37,14 @@ def background_energy(moments: Tensor, count: int) -> Tensor:
 def background_energy_ratio(moments: Tensor, count: int) -> Tensor:
     """S_cc / (S_aa + S_cc): the background's share of the VJP energy; in [0,1], free of scale."""
     return moments[:, 6] / (moments[:, 2] + moments[:, 6] + TINY)
+
+
+def background_magnitude_ratio(moments: Tensor, count: int) -> Tensor:
+    """S_c / (S_a + S_c) of a field >= 0: the background's share of its sum; in [0,1], free of scale.
+
+    For :func:`magnitude` of R: 1 - EPG, the energy-based pointing game (Wang et al. 2020), of the VJP's map.
+    """
+    return moments[:, 5] / (moments[:, 0] + moments[:, 5] + TINY)
 
 
 def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> Tensor:
@@ -130,8 +139,11 @@ BACKGROUND = {
     "variance": background_variance,
     "energy": background_energy,
     "energy_ratio": background_energy_ratio,
+    "magnitude_ratio": background_magnitude_ratio,
     "gaussian": background_gaussian,
 }
+#: Background estimators whose moments are those of a field >= 0.
+OF_MAGNITUDES = ("magnitude_ratio",)
 FOREGROUND = {
     "hsic": foreground_hsic,
     "hsic_unbiased": foreground_hsic_unbiased,
@@ -140,14 +152,26 @@ FOREGROUND = {
 }
 
 
-def layer_contribution(features: Tensor, vjp: Tensor) -> Tensor:
-    """sum_c A*R_A [B,1,H,W]: what class-activation maps show of a feature map A with VJP R_A.
+# ------------------------------------------------------------------------------------------------ fields
 
-    Plays the part of R for that layer; A itself plays x.
+
+def magnitude(vjp: Tensor) -> Tensor:
+    """sum_c |R| [B,1,H,W], in float32 or wider: the map that gradient explanations show."""
+    return widen(vjp).abs().sum(1, keepdim=True)
+
+
+def class_activation(features: Tensor, vjp: Tensor) -> Tensor:
+    """sum_k |w_k A_k| [B,1,h,w], w_k the mean of R_A,k over h,w: what class-activation maps show of a feature map A.
+
+    Grad-CAM (Selvaraju et al. 2017) is relu(sum_k w_k A_k): channels for and against a class cancel there, and a loss
+    on it can move that map alone. Of the magnitudes Grad-CAM, Grad-CAM++ and LayerCAM are all made.
+
+    Raises:
+        ValueError: not two fields [B,C,h,w] alike.
     """
     if features.shape != vjp.shape or features.dim() != 4:
         raise ValueError(
             f"features and vjp must be alike, [B,C,H,W], got {describe(features)} and {describe(vjp)}: "
             "pass the feature map and the gradient with respect to it"
         )
-    return (features * vjp).sum(1, keepdim=True)
+    return (widen(features) * widen(vjp).mean((2, 3), keepdim=True)).abs().sum(1, keepdim=True)

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 from . import distributed, estimators, masks, seeds
 from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
+from .guard import CollapseGuard
+from .layers import class_activation_of
 from .ops import masked_statistics
 from .ops.density_mask import PADDINGS
 from .ops.dispatch import without_autocast
+from .reference import accumulation_dtype
 
 # How an information value enters the loss: background as f(v), foreground as f(-v).
 TRANSFORMS = {"identity": lambda value: value, "exp": torch.exp, "expm1": torch.expm1}
@@ -22,23 +25,31 @@ PRESETS = {
     "paper": {
         "seed": "probability_energy",
         "mask": "density",
+        "mask_source": "vjp",
         "background": "variance",
         "background_weight": 1000.0,
+        "layer_weight": 0.0,
+        "self_made_weight": 1.0,
         "foreground": "hsic",
         "foreground_weight": 0.01,
         "transform": "exp",
         "detach_mask": False,
+        "padding": "zeros",
     },
-    # Scale-free and bounded terms with a seed that does not saturate.
+    # Shares in [0,1], free of scale, of the input's VJP and of a feature map: docs/objective.md has the search for it.
     "balanced": {
-        "seed": "target_logit",
+        "seed": "random_logit",
         "mask": "density",
-        "background": "energy_ratio",
+        "mask_source": "activation",
+        "background": "magnitude_ratio",
         "background_weight": 1.0,
+        "layer_weight": 1.0,
+        "self_made_weight": 1.0,
         "foreground": "cka",
-        "foreground_weight": 0.1,
+        "foreground_weight": 0.0,
         "transform": "identity",
         "detach_mask": True,
+        "padding": "exclude",
     },
 }
 
@@ -48,11 +59,11 @@ class SIBTerms(NamedTuple):
 
     loss: Tensor  #: scalar: cross_entropy + background_weight * f(background) + foreground_weight * f(-foreground)
     cross_entropy: Tensor  #: scalar
-    background: Tensor | None  #: scalar, mean over the batch; None where its weight is 0
+    background: Tensor | None  #: scalar, of the input's VJP; None where its weight is 0
     foreground: Tensor | None  #: scalar; None where its weight is 0
     mask: Tensor | None  #: M [B,1,H,W]; None where both weights are 0
     vjp: Tensor | None  #: R [B,C,H,W]; None where both weights are 0
-    layers: Mapping[str, Tensor] = MappingProxyType({})  #: name -> background of a layer of SIBStep, scalar
+    layers: Mapping[str, Tensor] = MappingProxyType({})  #: name -> background of a feature map, scalar
 
 
 class Information(NamedTuple):
@@ -65,11 +76,6 @@ class Information(NamedTuple):
     vjp: Tensor
     layers: Mapping[str, Tensor]
 
-    def terms(self, cross_entropy: Tensor, scale: float = 1.0) -> SIBTerms:
-        """Together with cross-entropy; ``scale`` multiplies the terms' part of the loss."""
-        loss = cross_entropy.to(self.loss.dtype) + scale * self.loss
-        return SIBTerms(loss, cross_entropy, *self[1:])
-
 
 class SpatialIBLoss(nn.CrossEntropyLoss):
     """Cross-entropy that also moves the network's vector-Jacobian product (VJP) onto the foreground.
@@ -81,11 +87,17 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         preset: ``"balanced"`` (scale-free, bounded terms) or ``"paper"`` (the published loss with its constants).
             Every argument below that is None takes the preset's value.
         weight, label_smoothing: as in ``nn.CrossEntropyLoss``.
-        seed: s(z): ``"probability_energy"`` (published), ``"target_logit"``, ``"target_log_prob"``, ``"logit_sum"``.
-        mask: where M comes from when none is given: ``"density"`` (published), ``"hard_density"``,
-            ``"mean_sigmoid"``, ``"top_p"``.
-        background: ``"variance"`` (published), ``"energy"``, ``"energy_ratio"``, ``"gaussian"``.
-        background_weight: >= 0; 0 leaves the term out.
+        seed: s(z): ``"probability_energy"`` (published), ``"target_logit"``, ``"target_log_prob"``, ``"logit_sum"``,
+            ``"random_logit"``.
+        mask: how M is made when none is given: ``"density"`` (published), ``"hard_density"``, ``"mean_sigmoid"``,
+            ``"top_p"``.
+        mask_source: of what: ``"vjp"``, R (published), or ``"activation"``, the class activation of the last of the
+            feature maps, and where there are none the magnitude of R; each relative to its mean.
+        background: ``"variance"`` (published), ``"energy"``, ``"energy_ratio"``, ``"magnitude_ratio"``, ``"gaussian"``.
+        background_weight: >= 0; 0 leaves all background terms out.
+        layer_weight: of each feature map's background term, times ``background_weight``; >= 0, 0 for no such terms.
+        self_made_weight: of samples without an annotation, >= 0: terms are the mean over the annotated samples plus
+            this times the mean over the others.
         foreground: ``"hsic"`` (published, B >= 2), ``"hsic_unbiased"`` (B >= 4), ``"cka"`` (B >= 2), ``"gaussian"``.
         foreground_weight: >= 0; 0 leaves the term out.
         transform: f: ``"exp"`` (published), ``"expm1"`` (the same gradient, no offset), ``"identity"``.
@@ -96,7 +108,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         area: foreground share of a self-made mask, in (0, 1); None: 0.2, and 0.1 for ``"top_p"``
             (``"mean_sigmoid"`` has no fixed area).
         eps: added to q95 - q05 in density masks, >= 0.
-        padding: border of the box average, ``"zeros"`` (published) or ``"exclude"`` (density masks).
+        padding: border of the box average, ``"zeros"`` (published; favours the centre) or ``"exclude"``
+            (density masks).
         noise: sigma^2 > 0 of ``background="gaussian"``; None: kappa times the batch's mean VJP variance (scale-free).
         kappa: > 0, see ``noise``.
         impl: implementation of the ops, see :func:`sib_ext.density_mask`.
@@ -119,8 +132,11 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         seed: str | None = None,
         mask: str | None = None,
+        mask_source: str | None = None,
         background: str | None = None,
         background_weight: float | None = None,
+        layer_weight: float | None = None,
+        self_made_weight: float | None = None,
         foreground: str | None = None,
         foreground_weight: float | None = None,
         transform: str | None = None,
@@ -130,7 +146,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         slope: float | None = None,
         area: float | None = None,
         eps: float = 1e-8,
-        padding: str = "zeros",
+        padding: str | None = None,
         noise: float | None = None,
         kappa: float = 1.0,
         impl: str | None = None,
@@ -148,18 +164,23 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         self.preset = preset
         self.seed = chosen("seed", seed)
         self.mask = chosen("mask", mask)
+        self.mask_source = chosen("mask_source", mask_source)
         self.background = chosen("background", background)
         self.background_weight = chosen("background_weight", background_weight)
+        self.layer_weight = chosen("layer_weight", layer_weight)
+        self.self_made_weight = chosen("self_made_weight", self_made_weight)
         self.foreground = chosen("foreground", foreground)
         self.foreground_weight = chosen("foreground_weight", foreground_weight)
         self.transform = chosen("transform", transform)
         self.detach_mask = chosen("detach_mask", detach_mask)
-        self.window, self.temperature, self.eps, self.padding = window, temperature, eps, padding
+        self.padding = chosen("padding", padding)
+        self.window, self.temperature, self.eps = window, temperature, eps
         self.slope = slope if slope is not None else 30.0 if self.mask == "top_p" else 10.0
         self.area = area if area is not None else 0.1 if self.mask == "top_p" else 0.2
         self.noise, self.kappa = noise, kappa
         self.impl, self.check_values = impl, check_values
         self.process_group, self.projection = process_group, projection
+        self.guard, self._classes = CollapseGuard(), 0
         self._check_options(area)
         distributed.check_process_group(process_group, projection)
 
@@ -167,13 +188,14 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         for name, choices in (
             ("seed", seeds.SEEDS),
             ("mask", masks.MASKS),
+            ("mask_source", masks.SOURCES),
             ("background", estimators.BACKGROUND),
             ("foreground", estimators.FOREGROUND),
             ("transform", TRANSFORMS),
             ("padding", PADDINGS),
         ):
             check_choice(name, getattr(self, name), tuple(choices))
-        for name in ("background_weight", "foreground_weight", "eps"):
+        for name in ("background_weight", "layer_weight", "self_made_weight", "foreground_weight", "eps"):
             check_positive(name, getattr(self, name), zero=True)
         for name in ("temperature", "slope", "kappa"):
             check_positive(name, getattr(self, name))
@@ -187,8 +209,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         return (
-            f"preset={self.preset!r}, seed={self.seed!r}, mask={self.mask!r}, "
-            f"background={self.background_weight:g} * {self.background!r}, "
+            f"preset={self.preset!r}, seed={self.seed!r}, mask={self.mask!r} of {self.mask_source!r}, "
+            f"background={self.background_weight:g} * {self.background!r}, layers {self.layer_weight:g} times that, "
             f"foreground={self.foreground_weight:g} * {self.foreground!r}, transform={self.transform!r}"
         )
 
@@ -203,9 +225,10 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         x: Tensor,
         mask: Tensor | Sequence[Tensor | None] | None = None,
         annotated: Tensor | None = None,
+        features: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss, a scalar (the joined batch's, where there is a ``process_group``); all else as in :meth:`terms`."""
-        return self.terms(logits, target, x, mask, annotated).loss
+        return self.terms(logits, target, x, mask, annotated, features).loss
 
     def terms(
         self,
@@ -214,6 +237,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         x: Tensor,
         mask: Tensor | Sequence[Tensor | None] | None = None,
         annotated: Tensor | None = None,
+        features: Tensor | Mapping[str, Tensor] | None = None,
     ) -> SIBTerms:
         """The loss and its parts, named.
 
@@ -224,6 +248,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             mask: the foreground, if known: soft in [0,1] or boolean, [B,1,H,W] or [B,H,W]; or boxes [B,4]
                 (x1, y1, x2, y2 in pixels); or a sequence of B items [H,W], [1,H,W] or [4], None where unknown.
             annotated: bool [B]: which samples' ``mask`` counts; the others get the self-made mask.
+            features: what the logits were computed from on the way from ``x`` and gets a background term of its own:
+                a feature map [B,C,h,w] or tokens [B,T,D] of a square grid, or several of them by name. Best the one
+                that class-activation maps look at (:class:`sib_ext.SIBStep` finds it).
 
         Raises:
             ValueError: an argument of the wrong type, rank, size, range or device.
@@ -237,9 +264,27 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         cross_entropy = self.joined_cross_entropy(logits, target, joined)
         if not self.has_terms:
             return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
+        features = self._named(features)
         with distributed.twice_differentiable(logits):
-            R = seeds.vjp(logits, x, target, self.seed)
-        return self.information(R, x, given, annotated, joined).terms(cross_entropy)
+            R, *of_features = seeds.vjps(seeds.scalar(logits, target, self.seed), (x, *features.values()))
+        seeds.check_vjp(R)
+        fields = {
+            name: class_activation_of(name, A, R_A)
+            for (name, A), R_A in zip(features.items(), of_features, strict=True)
+        }
+        return self.together(self.information(R, x, given, annotated, joined, fields), cross_entropy)
+
+    def _named(self, features: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """``features`` of a call by name, as far as they have a term; checked."""
+        if features is None:
+            return {}
+        features = {"features": features} if isinstance(features, Tensor) else features
+        if not isinstance(features, Mapping) or not all(isinstance(A, Tensor) for A in features.values()):
+            raise ValueError(f"features must be a tensor or a mapping of names to tensors, got {describe(features)}")
+        if not self.has_layer_terms:
+            weights = f"background_weight={self.background_weight:g}, layer_weight={self.layer_weight:g}"
+            raise ValueError(f"features were given, but have no term ({weights}): give both weights, or no features")
+        return features
 
     # ------------------------------------------------------------- the parts, as sib_ext.engines composes them
 
@@ -247,6 +292,18 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
     def has_terms(self) -> bool:
         """Whether there is anything but cross-entropy."""
         return self.background_weight > 0 or self.foreground_weight > 0
+
+    @property
+    def has_layer_terms(self) -> bool:
+        """Whether feature maps have background terms."""
+        return self.background_weight > 0 and self.layer_weight > 0
+
+    def together(self, information: Information, cross_entropy: Tensor, scale: float = 1.0) -> SIBTerms:
+        """The parts of a training step's loss; ``scale`` multiplies the S-IB terms."""
+        if self.training:
+            self.guard.watch(cross_entropy, information.loss, self._classes)
+        loss = cross_entropy.to(information.loss.dtype) + scale * information.loss
+        return SIBTerms(loss, cross_entropy, *information[1:])
 
     def given(
         self, mask: Tensor | Sequence[Tensor | None] | None, x: Tensor, annotated: Tensor | None
@@ -278,49 +335,73 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         given: Tensor | None,
         annotated: Tensor | None,
         joined: distributed.JoinedBatch,
-        layers: Mapping[str, Tensor] | None = None,
-        layer_weight: float = 1.0,
-    ) -> "Information":
+        layers: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Information:
         """Everything but cross-entropy, as a function of the VJP R of x.
 
-        ``layers``: name -> what plays R in a layer, [B,C,h,w] (:func:`sib_ext.functional.layer_contribution`); each
-        adds ``layer_weight * background_weight * f(I_background)`` in the mask brought to its size.
+        ``layers``: name -> class activation [B,1,h,w] of a feature map (:func:`sib_ext.functional.class_activation`);
+        each adds ``layer_weight * background_weight * f(I_background)`` in the mask brought to its size.
         """
         with without_autocast(x.device.type):
-            M = self._mask(R, given, annotated)
+            M = self._mask(R, layers, given, annotated)
+            weights = self._sample_weights(R, given, annotated, joined)
             grams = self.foreground_weight > 0 and self.foreground != "gaussian"
             local = grams and joined.group is None
-            moments, gram_vjp, gram_input = masked_statistics(R, x, M, local, local, impl=self.impl)
+            of_magnitudes = self.background in estimators.OF_MAGNITUDES
+            if self.foreground_weight > 0 or not of_magnitudes:
+                moments, gram_vjp, gram_input = masked_statistics(R, x, M, local, local, impl=self.impl)
             if grams and not local:
                 gram_vjp, gram_input = joined.grams(R, x, M, moments)
             parts = []
             background = foreground = None
             f = TRANSFORMS[self.transform]
             if self.background_weight > 0:
-                background = self._background(R, moments, joined)
+                field = estimators.magnitude(R) if of_magnitudes else R
+                background = self._background(field, M, weights, joined, None if of_magnitudes else moments)
                 parts.append(self.background_weight * f(background))
             if self.foreground_weight > 0:
                 statistics = (gram_vjp, gram_input) if grams else (moments, R[0].numel())
                 foreground = estimators.FOREGROUND[self.foreground](*statistics)
                 if not grams:  # one value a sample
-                    foreground = joined.mean(foreground)
+                    foreground = joined.sum((weights * foreground).sum())
                 parts.append(self.foreground_weight * f(-foreground))
             of_layers = {}
-            for name, field in (layers or {}).items():
+            for name, field in layers.items():
                 mask = F.adaptive_avg_pool2d(M, field.shape[2:])
-                moments = masked_statistics(field, field.detach(), mask, False, False, impl=self.impl).moments
-                of_layers[name] = self._background(field, moments, joined)
-                parts.append(layer_weight * self.background_weight * f(of_layers[name]))
+                of_layers[name] = self._background(field, mask, weights, joined)
+                parts.append(self.layer_weight * self.background_weight * f(of_layers[name]))
         return Information(sum(parts[1:], start=parts[0]), background, foreground, M, R, of_layers)
 
-    def _background(self, R: Tensor, moments: Tensor, joined: distributed.JoinedBatch) -> Tensor:
+    def _background(
+        self,
+        field: Tensor,
+        M: Tensor,
+        weights: Tensor,
+        joined: distributed.JoinedBatch,
+        moments: Tensor | None = None,
+    ) -> Tensor:
+        if moments is None:
+            moments = masked_statistics(field, field.detach(), M, False, False, impl=self.impl).moments
         noise = {}
         if self.background == "gaussian":
             relative = self.noise is None
-            noise["noise"] = joined.mean(estimators.relative_noise(R, self.kappa)) if relative else self.noise
-        return joined.mean(estimators.BACKGROUND[self.background](moments, R[0].numel(), **noise))
+            noise["noise"] = joined.mean(estimators.relative_noise(field, self.kappa)) if relative else self.noise
+        values = estimators.BACKGROUND[self.background](moments, field[0].numel(), **noise)
+        return joined.sum((weights * values).sum())
 
-    def _mask(self, R: Tensor, given: Tensor | None, annotated: Tensor | None) -> Tensor:
+    def _sample_weights(
+        self, R: Tensor, given: Tensor | None, annotated: Tensor | None, joined: distributed.JoinedBatch
+    ) -> Tensor:
+        """[B]: annotated samples share a weight of 1, the others of the joined batch self_made_weight."""
+        dtype = accumulation_dtype(R.dtype)
+        if annotated is None:
+            known = torch.full((len(R),), float(given is not None), dtype=dtype, device=R.device)
+        else:
+            known = annotated.to(dtype) * float(given is not None)
+        counts = joined.sum(torch.stack([known.sum(), (1 - known).sum()])).clamp_min(1)
+        return known / counts[0] + self.self_made_weight * (1 - known) / counts[1]
+
+    def _mask(self, R: Tensor, layers: Mapping[str, Tensor], given: Tensor | None, annotated: Tensor | None) -> Tensor:
         if given is not None and annotated is None:
             return given
         options = {
@@ -343,7 +424,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             "mean_sigmoid": {"slope": self.slope},
             "top_p": {"area": self.area, "slope": self.slope},
         }[self.mask]
-        made = masks.MASKS[self.mask](R.detach() if self.detach_mask else R, **options)
+        source = R if self.mask_source == "vjp" else masks.activation_source(R, list(layers.values()))
+        made = masks.MASKS[self.mask](source.detach() if self.detach_mask else source, **options)
         return made if given is None else torch.where(annotated[:, None, None, None], given, made)
 
     def check_inputs(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
@@ -369,6 +451,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
     def _check_target(self, target: Tensor, logits: Tensor) -> None:
         batch, classes = logits.shape
+        self._classes = classes
         if target.is_floating_point():
             if target.shape != logits.shape:
                 raise ValueError(

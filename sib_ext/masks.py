@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_field, check_positive, check_share, check_tensor, check_window, describe
+from .estimators import TINY, magnitude
 from .ops import auto_window, density_mask
 from .ops.density_mask import PADDINGS
 
@@ -69,6 +71,21 @@ def top_p_mask(vjp: Tensor, area: float = 0.1, slope: float = 30.0) -> Tensor:
         m = torch.sigmoid(slope * (n - t))
         t = t + (m.mean(1, keepdim=True) - area) / (slope * m * (1 - m)).mean(1, keepdim=True)
     return _as_mask(torch.sigmoid(slope * (n - t)), vjp)
+
+
+#: What self-made masks are made of.
+SOURCES = ("vjp", "activation")
+
+
+def activation_source(vjp: Tensor, fields: Sequence[Tensor]) -> Tensor:
+    """[B,1,H,W] >= 0 with mean 1 (or 0 everywhere): the last of the class activations ``fields`` [B,1,h,w], upsampled.
+
+    Without any: the magnitude of R. Free of scale, so that the mask's eps is, too.
+    """
+    field = fields[-1] if fields else magnitude(vjp)
+    if field.shape[2:] != vjp.shape[2:]:
+        field = F.interpolate(field, vjp.shape[2:], mode="bilinear", align_corners=False)
+    return field / field.mean((1, 2, 3), keepdim=True).clamp_min(TINY)
 
 
 MASKS = {

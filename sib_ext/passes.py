@@ -5,15 +5,11 @@ Every context here puts the model back as it was, also after an exception.
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from .checks import describe
-from .estimators import layer_contribution
 
 
 def without_ddp(model: nn.Module) -> nn.Module:
@@ -56,27 +52,6 @@ def captured(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def layer_field(name: str, features: Tensor, vjp: Tensor) -> Tensor:
-    """What plays R in a layer: A*R_A summed over channels, [B,1,h,w], of a feature map or of tokens [B,T,D].
-
-    Raises:
-        ValueError: neither the one nor tokens of a square grid.
-    """
-    if features.dim() == 4:
-        return layer_contribution(features, vjp)
-    if features.dim() == 3:
-        tokens = features.shape[1]
-        side = math.isqrt(tokens)
-        with_class_token = tokens - side * side == 1
-        if with_class_token or side * side == tokens:
-            contribution = (features * vjp).sum(2)[:, int(with_class_token) :]
-            return contribution.unflatten(1, (1, side, side))
-    raise ValueError(
-        f"layers: the output of {name!r} must be a feature map [B,C,h,w], or tokens [B,T,D] of a square grid with or "
-        f"without a class token, got {describe(features)}"
-    )
 
 
 @contextlib.contextmanager

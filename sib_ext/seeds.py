@@ -42,7 +42,20 @@ def logit_sum(logits: Tensor, target: Tensor) -> Tensor:
     return logits.sum()
 
 
-SEEDS = {f.__name__: f for f in (probability_energy, target_logit, target_log_prob, logit_sum)}
+def random_logit(logits: Tensor, target: Tensor) -> Tensor:
+    """s = sum_b z_b,k, where k is the labelled class or any class, half of the time each, drawn anew every call.
+
+    A term on the label's logit alone leaves evidence against the other classes a way in through the background. Draws
+    come from torch's generator of the logits' device.
+    """
+    classes = logits.shape[1]
+    of_target = target if target.is_floating_point() else F.one_hot(target, classes)
+    of_any = F.one_hot(torch.randint(classes, logits.shape[:1], device=logits.device), classes)
+    labelled = torch.rand(logits.shape[:1], device=logits.device) < 0.5
+    return (logits * torch.where(labelled[:, None], of_target.to(logits), of_any.to(logits))).sum()
+
+
+SEEDS = {f.__name__: f for f in (probability_energy, target_logit, target_log_prob, logit_sum, random_logit)}
 
 
 def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", create_graph: bool = True) -> Tensor:
@@ -54,12 +67,17 @@ def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", c
     """
     check_graph(logits, x)
     (R,) = vjps(scalar(logits, target, seed), (x,), create_graph)
+    check_vjp(R)
+    return R
+
+
+def check_vjp(R: Tensor | None) -> None:
+    """What :func:`vjps` returned for x is one."""
     if R is None:
         raise RuntimeError(
             "logits were not computed from x: pass the very tensor that went into the model, logits = model(x), "
             "not a copy, a cast or a .detach() of it"
         )
-    return R
 
 
 def scalar(logits: Tensor, target: Tensor, seed: str) -> Tensor:

@@ -11,6 +11,16 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULTS = {"window": 3, "temperature": 0.1, "slope": 10.0, "eps": 1e-8, "padding": "zeros", "area": 0.2}
 
 
+# Of SpatialIBLoss: no draws, so that a loss can be compared with itself, every term, and a mask made of R.
+FIXED = {
+    "seed": "target_logit",
+    "mask_source": "vjp",
+    "background": "energy_ratio",
+    "foreground_weight": 0.1,
+    "padding": "zeros",
+}
+
+
 class Fields(NamedTuple):
     vjp: Tensor
     x: Tensor

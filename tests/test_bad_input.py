@@ -305,7 +305,7 @@ def test_annotation_flags_without_a_mask_are_refused(problem):
 def test_a_batch_too_small_for_the_foreground_is_refused(foreground, least, problem):
     small = Problem(problem.model, problem.x[: least - 1], problem.y[: least - 1])
     words = [f"foreground='{foreground}'", f"at least {least}, got {least - 1}", "larger batches"]
-    check(ValueError, words, lambda: loss(small, SpatialIBLoss(foreground=foreground)))
+    check(ValueError, words, lambda: loss(small, SpatialIBLoss(foreground=foreground, foreground_weight=0.1)))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -326,5 +326,5 @@ def test_the_check_of_values_is_not_made_unasked(monkeypatch):
 
 def test_good_input_passes_the_strictest_checks():
     problem = tiny_problem(batch=4)
-    criterion = SpatialIBLoss(check_values=True, foreground="hsic_unbiased")
+    criterion = SpatialIBLoss(check_values=True, foreground="hsic_unbiased", foreground_weight=0.1)
     assert loss(problem, criterion, mask=[GOOD[0], None, GOOD[2] > 0.5, torch.tensor([0, 0, 3, 4])]).isfinite()

@@ -7,7 +7,7 @@ from torch import nn
 from sib_ext import SpatialIBLoss
 
 from .compare import gradients
-from .samples import tiny_problem
+from .samples import FIXED, tiny_problem
 
 STEP = 1e-6
 NETWORKS = {
@@ -25,9 +25,10 @@ LOSSES = {
         "background_weight": 3e4,
         "foreground_weight": 30.0,
     },
-    "balanced": {"preset": "balanced", "foreground_weight": 1.0, "detach_mask": False},
+    "balanced": {**FIXED, "foreground_weight": 1.0, "detach_mask": False},
+    "magnitudes": {"seed": "target_logit", "foreground": "gaussian", "foreground_weight": 0.3, "detach_mask": False},
     "balanced, hard mask, unbiased": {
-        "preset": "balanced",
+        **FIXED,
         "mask": "hard_density",
         "foreground": "hsic_unbiased",
         "foreground_weight": 10.0,

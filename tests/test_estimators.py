@@ -267,17 +267,32 @@ def test_one_pixel_of_one_channel_has_no_variance():
     assert sib.foreground_gaussian(moments, 1).isfinite().all()
 
 
-# --------------------------------------------------------------------------------------------- contribution
+# --------------------------------------------------------------------------------------------------- fields
 
 
-def test_the_layer_contribution_is_the_channel_sum_of_activation_times_vjp():
+def test_the_magnitude_is_the_channel_sum_of_absolute_values():
+    vjp, _, _ = LARGE.fields()
+    assert_near(sib.magnitude(vjp), vjp.abs().sum(1, keepdim=True), 1e-14)
+    assert sib.magnitude(vjp.bfloat16()).dtype == torch.float32
+
+
+def test_the_magnitude_ratio_is_one_less_the_energy_based_pointing_game():
+    vjp, _, mask = LARGE.fields()
+    field = sib.magnitude(vjp)
+    moments = masked_statistics(field, field, mask).moments
+    share = (field * mask).sum((1, 2, 3)) / field.sum((1, 2, 3))
+    assert_near(sib.background_magnitude_ratio(moments, field[0].numel()), 1 - share, 1e-12)
+    assert_near(sib.background_magnitude_ratio(1e-12 * moments, field[0].numel()), 1 - share, 1e-6)
+
+
+def test_the_class_activation_weighs_each_plane_with_its_mean_vjp_and_lets_nothing_cancel():
     vjp, x, _ = LARGE.fields()
-    contribution = sib.layer_contribution(x, vjp)
-    assert contribution.shape == (4, 1, 40, 37)
-    assert_near(contribution, torch.einsum("bchw,bchw->bhw", x, vjp).unsqueeze(1), 1e-14)
+    field = sib.class_activation(x, vjp)
+    assert field.shape == (4, 1, 40, 37)
+    assert_near(field, torch.einsum("bc,bchw->bchw", vjp.mean((2, 3)), x).abs().sum(1, keepdim=True), 1e-14)
 
 
-def test_the_layer_contribution_refuses_fields_that_do_not_match():
+def test_the_class_activation_refuses_fields_that_do_not_match():
     vjp, x, _ = LARGE.fields()
     with pytest.raises(ValueError, match="features and vjp must be alike.*pass the feature map"):
-        sib.layer_contribution(x[:, :2], vjp)
+        sib.class_activation(x[:, :2], vjp)

@@ -13,7 +13,7 @@ from sib_ext import functional as sib
 from sib_ext.loss import PRESETS
 
 from .compare import GRADIENTS, VALUES, assert_near, gradients
-from .samples import tiny_problem
+from .samples import FIXED, tiny_problem
 
 PAPER_WINDOW = 3
 
@@ -46,7 +46,9 @@ def published_loss(logits, y, x):
 
 
 def loss_of(problem, *mask, **options):
-    criterion = SpatialIBLoss(window=PAPER_WINDOW, **options)
+    """By default of FIXED options; those of a preset where one is named."""
+    fixed = {} if "preset" in options else FIXED
+    criterion = SpatialIBLoss(window=PAPER_WINDOW, **fixed | options)
     return criterion.terms(problem.logits(), problem.y, problem.x, *mask)
 
 
@@ -86,6 +88,7 @@ def test_the_gradient_of_each_published_term_is_that_of_its_formula(term, proble
 @pytest.mark.parametrize("transform, f", [("identity", lambda v: v), ("exp", torch.exp), ("expm1", torch.expm1)])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_loss_is_the_stated_sum(preset, transform, f, problem):
+    torch.manual_seed(0)
     terms = loss_of(problem, preset=preset, transform=transform, background_weight=3.0, foreground_weight=0.7)
     assert_near(terms.loss, terms.cross_entropy + 3 * f(terms.background) + 0.7 * f(-terms.foreground), 1e-12)
     assert_near(terms.cross_entropy, F.cross_entropy(problem.logits(), problem.y), 1e-12)
@@ -102,14 +105,14 @@ def test_expm1_has_the_gradient_of_exp_and_no_offset(problem):
 
 
 def test_forward_returns_the_loss_of_terms(problem):
-    criterion = SpatialIBLoss()
+    criterion = SpatialIBLoss(**FIXED)
     logits = problem.logits()
     loss = criterion(logits, problem.y, problem.x)
     assert loss.dim() == 0 and torch.equal(loss, criterion.terms(logits, problem.y, problem.x).loss)
 
 
 def test_the_terms_have_names_and_shapes(problem):
-    terms = SpatialIBLoss().terms(problem.logits(), problem.y, problem.x)
+    terms = SpatialIBLoss(**FIXED).terms(problem.logits(), problem.y, problem.x)
     assert terms._fields == ("loss", "cross_entropy", "background", "foreground", "mask", "vjp", "layers")
     assert [t.dim() for t in terms[:6]] == [0, 0, 0, 0, 4, 4]
     assert terms.mask.shape == (5, 1, 9, 11) and terms.vjp.shape == problem.x.shape and not terms.layers
@@ -118,7 +121,7 @@ def test_the_terms_have_names_and_shapes(problem):
 def test_the_default_is_the_balanced_preset(problem):
     default, balanced = SpatialIBLoss(), SpatialIBLoss("balanced")
     assert repr(default) == repr(balanced)
-    assert (default.seed, default.background, default.foreground) == ("target_logit", "energy_ratio", "cka")
+    assert (default.seed, default.background, default.mask_source) == ("random_logit", "magnitude_ratio", "activation")
 
 
 # ------------------------------------------------------------------------------------------------- options
@@ -197,12 +200,12 @@ def test_the_seed_is_the_one_that_was_asked_for(seed, problem):
     assert_near(terms.vjp, sib.vjp(logits, problem.x, problem.y, seed), 1e-14)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_detached_mask_is_a_constant_for_the_gradient(preset, problem):
-    detached = loss_of(problem, preset=preset, detach_mask=True)
+@pytest.mark.parametrize("options", [FIXED, {"preset": "paper"}], ids=["fixed", "paper"])
+def test_a_detached_mask_is_a_constant_for_the_gradient(options, problem):
+    detached = loss_of(problem, **options, detach_mask=True)
     assert not detached.mask.requires_grad
-    given = loss_of(problem, detached.mask.detach(), preset=preset)
-    attached = loss_of(problem, preset=preset, detach_mask=False)
+    given = loss_of(problem, detached.mask.detach(), **options)
+    attached = loss_of(problem, **options, detach_mask=False)
     assert attached.mask.requires_grad
     for term in ("background", "foreground"):
         grads = [gradients(getattr(terms, term), problem.parameters) for terms in (detached, given, attached)]
@@ -234,7 +237,8 @@ def test_it_is_a_torch_cross_entropy_loss_with_one_more_argument():
 
 def test_one_hot_probabilities_and_labels_give_the_same_loss(problem):
     one_hot = F.one_hot(problem.y, 3).double()
-    by_label, by_probability = (SpatialIBLoss().terms(problem.logits(), t, problem.x) for t in (problem.y, one_hot))
+    criterion = SpatialIBLoss(**FIXED)
+    by_label, by_probability = (criterion.terms(problem.logits(), t, problem.x) for t in (problem.y, one_hot))
     assert_same_terms(by_probability, by_label, 1e-12)
 
 
@@ -262,10 +266,10 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("given, equivalent", GIVEN.values(), ids=GIVEN)
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_form_of_a_given_mask_gives_the_loss_of_its_equivalent(preset, given, equivalent, problem):
-    terms = loss_of(problem, given, preset=preset)
-    assert_same_terms(terms, loss_of(problem, equivalent, preset=preset), 1e-12)
+@pytest.mark.parametrize("options", [FIXED, {"preset": "paper"}], ids=["fixed", "paper"])
+def test_every_form_of_a_given_mask_gives_the_loss_of_its_equivalent(options, given, equivalent, problem):
+    terms = loss_of(problem, given, **options)
+    assert_same_terms(terms, loss_of(problem, equivalent, **options), 1e-12)
     assert_near(terms.mask, equivalent, 1e-12)
 
 
@@ -300,13 +304,115 @@ def test_the_annotation_of_one_sample_lets_no_gradient_through_a_mask_that_is_gi
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+# ---------------------------------------------------------------------------------------------- feature maps
+
+
+def through_features(problem, x):
+    """The feature map and the logits computed from it."""
+    features = problem.model.features(x)
+    return features, problem.model.head(features.mean((2, 3)))
+
+
+def test_a_feature_map_adds_the_background_share_of_its_class_activation(problem):
+    criterion = SpatialIBLoss(**FIXED | {"background": "magnitude_ratio", "foreground_weight": 0}, layer_weight=0.7)
+    features, logits = through_features(problem, problem.x)
+    terms = criterion.terms(logits, problem.y, problem.x, SOFT, features=features)
+    R, R_A = torch.autograd.grad(logits.gather(1, problem.y[:, None]).sum(), (problem.x, features), create_graph=True)
+    field = (features * R_A.mean((2, 3), keepdim=True)).abs().sum(1, keepdim=True)
+    shares = [((1 - SOFT) * of).sum((1, 2, 3)) / of.sum((1, 2, 3)) for of in (R.abs().sum(1, keepdim=True), field)]
+    assert_near(terms.background, shares[0].mean(), 1e-12)
+    assert_near(terms.layers["features"], shares[1].mean(), 1e-12)
+    expected = F.cross_entropy(logits, problem.y) + shares[0].mean() + 0.7 * shares[1].mean()
+    assert_near(terms.loss, expected, 1e-12)
+    for found, truth in zip(
+        gradients(terms.loss, problem.parameters), gradients(expected, problem.parameters), strict=True
+    ):
+        assert_near(found, truth, 1e-10)
+
+
+def test_named_features_keep_their_names(problem):
+    features, logits = through_features(problem, problem.x)
+    terms = SpatialIBLoss(**FIXED).terms(logits, problem.y, problem.x, SOFT, features={"block": features})
+    assert set(terms.layers) == {"block"} and 0 < terms.layers["block"] < 1
+
+
+@pytest.mark.parametrize("with_features", [False, True])
+def test_a_mask_of_the_activation_is_the_density_mask_of_what_the_last_feature_map_shows(with_features, problem):
+    criterion = SpatialIBLoss(**FIXED | {"mask_source": "activation", "window": PAPER_WINDOW})
+    features, logits = through_features(problem, problem.x)
+    terms = criterion.terms(logits, problem.y, problem.x, features=features if with_features else None)
+    field = terms.vjp.abs().sum(1, keepdim=True)
+    if with_features:
+        field = sib.class_activation(
+            features, torch.autograd.grad(logits.gather(1, problem.y[:, None]).sum(), features)[0]
+        )
+    relative = field / field.mean((1, 2, 3), keepdim=True)
+    assert_near(terms.mask, density_mask(relative, window=PAPER_WINDOW), 1e-9)
+
+
+def test_features_that_the_logits_do_not_come_from_are_refused(problem):
+    features, logits = through_features(problem, problem.x)
+    other = features.detach().requires_grad_()
+    with pytest.raises(ValueError, match="logits were not computed from 'features'"):
+        SpatialIBLoss(**FIXED)(logits, problem.y, problem.x, features=other)
+
+
+def test_features_without_a_term_are_refused(problem):
+    features, logits = through_features(problem, problem.x)
+    with pytest.raises(ValueError, match="features were given, but have no term.*layer_weight=0"):
+        SpatialIBLoss("paper")(logits, problem.y, problem.x, features=features)
+    with pytest.raises(ValueError, match="features must be a tensor or a mapping"):
+        SpatialIBLoss()(logits, problem.y, problem.x, features=[features])
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_balanced_terms_do_not_know_the_scale_of_the_logits(factor, problem):
+    """A head that is a million times weaker or stronger has the same S-IB terms, with self-made masks, too."""
+    criterion = SpatialIBLoss(window=PAPER_WINDOW)
+
+    def shares():
+        torch.manual_seed(0)
+        features, logits = through_features(problem, problem.x)
+        terms = criterion.terms(logits, problem.y, problem.x, features=features)
+        return terms.background, terms.layers["features"], terms.mask
+
+    before = shares()
+    with torch.no_grad():
+        for parameter in problem.model.head.parameters():
+            parameter.mul_(factor)
+    for found, expected in zip(shares(), before, strict=True):
+        assert_near(found, expected, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------- annotated or not
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_the_terms_are_the_mean_over_annotated_samples_plus_a_share_of_the_mean_over_the_others(weight, problem):
+    known = torch.tensor([True, False, True, False, False])
+    options = {"background": "energy_ratio", "foreground_weight": 0.0}
+    terms = loss_of(problem, SOFT, known, self_made_weight=weight, **options)
+    moments = sib.masked_statistics(terms.vjp, problem.x, terms.mask).moments
+    shares = sib.background_energy_ratio(moments, terms.vjp[0].numel())
+    assert_near(terms.background, shares[known].mean() + weight * shares[~known].mean(), 1e-12)
+
+
+def test_self_made_masks_alone_weigh_as_much_as_they_are_told(problem):
+    alone = loss_of(problem, self_made_weight=0.25, foreground_weight=0.0)
+    full = loss_of(problem, self_made_weight=1.0, foreground_weight=0.0)
+    assert_near(alone.background, 0.25 * full.background, 1e-12)
+    given = loss_of(problem, SOFT, self_made_weight=0.25, foreground_weight=0.0)
+    assert_near(given.background, loss_of(problem, SOFT, foreground_weight=0.0).background, 1e-12)
+
+
 # --------------------------------------------------------------------------------------------------- dtypes
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_model_under_autocast_gives_nearly_the_float32_loss(preset, implementation):
     problem = tiny_problem(dtype=torch.float32, batch=6)
-    criterion = SpatialIBLoss(preset, transform="identity", window=3, impl=implementation)
+    seed = {"seed": "target_logit"} if preset == "balanced" else {}
+    criterion = SpatialIBLoss(preset, transform="identity", window=3, impl=implementation, **seed)
     expected = criterion(problem.logits(), problem.y, problem.x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = problem.logits()
@@ -322,10 +428,10 @@ def test_a_model_under_autocast_gives_nearly_the_float32_loss(preset, implementa
 
 def test_a_bfloat16_model_gives_a_finite_loss_near_the_float64_one(implementation):
     problem = tiny_problem(dtype=torch.bfloat16, norm="group")
-    terms = SpatialIBLoss(window=3, impl=implementation).terms(problem.logits(), problem.y, problem.x)
+    terms = SpatialIBLoss(window=3, impl=implementation, **FIXED).terms(problem.logits(), problem.y, problem.x)
     assert (terms.vjp.dtype, terms.mask.dtype, terms.loss.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     exact = tiny_problem(norm="group")
-    expected = SpatialIBLoss(window=3).terms(exact.logits(), exact.y, exact.x)
+    expected = SpatialIBLoss(window=3, **FIXED).terms(exact.logits(), exact.y, exact.x)
     torch.testing.assert_close(terms.loss.double(), expected.loss, rtol=0.03, atol=0.03)
     terms.loss.backward()
     assert all(p.grad.isfinite().all() for p in problem.parameters)
@@ -333,8 +439,8 @@ def test_a_bfloat16_model_gives_a_finite_loss_near_the_float64_one(implementatio
 
 def test_float32_and_float64_losses_agree(implementation):
     narrow, wide = tiny_problem(dtype=torch.float32), tiny_problem()
-    loss = SpatialIBLoss(window=3, impl=implementation)(narrow.logits(), narrow.y, narrow.x)
-    expected = SpatialIBLoss(window=3)(wide.logits(), wide.y, wide.x)
+    loss = SpatialIBLoss(window=3, impl=implementation, **FIXED)(narrow.logits(), narrow.y, narrow.x)
+    expected = SpatialIBLoss(window=3, **FIXED)(wide.logits(), wide.y, wide.x)
     assert loss.dtype == torch.float32 and expected.dtype == torch.float64
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
 

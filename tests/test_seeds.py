@@ -39,8 +39,11 @@ def problem():
     return tiny_problem(batch=3, size=5, norm="group")
 
 
+WITHOUT_CHANCE = [seed for seed in SEEDS if seed != "random_logit"]
+
+
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", WITHOUT_CHANCE)
 def test_the_vjp_equals_the_explicit_jacobian_product(seed, soft, problem):
     target = torch.rand(3, 3, dtype=torch.float64).softmax(1) if soft else problem.y
     R = vjp(problem.logits(), problem.x, target, seed)
@@ -53,6 +56,28 @@ def test_the_vjp_is_differentiable_in_the_parameters(seed, problem):
     R = vjp(problem.logits(), problem.x, problem.y, seed)
     grads = gradients(R.square().sum(), problem.parameters)
     assert any(g.any() for g in grads) and all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "probabilities"])
+def test_a_random_logit_is_the_labels_half_of_the_time_and_else_any(soft):
+    logits = torch.zeros(4000, 4, dtype=torch.float64, requires_grad=True)
+    label = torch.full((4000,), 2)
+    target = torch.nn.functional.one_hot(label, 4).double() if soft else label
+    torch.manual_seed(0)
+    (drawn,) = torch.autograd.grad(SEEDS["random_logit"](logits, target), logits)
+    assert torch.equal(drawn.sum(1), torch.ones(4000, dtype=torch.float64)) and set(drawn.unique().tolist()) == {0, 1}
+    expected = torch.tensor([0.125, 0.125, 0.625, 0.125], dtype=torch.float64)
+    assert (drawn.mean(0) - expected).abs().max() < 0.03
+
+
+def test_a_random_logit_follows_torchs_generator(problem):
+    logits = problem.logits()
+    draws = []
+    for seed in (1, 1, 2, 3, 4):
+        torch.manual_seed(seed)
+        draws.append(vjp(logits, problem.x, problem.y, "random_logit"))
+    assert torch.equal(draws[0], draws[1])
+    assert any(not torch.equal(draws[0], other) for other in draws[2:])
 
 
 def test_without_create_graph_the_vjp_is_a_constant_and_the_graph_of_the_logits_stays(problem):
@@ -69,7 +94,7 @@ def test_saturated_logits_give_a_vanishing_and_finite_vjp(seed, problem):
     assert R.isfinite().all() and R.abs().max() < 1e-100
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", WITHOUT_CHANCE)
 def test_half_logits_are_seeded_in_float32(seed, problem):
     logits, x = problem.logits().bfloat16(), problem.x
     rounded = logits.detach().double() - problem.logits().detach()

@@ -22,6 +22,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +158,14 @@ class Material:
     def data(self) -> DataSets:
         return open_config_data(self.config)
 
+    def training_data(self, config: TrainConfig) -> DataSets:
+        """The same images, of whose masks the training may see the share that ``config`` says."""
+        if config.annotated == self.config.annotated:
+            return self.data
+        train = copy(self.data.train)  # with the images that it keeps in memory
+        train.annotated = open_config_data(config).train.annotated
+        return replace(self.data, train=train)
+
     @property
     def test_name(self) -> str:
         """The test set that is explained."""
@@ -214,7 +223,7 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
     test = data.test[material.test_name]
     comparison = {
         "methods": {method: results.NAMES.get(method, method) for method in plan.configs},
-        "losses": {method: loss_sentence(plan, method, data) for method in plan.configs},
+        "losses": {m: loss_sentence(plan, m, material.training_data(config)) for m, config in plan.configs.items()},
         "seeds": list(plan.seeds),
         "explanations": explanations,
         "six": list(explain.SIX),
@@ -313,7 +322,7 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
     if (path / FINISHED).exists():
         return open_run(path)
     console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
-    return train(config, path, console=console, data=material.data)
+    return train(config, path, console=console, data=material.training_data(config))
 
 
 def check_same(config: TrainConfig, folder: Path) -> None:

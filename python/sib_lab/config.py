@@ -7,7 +7,7 @@ from typing import Any
 #: How a network is trained: key -> one sentence. What each computes is in sib_lab/losses.py.
 METHODS = {
     "ce": "cross-entropy alone",
-    "sib": "S-IB, balanced preset: the VJP's background share down, with given masks where there are any",
+    "sib": "S-IB, balanced preset: background shares of VJP and feature map down, with given masks where there are any",
     "sib-paper": "S-IB as published (arXiv 2511.09239), with a mask made from the VJP",
     "gradient-penalty": "control: the VJP's squared norm, or its mismatch to another run's, everywhere, no mask",
     "centre-mask": "control: S-IB with one fixed mask in the middle of the image, as large as the objects",
@@ -141,8 +141,15 @@ PAPER_BATCH = {"cifar100": 128, "cub200": 32, "dogs": 64, "pets": 32, "imagenet"
 #: fine-grained ones. Any other: loss_options={"foreground_weight": ...}.
 PAPER_WEAK_FOREGROUND = ("cub200", "dogs", "pets")
 
-#: "balanced": the highest learning rate by network; a first guess beyond small_cnn, the demo's.
-BALANCED_RATE = {"small_cnn": 4e-3, "resnet18": 1e-3, "resnet50": 1e-3, "densenet121": 1e-3, "vit_b_32": 3e-4}
+#: "balanced": the highest learning rate by network; a first guess beyond small_cnn (the demo's) and gap_cnn.
+BALANCED_RATE = {
+    "small_cnn": 4e-3,
+    "gap_cnn": 4e-3,
+    "resnet18": 1e-3,
+    "resnet50": 1e-3,
+    "densenet121": 1e-3,
+    "vit_b_32": 3e-4,
+}
 
 
 def recipe(preset: str = "balanced", data: str = "digits", network: str = "small_cnn", **changes: Any) -> TrainConfig:

@@ -26,7 +26,7 @@ from .networks import token_grid
 STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
 #: Loss options that are not SpatialIBLoss's but SIBStep's.
-STEP_OPTIONS = ("layers", "layer_weight", "engine", "every", "share", "microbatch", "recompute", "force")
+STEP_OPTIONS = ("layers", "engine", "every", "share", "microbatch", "recompute", "force")
 TINY = 1e-20  # keeps 0/0 at 0
 
 
@@ -111,11 +111,11 @@ class SpatialIB(TrainingLoss):
     Args:
         criterion: with all its constants.
         given: use the given masks where there are any (self-made ones elsewhere); False: self-made ones always.
-        layers: names of modules of the network that get background terms of their own.
-        options: of :class:`sib_ext.SIBStep`: layer_weight, engine, every, share, microbatch, recompute, force.
+        layers: names of modules of the network that get background terms of their own; ``auto``, as SIBStep has it.
+        options: of :class:`sib_ext.SIBStep`: engine, every, share, microbatch, recompute, force.
     """
 
-    def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] = (), **options):
+    def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] | str = "auto", **options):
         super().__init__()
         self.criterion, self.given = criterion, given
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -128,7 +128,7 @@ class SpatialIB(TrainingLoss):
             mask = annotated = None
         terms = self._step_of(model).terms(x, y, mask, annotated)
         parts = {name: getattr(terms, name) for name in ("cross_entropy", "background", "foreground")}
-        parts |= {f"background_{name}": value for name, value in zip(self.layers, terms.layers.values(), strict=False)}
+        parts |= {f"background_{own_name(model, name)}": value for name, value in terms.layers.items()}
         if terms.vjp is not None:
             parts["vjp_variance"] = vjp_variance(terms.vjp)
         return _result(terms.loss, **parts)
@@ -136,9 +136,10 @@ class SpatialIB(TrainingLoss):
     def _step_of(self, model: nn.Module) -> SIBStep:
         """Made with the first batch: the model is not there before."""
         if self._step is None or self._step.model is not model:
-            network = unwrapped(model)
-            wanted = {submodule(network, layer): layer for layer in self.layers}
-            names = [name for name, module in model.named_modules() if module in wanted]
+            network, names = unwrapped(model), "auto"
+            if self.layers != ("auto",):
+                wanted = {submodule(network, layer) for layer in self.layers}
+                names = [name for name, module in model.named_modules() if module in wanted]
             self._step = SIBStep(model, self.criterion, names, **self.options)
             if self._restored:
                 self._step.load_state_dict(self._restored)
@@ -349,6 +350,12 @@ def submodule(network: nn.Module, layer: str) -> nn.Module:
         return network.get_submodule(layer)
     except AttributeError as error:
         raise ValueError(f"the network {type(network).__name__} has no layer {layer!r}") from error
+
+
+def own_name(model: nn.Module, name: str) -> str:
+    """What a module of the wrapped model is called in the network."""
+    module = model.get_submodule(name)
+    return next(own for own, other in unwrapped(model).named_modules() if other is module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-NETWORKS = ("small_cnn", "resnet18", "resnet50", "densenet121", "vit_b_32")
+from sib_ext.layers import last_feature_map
+
+NETWORKS = ("small_cnn", "gap_cnn", "resnet18", "resnet50", "densenet121", "vit_b_32")
 ALSO = "module:function of your own, or timm:<name> where timm is installed"
 LEAST_SIZE = 32  #: px: below, the deeper networks have no feature map left
 
@@ -50,10 +52,14 @@ def block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1)
 
 
 class SmallCNN(nn.Module):
-    """Four BatchNorm blocks, global max pooling and a linear layer; images [B,3,H,W] -> logits [B,classes]."""
+    """Four BatchNorm blocks, global pooling and a linear layer; images [B,3,H,W] -> logits [B,classes].
 
-    def __init__(self, classes: int = 10, widths: tuple[int, int, int, int] = (24, 48, 64, 96)):
+    ``pooling``: ``"max"`` (what stands anywhere decides), or ``"mean"`` as ResNets have it (every place has its part).
+    """
+
+    def __init__(self, classes: int = 10, widths: tuple[int, int, int, int] = (24, 48, 64, 96), pooling: str = "max"):
         super().__init__()
+        self.pooling = pooling
         self.block1 = block(3, widths[0], kernel=6, stride=2)
         self.block2 = block(widths[0], widths[1])
         self.pool = nn.AvgPool2d(2)
@@ -63,7 +69,7 @@ class SmallCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.block4(self.block3(self.pool(self.block2(self.block1(x)))))
-        return self.head(features.amax((2, 3)))
+        return self.head(features.amax((2, 3)) if self.pooling == "max" else features.mean((2, 3)))
 
 
 # ------------------------------------------------------------------------------------------------ by name
@@ -139,6 +145,7 @@ def _resnet(name: str) -> Callable[[int, int], nn.Module]:
 
 _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "small_cnn": lambda classes, size: SmallCNN(classes),
+    "gap_cnn": lambda classes, size: SmallCNN(classes, (16, 32, 48, 64), "mean"),
     "resnet18": _resnet("resnet18"),
     "resnet50": _resnet("resnet50"),
     "densenet121": _densenet121,
@@ -351,11 +358,9 @@ _REPLACEMENTS = {nn.Hardsigmoid: Hardsigmoid}
 
 
 def cam_layer(model: nn.Module, size: int | None = None) -> str:
-    """Name of the module whose output class-activation maps look at.
+    """Name of the module whose output class-activation maps look at (:func:`sib_ext.layers.last_feature_map`).
 
-    For a vision transformer it is the first LayerNorm of the last block, whose output [B,tokens,D] still reaches the
-    logits through attention (see :func:`token_grid`); for any other network the last module whose output is a feature
-    map [B,C,h,w] with more than one position, found by one forward in eval mode.
+    That of a vision transformer gives tokens [B,N,D] (see :func:`token_grid`), any other a feature map [B,C,h,w].
 
     Args:
         size: side of the images that the network is tried on; default ``model.image_size`` or 224.
@@ -363,52 +368,20 @@ def cam_layer(model: nn.Module, size: int | None = None) -> str:
     Raises:
         NetworkError: there is no such module, or the network fails on such images.
     """
-    if tokens := _token_layer(model):
-        return tokens
     size = size or getattr(model, "image_size", None) or 224
-    name = _last_feature_map(model, size[0] if isinstance(size, tuple) else size)
+    size = size[0] if isinstance(size, tuple) else size
+    try:
+        name = last_feature_map(model, _probe(model, size))
+    except Exception as error:  # whatever a user's network raises
+        raise NetworkError(
+            f"{type(model).__name__} fails on images [2,3,{size},{size}]: {_first_line(error)}."
+        ) from error
     if name is None:
         raise NetworkError(
             f"{type(model).__name__} has no module with a feature map [B,C,h,w] for class-activation maps on images of "
             f"{size} px: name a layer yourself."
         )
     return name
-
-
-def _token_layer(model: nn.Module) -> str | None:
-    """The last block's first norm in torchvision's and timm's vision transformers."""
-    layers = getattr(getattr(model, "encoder", None), "layers", None)
-    if isinstance(layers, nn.Sequential) and len(layers) and hasattr(layers[-1], "ln_1"):
-        return f"encoder.layers.{list(layers._modules)[-1]}.ln_1"
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and len(blocks):
-        if hasattr(blocks[-1], "attn") and hasattr(blocks[-1], "norm1"):
-            return f"blocks.{len(blocks) - 1}.norm1"
-    return None
-
-
-def _last_feature_map(model: nn.Module, size: int) -> str | None:
-    found: list[str] = []
-
-    def keep(name: str) -> Callable:
-        def hook(module, inputs, output) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and output.shape[0] == 2 and output[0, 0].numel() > 1:
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
-    try:
-        with _evaluating(model), torch.no_grad():
-            model(_probe(model, size))
-    except Exception as error:  # whatever a user's network raises
-        raise NetworkError(
-            f"{type(model).__name__} fails on images [2,3,{size},{size}]: {_first_line(error)}."
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[-1] if found else None
 
 
 def token_grid(tokens: Tensor, prefix: int | None = None) -> Tensor:

@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sib_ext import SIBStep, SpatialIBLoss
-
 from .. import test_norm_double_backward as norm
 from ..compare import assert_near, overload, relative_error
-from ..test_engines import Network, error, gradients, per_sample, plainly
+from ..test_engines import Network, error, gradients, loss_of, per_sample, plainly, step_of
 
 
 @pytest.fixture
@@ -42,36 +40,36 @@ def test_the_second_derivative_of_a_normalisation(name, dtype, implementation):
     ids=str,
 )
 def test_an_exact_engine_gives_the_gradients_of_the_cpu(options, batch):
-    model, criterion = Network(nn.SiLU, norm=per_sample), SpatialIBLoss()
+    model, criterion = Network(nn.SiLU, norm=per_sample), loss_of()
     loss, truths = plainly(model, criterion, batch, options.get("layers", ()))
     model.cuda()
-    found = SIBStep(model, criterion, **options)(*on_gpu(batch))
+    found = step_of(model, criterion, **options)(*on_gpu(batch))
     assert_near(found.cpu(), loss, 1e-4)
     assert error([g.cpu() for g in gradients(model, found)], truths) < 1e-3
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_batch_normalisation_in_train_mode(memory_format, batch):
-    model, criterion = Network(nn.ReLU).double(), SpatialIBLoss()
+    model, criterion = Network(nn.ReLU).double(), loss_of()
     _, truths = plainly(model, criterion, batch)
     model.cuda().to(memory_format=memory_format)
     x, y, mask = on_gpu(batch)
-    found = SIBStep(model, criterion)(x.double().to(memory_format=memory_format), y, mask)
+    found = step_of(model, criterion)(x.double().to(memory_format=memory_format), y, mask)
     assert error([g.cpu() for g in gradients(model, found)], truths) < 1e-9
 
 
 def test_finite_differences_are_near(batch):
-    model, criterion = Network(norm=per_sample), SpatialIBLoss()
+    model, criterion = Network(norm=per_sample), loss_of()
     _, truths = plainly(model, criterion, batch)
     model.cuda()
-    found = SIBStep(model, criterion, engine="finite_difference")(*on_gpu(batch))
+    found = step_of(model, criterion, engine="finite_difference")(*on_gpu(batch))
     assert error([g.cpu() for g in gradients(model, found)], truths) < 1e-2
 
 
 @pytest.mark.parametrize("options", [{"microbatch": 4}, {"engine": "finite_difference"}], ids=str)
 def test_two_phases_drop_out_the_same_units(options, batch):
     model = Network(dropout=0.5, norm=per_sample).cuda()
-    step = SIBStep(model, SpatialIBLoss(), **options)
+    step = step_of(model, loss_of(), **options)
     losses = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -83,7 +81,7 @@ def test_a_float16_training_with_a_scaler_goes_down(batch):
     torch.manual_seed(0)
     model = Network(nn.ReLU).cuda()
     scaler = torch.amp.GradScaler("cuda")
-    step = SIBStep(model, SpatialIBLoss(), ("body",), scaler=scaler)
+    step = step_of(model, loss_of(), ("body",), scaler=scaler)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     x, y, mask = on_gpu(batch)
     first = last = None
@@ -103,7 +101,7 @@ def test_a_float16_training_with_a_scaler_goes_down(batch):
 def test_a_step_waits_for_nothing(batch):
     """Neither forward nor backward of the exact engine synchronises with the host."""
     model = Network(nn.ReLU).cuda()
-    step = SIBStep(model, SpatialIBLoss(), ("body",))
+    step = step_of(model, loss_of(), ("body",))
     x, y, mask = on_gpu(batch)
     step(x, y, mask).backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -116,7 +114,7 @@ def test_a_step_waits_for_nothing(batch):
 def test_the_model_on_the_gpu_is_left_as_it_was(batch):
     model = Network(nn.ReLU).cuda()
     before = copy.deepcopy(model.state_dict())
-    step = SIBStep(model, SpatialIBLoss(), engine="finite_difference", force=True)
+    step = step_of(model, loss_of(), engine="finite_difference", force=True)
     step(*on_gpu(batch)).backward()
     after = model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if "running" not in k and "tracked" not in k)

@@ -1,0 +1,262 @@
+"""``sib-lab evidence``: what the balanced preset does with masks, with a few and with none, against its controls.
+
+Objects on backgrounds that agree with the class in 95 % of the training images (:mod:`sib_lab.data.composite`). Each
+situation is a comparison of its own (:mod:`sib_lab.compare`) in a folder of that name; cross-entropy, which looks at no
+mask, is trained once. What they show together stands in ``evidence.json``, ``evidence.md`` and ``evidence.png``.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from . import explain, pictures, results
+from .compare import OF_MASKS, OF_NETWORK, Plan, compare
+from .config import TrainConfig, recipe
+from .data import DataError
+from .results import MEASURED, RUNS, run_name
+from .runs import write_text
+from .statistics import Difference, paired_difference
+
+SUMMARY, TABLE, PICTURE = "evidence.json", "evidence.md", "evidence.png"
+OBJECTS, BACKGROUNDS = "eth80_128.zip", "backgrounds"  #: in the data's folder
+BASELINE, OURS = "ce", "sib"
+UNCORRELATED = "accuracy/uncorrelated"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What is known about the objects, what S-IB is compared with, and what it should reach."""
+
+    name: str
+    annotated: float  #: share of the training images whose mask the losses may see
+    controls: tuple[str, ...]
+    epg_gain: float  #: goal: of every one of the six explanations over cross-entropy
+    accuracy_gain: float  #: goal: on uncorrelated backgrounds
+
+
+SITUATIONS = {
+    "given": Situation(
+        "given masks", 1.0, ("gradient-penalty", "centre-mask", "rrr", "sib-paper"), epg_gain=0.20, accuracy_gain=0.02
+    ),
+    "few": Situation("10 % annotated", 0.1, ("rrr",), epg_gain=0.12, accuracy_gain=0.0),
+    "none": Situation("no annotation", 0.0, ("gradient-penalty", "centre-mask"), epg_gain=0.08, accuracy_gain=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the experiment is."""
+
+    network: str
+    size: int  #: px
+    epochs: int
+    batch_size: int
+    images: int  #: that are explained and measured
+    limit: int | None = None  #: images per split
+
+
+SCALES = {
+    "small": Scale("gap_cnn", 32, 3, 32, images=40, limit=320),
+    "cpu": Scale("gap_cnn", 64, 12, 32, images=100),
+    "gpu": Scale("resnet18", 128, 30, 64, images=500),
+}
+#: Of right-for-the-right-reasons: of 1, 30 and 1000 the best on validation at the scale "cpu".
+RRR_STRENGTH = 1.0
+
+
+def check_data(root: Path) -> None:
+    """
+    Raises:
+        DataError: the objects or the backgrounds are not in ``root``.
+    """
+    for name in (OBJECTS, BACKGROUNDS):
+        if not (root / name).exists():
+            raise DataError(
+                f"The evidence needs {root / name}, which is not there: name the folder that holds {OBJECTS} (ETH-80 "
+                f"with masks) and {BACKGROUNDS}/ (two folders of pictures), see docs/objective.md."
+            )
+
+
+def plan_of(situation: Situation, root: Path, scale: Scale, seeds: tuple[int, ...], threads: int | None) -> Plan:
+    """The comparison of one situation."""
+    base = recipe(
+        "balanced",
+        "composite",
+        scale.network,
+        method=BASELINE,
+        size=scale.size,
+        epochs=scale.epochs,
+        batch_size=scale.batch_size,
+        limit=scale.limit,
+        threads=threads,
+        data_options={"objects": str(root / OBJECTS), "backgrounds": str(root / BACKGROUNDS)},
+    )
+    configs: dict[str, TrainConfig] = {BASELINE: base}
+    for method in (OURS, *situation.controls):
+        strength = RRR_STRENGTH if method == "rrr" else None
+        configs[method] = replace(base, method=method, annotated=situation.annotated, strength=strength)
+    return Plan(configs, seeds, OF_MASKS + OF_NETWORK, scale.images)
+
+
+def evidence(
+    root: Path,
+    folder: Path,
+    scale: str,
+    seeds: tuple[int, ...],
+    threads: int | None = None,
+    console: Console | None = None,
+) -> dict:
+    """Does what is not done yet of all situations in ``folder``, and writes what they show together.
+
+    Args:
+        root: the folder with the objects and the backgrounds.
+        scale: a key of SCALES.
+
+    Returns:
+        the content of evidence.json.
+
+    Raises:
+        RunError, DataError: one sentence for the user.
+        KeyboardInterrupt: Ctrl-C; the same call goes on.
+    """
+    console = console or Console()
+    check_data(root)
+    found = {}
+    first: Path | None = None
+    for key, situation in SITUATIONS.items():
+        console.rule(f"{situation.name}")
+        plan = plan_of(situation, root, SCALES[scale], seeds, threads)
+        if first is not None:
+            take_baseline(first, folder / key, seeds)
+        found[key] = compare(plan, folder / key, console=console)
+        first = first or folder / key
+    return write(found, folder, console)
+
+
+def take_baseline(source: Path, target: Path, seeds: tuple[int, ...]) -> None:
+    """The runs of cross-entropy, with what was measured on them, for another situation."""
+    for seed in seeds:
+        run = target / RUNS / run_name(BASELINE, seed)
+        if not (run / MEASURED / "training.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(source / RUNS / run_name(BASELINE, seed), run)
+
+
+# ----------------------------------------------------------------------------------------------- what it shows
+
+
+def write(found: dict[str, dict], folder: Path, console: Console) -> dict:
+    """evidence.json, evidence.md and evidence.png from each situation's results; prints the table."""
+    summary = {key: shown(SITUATIONS[key], results) for key, results in found.items()}
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    text = markdown(summary)
+    write_text(folder / TABLE, text)
+    with matplotlib.rc_context(pictures.STYLE):
+        pictures.save(figure(found), folder / PICTURE, dpi=110)
+    console.print(text, markup=False)
+    console.print(f"Together: {folder / TABLE}, {folder / PICTURE}; each situation has a report.html of its own.")
+    return summary
+
+
+def shown(situation: Situation, found: dict) -> dict:
+    """Of one situation: gains over cross-entropy and leads over every control, with 95 % intervals over seeds."""
+    numbers = {
+        method: {run["seed"]: run["numbers"] for run in found["runs"] if run["method"] == method}
+        for method in found["methods"]
+    }
+
+    def gain(key: str, over: str) -> Difference:
+        pairs = [(numbers[over][s][key]["mean"], numbers[OURS][s][key]["mean"]) for s in numbers[OURS]]
+        return paired_difference(*zip(*pairs, strict=True))
+
+    gains = {method: gain(f"epg/{method}", BASELINE) for method in explain.SIX}
+    worst = min(gains, key=lambda method: gains[method].mean)
+    accuracy = gain(UNCORRELATED, BASELINE)
+    leads = {
+        control: {method: results.as_difference(gain(f"epg/{method}", control)) for method in explain.SIX}
+        for control in situation.controls
+    }
+    return {
+        "situation": situation.name,
+        "seeds": sorted(numbers[OURS]),
+        "goals": {"epg_gain": situation.epg_gain, "accuracy_gain": situation.accuracy_gain},
+        "epg_gain": {method: results.as_difference(value) for method, value in gains.items()},
+        "worst": worst,
+        "accuracy_gain": results.as_difference(accuracy),
+        "leads": leads,
+        "reached": {
+            "epg_gain": gains[worst].clear and gains[worst].mean >= situation.epg_gain,
+            "accuracy_gain": accuracy.mean >= situation.accuracy_gain,
+            "ahead_of_controls": all(
+                lead["excludes_zero"] and lead["mean"] > 0 for of in leads.values() for lead in of.values()
+            ),
+        },
+    }
+
+
+def markdown(summary: dict) -> str:
+    """The summary for people: a line a situation, and a line a control."""
+    names = explain.METHODS
+    lines = [
+        "| situation | EPG gain over cross-entropy, worst of the six | goal | accuracy, uncorrelated | goal |",
+        "|---|---|---|---|---|",
+    ]
+    for of in summary.values():
+        worst = of["worst"]
+        lines.append(
+            f"| {of['situation']} | {results.difference(of['epg_gain'][worst])} ({names[worst]}) | "
+            f"{of['goals']['epg_gain']:+.2f}: {_yes(of['reached']['epg_gain'])} | "
+            f"{results.difference(of['accuracy_gain'])} | "
+            f"{of['goals']['accuracy_gain']:+.2f}: {_yes(of['reached']['accuracy_gain'])} |"
+        )
+    lines += ["", "| EPG of S-IB minus that of | " + " | ".join(names[m] for m in explain.SIX) + " |"]
+    lines.append("|---" * (len(explain.SIX) + 1) + "|")
+    for of in summary.values():
+        rows = {"cross-entropy": of["epg_gain"]}
+        rows |= {results.NAMES[control].lower(): leads for control, leads in of["leads"].items()}
+        for name, row in rows.items():
+            cells = (results.difference(row[m]) + ("*" if row[m]["excludes_zero"] else "") for m in explain.SIX)
+            lines.append(f"| {name}, {of['situation']} | " + " | ".join(cells) + " |")
+    seeds = len(next(iter(summary.values()))["seeds"])
+    lines += ["", f"± is the 95 % interval over {seeds} seeds (paired, Student's t); *: it excludes zero.", ""]
+    return "\n".join(lines)
+
+
+def _yes(reached: bool) -> str:
+    return "reached" if reached else "not reached"
+
+
+def figure(found: dict[str, dict]) -> Figure:
+    """EPG of each explanation by training method, and accuracy on uncorrelated backgrounds: a row a situation."""
+    chart = Figure(figsize=(11, 2.9 * len(found)), layout="constrained")
+    rows = chart.subplots(len(found), 2, width_ratios=(6, 1), squeeze=False, sharey="col")
+    for (key, of), (maps, accuracy) in zip(found.items(), rows, strict=True):
+        colours = pictures.colours(of["methods"])
+        estimates: Callable = {row["key"]: row["values"] for row in of["rows"]}.__getitem__
+        width = 0.84 / len(of["methods"])
+        for place, (method, name) in enumerate(of["methods"].items()):
+            values = [estimates(f"epg/{m}")[method] for m in explain.SIX]
+            at = np.arange(len(values)) + (place - (len(of["methods"]) - 1) / 2) * width
+            _bars(maps, at, values, width, colours[method], name)
+            _bars(accuracy, [place], [estimates(UNCORRELATED)[method]], 0.84, colours[method], name)
+        maps.axhline(of["chance"], color=pictures.FAINT, linewidth=1, linestyle=":")
+        maps.set_xticks(range(len(explain.SIX)), [explain.METHODS[m] for m in explain.SIX])
+        maps.set_title(
+            f"{SITUATIONS[key].name}: share of each explanation on the object (EPG; dotted: chance)", loc="left"
+        )
+        maps.legend(ncols=3, loc="upper right")
+        accuracy.set_title("Accuracy, uncorrelated", loc="left")
+        accuracy.set_xticks([])
+    return chart
+
+
+def _bars(axes, at, values: list[dict], width: float, colour: str, name: str) -> None:
+    spread = [value["half_width"] or 0 for value in values]
+    axes.bar(at, [v["mean"] for v in values], width, color=colour, label=name, yerr=spread, ecolor=pictures.INK)

@@ -1,0 +1,87 @@
+"""The guard against S-IB terms that take over: it speaks when they do, once, and is silent otherwise."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sib_ext import CollapseWarning, SIBStep, SpatialIBLoss
+from sib_ext.guard import LOOK, PATIENCE, CollapseGuard
+
+GUESSING = math.log(8)
+
+
+def watched(cross_entropies, terms):
+    """The warnings of a training with these losses."""
+    guard = CollapseGuard()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for cross_entropy, term in zip(cross_entropies, terms, strict=True):
+            guard.watch(torch.tensor(cross_entropy), torch.tensor(term), 8)
+    return [str(w.message) for w in caught if w.category is CollapseWarning]
+
+
+def falling(start, stop, steps):
+    return [start + (stop - start) * i / steps for i in range(steps)]
+
+
+STEPS = 3 * PATIENCE
+
+
+def test_a_network_that_does_not_learn_while_the_terms_fall_is_named_once():
+    (message,) = watched([0.97 * GUESSING] * STEPS, falling(1.6, 0.5, STEPS))
+    assert (
+        "taking over" in message
+        and "is still 2.02 (guessing: 2.08)" in message
+        and "lower background_weight" in message
+    )
+
+
+def test_a_network_that_forgets_while_the_terms_fall_is_named():
+    learns, forgets = falling(2.0, 0.3, STEPS), falling(0.3, 1.6, STEPS)
+    (message,) = watched(learns + forgets, [1.6] * STEPS + falling(1.6, 0.5, STEPS))
+    assert "has risen from" in message
+
+
+@pytest.mark.parametrize(
+    "cross_entropies, terms",
+    [
+        (falling(2.0, 0.2, STEPS), falling(1.6, 0.4, STEPS)),  # both are learned
+        ([2.05] * STEPS, [1.6] * STEPS),  # neither is: not the terms' doing
+        (falling(2.0, 0.3, STEPS) + falling(0.3, 1.6, STEPS), [1.6] * (2 * STEPS)),  # forgotten for another reason
+        ([2.05] * (PATIENCE - LOOK), falling(1.6, 0.5, PATIENCE - LOOK)),  # too early to tell
+    ],
+    ids=["learning", "stuck alone", "forgetting alone", "early"],
+)
+def test_it_is_silent_otherwise(cross_entropies, terms):
+    assert watched(cross_entropies, terms) == []
+
+
+def test_a_training_whose_terms_take_over_says_so():
+    """A weight of a thousand: the network gives up its labels for maps on the mask."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8)
+    )
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
+    mask = torch.zeros(8, 1, 8, 8)
+    mask[:, :, 2:6, 2:6] = 1
+    step = SIBStep(model, SpatialIBLoss(background_weight=1000.0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with pytest.warns(CollapseWarning, match="taking over"):
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            step(x, y, mask).backward()
+            optimizer.step()
+
+
+def test_it_watches_training_only():
+    criterion = SpatialIBLoss().eval()
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    logits = x.flatten(1) @ torch.randn(192, 8)
+    criterion(logits, torch.arange(4), x)
+    assert criterion.guard.steps == 0
+    criterion.train()(logits, torch.arange(4), x)
+    assert criterion.guard.steps == 1
