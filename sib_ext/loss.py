@@ -29,7 +29,7 @@ PRESETS = {
         "background": "variance",
         "background_weight": 1000.0,
         "layer_weight": 0.0,
-        "self_made_weight": 1.0,
+        "self_made_share": 0.5,
         "foreground": "hsic",
         "foreground_weight": 0.01,
         "transform": "exp",
@@ -44,7 +44,7 @@ PRESETS = {
         "background": "magnitude_ratio",
         "background_weight": 1.0,
         "layer_weight": 1.0,
-        "self_made_weight": 1.0,
+        "self_made_share": 0.5,
         "foreground": "cka",
         "foreground_weight": 0.0,
         "transform": "identity",
@@ -96,8 +96,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         background: ``"variance"`` (published), ``"energy"``, ``"energy_ratio"``, ``"magnitude_ratio"``, ``"gaussian"``.
         background_weight: >= 0; 0 leaves all background terms out.
         layer_weight: of each feature map's background term, times ``background_weight``; >= 0, 0 for no such terms.
-        self_made_weight: of samples without an annotation, >= 0: terms are the mean over the annotated samples plus
-            this times the mean over the others.
+        self_made_share: of samples without an annotation in the terms of a batch that has both kinds, in [0,1): terms
+            are (1 - share) times the mean over the annotated samples plus share times the mean over the others.
+            Where all are of one kind, the mean; 0: samples without an annotation never have terms.
         foreground: ``"hsic"`` (published, B >= 2), ``"hsic_unbiased"`` (B >= 4), ``"cka"`` (B >= 2), ``"gaussian"``.
         foreground_weight: >= 0; 0 leaves the term out.
         transform: f: ``"exp"`` (published), ``"expm1"`` (the same gradient, no offset), ``"identity"``.
@@ -136,7 +137,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         background: str | None = None,
         background_weight: float | None = None,
         layer_weight: float | None = None,
-        self_made_weight: float | None = None,
+        self_made_share: float | None = None,
         foreground: str | None = None,
         foreground_weight: float | None = None,
         transform: str | None = None,
@@ -168,7 +169,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         self.background = chosen("background", background)
         self.background_weight = chosen("background_weight", background_weight)
         self.layer_weight = chosen("layer_weight", layer_weight)
-        self.self_made_weight = chosen("self_made_weight", self_made_weight)
+        self.self_made_share = chosen("self_made_share", self_made_share)
         self.foreground = chosen("foreground", foreground)
         self.foreground_weight = chosen("foreground_weight", foreground_weight)
         self.transform = chosen("transform", transform)
@@ -195,10 +196,12 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             ("padding", PADDINGS),
         ):
             check_choice(name, getattr(self, name), tuple(choices))
-        for name in ("background_weight", "layer_weight", "self_made_weight", "foreground_weight", "eps"):
+        for name in ("background_weight", "layer_weight", "foreground_weight", "eps"):
             check_positive(name, getattr(self, name), zero=True)
         for name in ("temperature", "slope", "kappa"):
             check_positive(name, getattr(self, name))
+        if self.self_made_share != 0:
+            check_share("self_made_share", self.self_made_share)
         if self.noise is not None:
             check_positive("noise", self.noise)
         if self.window != "auto":
@@ -392,14 +395,18 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
     def _sample_weights(
         self, R: Tensor, given: Tensor | None, annotated: Tensor | None, joined: distributed.JoinedBatch
     ) -> Tensor:
-        """[B]: annotated samples share a weight of 1, the others of the joined batch self_made_weight."""
+        """[B], with a sum of 1 over the joined batch: samples without an annotation share self_made_share of it."""
         dtype = accumulation_dtype(R.dtype)
-        if annotated is None:
-            known = torch.full((len(R),), float(given is not None), dtype=dtype, device=R.device)
-        else:
-            known = annotated.to(dtype) * float(given is not None)
-        counts = joined.sum(torch.stack([known.sum(), (1 - known).sum()])).clamp_min(1)
-        return known / counts[0] + self.self_made_weight * (1 - known) / counts[1]
+        known = R.new_full((len(R),), float(given is not None), dtype=dtype)
+        if annotated is not None:
+            known = known * annotated.to(dtype)
+        counts = joined.sum(torch.stack([known.sum(), (1 - known).sum()]))
+        of_known, of_others = (counts > 0).to(dtype).unbind()
+        of_known, of_others = (1 - self.self_made_share) * of_known, self.self_made_share * of_others
+        # Of one kind alone: all of it, unless samples without an annotation are to have none.
+        total = of_known + of_others if self.self_made_share > 0 else 1
+        each = torch.stack([of_known, of_others]) / (total * counts.clamp_min(1))
+        return known * each[0] + (1 - known) * each[1]
 
     def _mask(self, R: Tensor, layers: Mapping[str, Tensor], given: Tensor | None, annotated: Tensor | None) -> Tensor:
         if given is not None and annotated is None:

@@ -134,15 +134,20 @@ def test_the_functional_gaussian_background_refuses_noise_that_is_not_positive(n
 # ---------------------------------------------------------------------------------------------- the options
 
 
-@pytest.mark.parametrize("name", ["preset", "seed", "mask", "background", "foreground", "transform"])
+@pytest.mark.parametrize("name", ["preset", "seed", "mask", "mask_source", "background", "foreground", "transform"])
 def test_an_unknown_name_is_refused_with_the_choices(name):
     check(ValueError, [f"{name} is 'best'; choose one of '"], lambda: SpatialIBLoss(**{name: "best"}))
 
 
-@pytest.mark.parametrize("name", ["background_weight", "foreground_weight"])
+@pytest.mark.parametrize("name", ["background_weight", "layer_weight", "foreground_weight"])
 @pytest.mark.parametrize("value", [-0.1, NAN, INF, "1"])
 def test_a_weight_that_is_negative_or_no_number_is_refused(name, value):
     check(ValueError, [f"{name} must be a finite number >= 0"], lambda: SpatialIBLoss(**{name: value}))
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, NAN, "half"])
+def test_a_share_of_the_self_made_masks_out_of_range_is_refused(value):
+    check(ValueError, ["self_made_share must be a share"], lambda: SpatialIBLoss(self_made_share=value))
 
 
 @pytest.mark.parametrize("name", ["noise", "kappa"])

@@ -387,22 +387,34 @@ def test_the_balanced_terms_do_not_know_the_scale_of_the_logits(factor, problem)
 # ------------------------------------------------------------------------------------------- annotated or not
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_the_terms_are_the_mean_over_annotated_samples_plus_a_share_of_the_mean_over_the_others(weight, problem):
-    known = torch.tensor([True, False, True, False, False])
-    options = {"background": "energy_ratio", "foreground_weight": 0.0}
-    terms = loss_of(problem, SOFT, known, self_made_weight=weight, **options)
+def shares_of(terms, problem):
     moments = sib.masked_statistics(terms.vjp, problem.x, terms.mask).moments
-    shares = sib.background_energy_ratio(moments, terms.vjp[0].numel())
-    assert_near(terms.background, shares[known].mean() + weight * shares[~known].mean(), 1e-12)
+    return sib.background_energy_ratio(moments, terms.vjp[0].numel())
 
 
-def test_self_made_masks_alone_weigh_as_much_as_they_are_told(problem):
-    alone = loss_of(problem, self_made_weight=0.25, foreground_weight=0.0)
-    full = loss_of(problem, self_made_weight=1.0, foreground_weight=0.0)
-    assert_near(alone.background, 0.25 * full.background, 1e-12)
-    given = loss_of(problem, SOFT, self_made_weight=0.25, foreground_weight=0.0)
-    assert_near(given.background, loss_of(problem, SOFT, foreground_weight=0.0).background, 1e-12)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_samples_without_an_annotation_have_their_share_of_the_terms(share, problem):
+    known = torch.tensor([True, False, True, False, False])
+    terms = loss_of(problem, SOFT, known, self_made_share=share, foreground_weight=0.0)
+    values = shares_of(terms, problem)
+    assert_near(terms.background, (1 - share) * values[known].mean() + share * values[~known].mean(), 1e-12)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize(
+    "mask", [(), (SOFT,), (SOFT, torch.ones(5, dtype=torch.bool))], ids=["none", "all", "all flagged"]
+)
+def test_samples_of_one_kind_have_all_of_the_terms(mask, share, problem):
+    terms = loss_of(problem, *mask, self_made_share=share, foreground_weight=0.0)
+    assert_near(terms.background, shares_of(terms, problem).mean(), 1e-12)
+
+
+def test_a_share_of_zero_leaves_samples_without_an_annotation_out(problem):
+    nobody = loss_of(problem, self_made_share=0.0, foreground_weight=0.0)
+    assert nobody.background == 0 and nobody.loss == nobody.cross_entropy
+    known = torch.tensor([True, False, True, False, False])
+    terms = loss_of(problem, SOFT, known, self_made_share=0.0, foreground_weight=0.0)
+    assert_near(terms.background, shares_of(terms, problem)[known].mean(), 1e-12)
 
 
 # --------------------------------------------------------------------------------------------------- dtypes
