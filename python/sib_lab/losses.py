@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_ext import SIBStep, SpatialIBLoss
+from sib_ext.loss import PRESETS
 from sib_ext.seeds import SEEDS, vjp
 
 from .config import TrainConfig
@@ -185,11 +186,13 @@ class GradientPenalty(TrainingLoss):
     Args:
         strength: >= 0; None: 0.1, and with ``match`` 3, at which v kept within 3 % of the target on digits,
             the first two of six epochs left out.
-        seed: of R; must be that of the run to be matched.
+        seed: of R; by default the balanced preset's, as that of the run to be matched must be the same.
         match: VJP variances > 0.
     """
 
-    def __init__(self, strength: float | None = None, seed: str = "target_logit", match: Sequence[float] = ()):
+    def __init__(
+        self, strength: float | None = None, seed: str = PRESETS["balanced"]["seed"], match: Sequence[float] = ()
+    ):
         super().__init__()
         if seed not in SEEDS:
             raise ValueError(f"seed must be one of {', '.join(SEEDS)}, got {seed!r}")
