@@ -43,7 +43,7 @@ PRESETS = {
         "mask_source": "activation",
         "background": "magnitude_ratio",
         "background_weight": 1.0,
-        "layer_weight": 1.0,
+        "layer_weight": 1.5,
         "self_made_share": 0.5,
         "foreground": "cka",
         "foreground_weight": 0.0,
