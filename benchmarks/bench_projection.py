@@ -2,7 +2,7 @@
 
     python benchmarks/bench_projection.py     # about seven minutes, needs torchvision; writes benchmarks/results/cpu/
 
-32 crops of photographs at 224 px, a ResNet-18 with random weights, the balanced preset; each P is drawn several times.
+32 crops of photographs at 224 px, a ResNet-18 with random weights, energy ratio and CKA; each P is drawn several times.
 Gradients are with respect to all weights of the network, of the foreground term (CKA) and of the whole loss.
 """
 
@@ -26,6 +26,7 @@ from sib_ext import functional as sib
 from sib_ext.distributed import JoinedBatch
 
 SIZES = (256, 1024, 4096)
+OPTIONS = {"seed": "target_logit", "mask_source": "vjp", "background": "energy_ratio", "foreground_weight": 0.1}
 TERMS = {"hsic": sib.foreground_hsic, "hsic_unbiased": sib.foreground_hsic_unbiased, "cka": sib.foreground_cka}
 
 
@@ -49,7 +50,7 @@ class Measurement:
         torch.manual_seed(0)
         model, self.x, y = resnet18(num_classes=10), crops(batch).requires_grad_(), torch.randint(10, (batch,))
         self.weights = list(model.parameters())
-        criterion = SpatialIBLoss()
+        criterion = SpatialIBLoss(**OPTIONS)
         logits = model(self.x)
         terms = criterion.terms(logits, y, self.x)
         self.vjp, self.mask, self.weight = terms.vjp, terms.mask, criterion.foreground_weight

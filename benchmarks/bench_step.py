@@ -28,6 +28,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from sib_ext import SIBStep, SpatialIBLoss  # noqa: E402
+from sib_ext.layers import last_feature_map  # noqa: E402
 
 CLASSES = 100
 SMALL = 64  # px, and two images: where gradients are compared in float64
@@ -69,9 +70,18 @@ ON_A_GPU = ("resnet50", "resnet18")
 SMOOTH = ("vit_b_32", "resnet18_gelu")
 
 
+#: Without a term at the last feature map; every other S-IB step has one.
+INPUT_ALONE = ("loss alone", "compiled")
+
+
+def balanced(**options) -> SpatialIBLoss:
+    """The balanced preset, without its draws: gradients are compared."""
+    return SpatialIBLoss(seed="target_logit", **options)
+
+
 def steps(model: nn.Module, name: str, compiled: bool) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Engine -> (x, y) -> loss."""
-    cross_entropy, criterion = nn.CrossEntropyLoss(), SpatialIBLoss()
+    cross_entropy, criterion = nn.CrossEntropyLoss(), balanced()
     published = SpatialIBLoss("paper", impl="reference")
 
     def in_pytorch_alone(criterion):
@@ -95,7 +105,7 @@ def steps(model: nn.Module, name: str, compiled: bool) -> dict[str, Callable[[Te
     if compiled:
         plain = torch.compile(model)
         found["plain, compiled"] = lambda x, y: cross_entropy(plain(x), y)
-        found["compiled"] = SIBStep(model, criterion, engine="compiled")
+        found["compiled"] = SIBStep(model, criterion, layers=(), engine="compiled")
     return found
 
 
@@ -116,7 +126,7 @@ def prepared(arguments, name: str) -> tuple[dict, nn.Module]:
     model = network(name, arguments.size).to(arguments.device)
     found = steps(model, name, arguments.compiled)
     part = max(2, arguments.batch // 4)
-    found["microbatch"] = SIBStep(model, SpatialIBLoss(), microbatch=part)
+    found["microbatch"] = SIBStep(model, balanced(), microbatch=part)
     wanted = arguments.engines.split(";") if arguments.engines else list(found)
     return {engine: step for engine, step in found.items() if engine in wanted}, model
 
@@ -193,14 +203,21 @@ def gradient_errors(arguments, name: str) -> dict[str, float]:
         return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
     double = copy.deepcopy(model).double()
-    criterion = SpatialIBLoss(impl="reference")
+    criterion = balanced(impl="reference")
 
-    def exactly(x, y):
-        x = x.requires_grad_()
-        with sdpa_kernel(SDPBackend.MATH):
-            return criterion(double(x), y, x)
+    def exactly(features: bool) -> Callable:
+        def step(x, y):
+            x, kept = x.requires_grad_(), {}
+            layer = double.get_submodule(last_feature_map(double, x.detach()))
+            handle = layer.register_forward_hook(lambda module, inputs, output: kept.update(last=output))
+            with sdpa_kernel(SDPBackend.MATH):
+                logits = double(x)
+                handle.remove()
+                return criterion(logits, y, x, features=kept if features else None)
 
-    truth = gradients(double, exactly, x.double())
+        return step
+
+    truths = {features: gradients(double, exactly(features), x.double()) for features in (True, False)}
     found = {}
     for engine in ("loss alone", "double_backward", "microbatch", "finite_difference", "compiled"):
         if engine not in engines:
@@ -208,6 +225,7 @@ def gradient_errors(arguments, name: str) -> dict[str, float]:
         step = engines[engine]
         if engine == "microbatch":
             step.microbatch = len(x)  # BatchNorm sees the parts: only one part is comparable
+        truth = truths[engine not in INPUT_ALONE]
         found[engine] = float((gradients(model, step, x) - truth).norm() / truth.norm())
     return found
 

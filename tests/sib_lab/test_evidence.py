@@ -1,0 +1,137 @@
+"""The evidence: three situations on tiny composites, and what the summary says of made-up results."""
+
+import io
+import json
+import math
+import re
+import shutil
+
+import pytest
+from data_samples import write_backgrounds, write_objects
+from PIL import Image
+from rich.console import Console
+from sib_lab import evidence as ev
+from sib_lab.data import DataError
+from sib_lab.explain import SIX
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Objects in a .zip and backgrounds, in the layout of the real files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    objects = write_objects(tmp_path_factory.mktemp("objects"), ("cup", "pear"), views=6)
+    shutil.make_archive(folder / ev.OBJECTS.removesuffix(".zip"), "zip", objects)
+    write_backgrounds(folder / ev.BACKGROUNDS)
+    return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Few and none alone, in seconds."""
+    monkeypatch.setitem(ev.SCALES, "small", ev.Scale("gap_cnn", 32, 1, 8, images=6, limit=24))
+    monkeypatch.setattr(ev, "SITUATIONS", {key: ev.SITUATIONS[key] for key in ("few", "none")})
+
+
+def test_the_situations_are_compared_and_summed_up_and_nothing_is_done_twice(root, tiny, tmp_path, monkeypatch):
+    def run():
+        text = io.StringIO()
+        return ev.evidence(root, tmp_path, "small", (0, 1), 1, Console(file=text, width=200)), text.getvalue()
+
+    summary, text = run()
+    assert json.loads((tmp_path / ev.SUMMARY).read_text()) == summary and set(summary) == {"few", "none"}
+    assert (tmp_path / ev.TABLE).read_text() in text
+    assert Image.open(tmp_path / ev.PICTURE).size[0] > 500
+    assert set(summary["none"]["leads"]) == {"gradient-penalty", "centre-mask"}
+    assert text.count("Cross-entropy, seed 0: training") == 1  # looks at no mask: once for all situations
+    for key, share in (("few", 0.1), ("none", 0.0)):
+        results = json.loads((tmp_path / key / "results.json").read_text())
+        assert results["methods"].keys() == {"ce", "sib", *ev.SITUATIONS[key].controls} and not results["missing"]
+        configs = {r["method"]: r["config"] for r in results["runs"]}
+        assert configs["sib"]["annotated"] == share and configs["ce"]["annotated"] == 1.0
+        assert "accuracy/flipped" in {row["key"] for row in results["rows"]}
+    assert "made its own masks" not in text  # a sentence of the report, not of the terminal
+    losses = json.loads((tmp_path / "few" / "comparison.json").read_text())["losses"]
+    assert "was shown the objects in 8 % of the training images" in losses["sib"]  # 2 of 24
+
+    monkeypatch.setattr("sib_lab.compare.train", lambda *a, **k: pytest.fail("trained again"))
+    again, text = run()
+    assert again == summary and "training" not in text
+
+
+def test_missing_pictures_are_named(tmp_path):
+    with pytest.raises(DataError, match="eth80_128.zip, which is not there: name the folder"):
+        ev.check_data(tmp_path)
+    from sib_lab.cli import app
+
+    told = CliRunner().invoke(app, ["evidence", str(tmp_path), "--scale", "small"])
+    assert told.exit_code == 1 and "which is not there" in told.stderr
+
+
+@pytest.mark.parametrize("key", ev.SITUATIONS)
+def test_a_plan_has_the_situations_methods_and_tells_cross_entropy_nothing(key, tmp_path):
+    situation = ev.SITUATIONS[key]
+    plan = ev.plan_of(situation, tmp_path, ev.SCALES["gpu"], (0, 1, 2), None)
+    assert list(plan.configs) == ["ce", "sib", *situation.controls]
+    assert {c.annotated for m, c in plan.configs.items() if m != "ce"} == {situation.annotated}
+    assert all(c.network == "resnet18" and c.size == 128 and c.agreement == 0.95 for c in plan.configs.values())
+    assert plan.configs["sib"].loss_options == {}  # the preset as it is
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def made_up(**epg):
+    """Results of three seeds; a method's EPG is its value plus a hundredth of the seed, the same for all six."""
+    runs = [
+        {
+            "method": method,
+            "seed": seed,
+            "numbers": {
+                **{
+                    f"epg/{m}": {"mean": value + 0.01 * seed + 0.001 * i * (method == "sib")} for i, m in enumerate(SIX)
+                },
+                "accuracy/uncorrelated": {"mean": value + 0.02 * seed},
+            },
+        }
+        for method, value in epg.items()
+        for seed in (0, 1, 2)
+    ]
+    return {"methods": dict.fromkeys(epg), "runs": runs}
+
+
+SITUATION = ev.Situation("tiny", 1.0, ("rrr",), epg_gain=0.2, accuracy_gain=0.02)
+
+
+def test_gains_and_leads_are_paired_differences_and_the_worst_is_named():
+    found = ev.shown(SITUATION, made_up(ce=0.2, sib=0.5, rrr=0.3))
+    assert found["worst"] == SIX[0] and found["epg_gain"][SIX[0]]["mean"] == pytest.approx(0.3)
+    assert found["epg_gain"][SIX[5]]["mean"] == pytest.approx(0.305)
+    assert found["epg_gain"][SIX[0]]["half_width"] == pytest.approx(0, abs=1e-9)  # pairs take the seeds out
+    assert found["leads"]["rrr"][SIX[0]]["mean"] == pytest.approx(0.2)
+    assert found["accuracy_gain"]["mean"] == pytest.approx(0.3)
+    assert found["reached"] == {"epg_gain": True, "accuracy_gain": True, "ahead_of_controls": True}
+
+
+@pytest.mark.parametrize(
+    ("epg", "missed"),
+    [
+        ({"ce": 0.2, "sib": 0.3, "rrr": 0.25}, "epg_gain"),
+        ({"ce": 0.2, "sib": 0.5, "rrr": 0.6}, "ahead_of_controls"),
+        ({"ce": 0.5, "sib": 0.5, "rrr": 0.1}, "accuracy_gain"),
+    ],
+)
+def test_goals_that_are_missed_are_said_to_be(epg, missed):
+    found = ev.shown(SITUATION, made_up(**epg))
+    assert not found["reached"][missed]
+    text = ev.markdown({"tiny": found})
+    assert ("not reached" in text) == (missed != "ahead_of_controls")
+    assert len(re.findall(r"^\| (cross-entropy|right reasons), tiny \|", text, re.M)) == 2
+
+
+def test_one_seed_has_no_interval_and_reaches_nothing():
+    one = made_up(ce=0.2, sib=0.5, rrr=0.3)
+    one["runs"] = [run for run in one["runs"] if run["seed"] == 0]
+    found = ev.shown(SITUATION, one)
+    assert found["epg_gain"][SIX[0]]["half_width"] is None and not found["reached"]["epg_gain"]
+    assert not math.isnan(found["epg_gain"][SIX[0]]["mean"]) and json.dumps(found, allow_nan=False)
