@@ -46,10 +46,10 @@ class SIBStep:
     Args:
         model: images [B,C,H,W] -> logits [B,K]; may be wrapped in DDP, FSDP2 or ``torch.compile``.
         criterion: a :class:`sib_ext.SpatialIBLoss`.
-        layers: names of modules (``model.named_modules()``) whose output, a feature map [B,C,h,w] or tokens [B,T,D] of
-            a square grid (with or without a class token), gets a background term of its own, on its class activation
-            (:func:`sib_ext.functional.class_activation`). ``"auto"``: the last feature map, found in the first step, if
-            the criterion has terms for layers (``layer_weight``), else none.
+        layers: names (or one) of modules (``model.named_modules()``) whose output, a feature map [B,C,h,w] or tokens
+            [B,T,D] of a square grid (with or without a class token), gets a background term of its own, on its class
+            activation (:func:`sib_ext.functional.class_activation`). ``"auto"``: the last feature map, found in the
+            first step, if the criterion has terms for layers (``layer_weight``), else none.
         engine: ``"auto"``, ``"double_backward"``, ``"compiled"`` or ``"finite_difference"``, see docs/engines.md.
         every: S-IB terms in every k-th step only, k times as strong (lazy regularisation; the first step has them).
         share: the part of each batch, drawn at random, that gets S-IB terms, in (0,1]; the rest is a plain forward
@@ -86,7 +86,7 @@ class SIBStep:
         force: bool = False,
     ):
         self.model, self.criterion = model, criterion
-        self.layers = () if layers == "auto" else tuple(layers)
+        self.layers = () if layers == "auto" else (layers,) if isinstance(layers, str) else tuple(layers)
         self._finds_layers = layers == "auto" and getattr(criterion, "has_layer_terms", False)
         self.every, self.share, self.microbatch = every, share, microbatch
         self.recompute, self.scaler, self.force = tuple(recompute), scaler, force
