@@ -64,7 +64,7 @@ class Scale:
 
 SCALES = {
     "small": Scale("gap_cnn", 32, 3, 32, images=40, limit=320),
-    "cpu": Scale("gap_cnn", 64, 10, 32, images=100),
+    "cpu": Scale("gap_cnn", 64, 16, 32, images=100),
     "gpu": Scale("resnet18", 128, 30, 64, images=500),
 }
 #: Of right-for-the-right-reasons: of 1 and 10 the better on validation.
