@@ -77,7 +77,7 @@ def _last_plane(model: nn.Module, x: Tensor) -> str | None:
 
     hooks = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(x)
     finally:
         for hook in hooks:
@@ -86,7 +86,7 @@ def _last_plane(model: nn.Module, x: Tensor) -> str | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sib_ext.layers import last_feature_map
+from sib_ext.layers import evaluating, last_feature_map
 
 NETWORKS = ("small_cnn", "gap_cnn", "resnet18", "resnet50", "densenet121", "vit_b_32")
 ALSO = "module:function of your own, or timm:<name> where timm is installed"
@@ -208,7 +208,7 @@ def _check_logits(name: str, model: nn.Module, classes: int, size: int) -> None:
         NetworkError: it does not.
     """
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits = model(_probe(model, size))
     except Exception as error:  # whatever a network from elsewhere raises
         raise NetworkError(f"{name} fails on images [2,3,{size},{size}]: {_first_line(error)}.") from error
@@ -224,18 +224,6 @@ def _first_line(error: BaseException) -> str:
 def _probe(model: nn.Module, size: int) -> Tensor:
     like = next(model.parameters(), torch.zeros(()))
     return torch.zeros(2, 3, size, size, device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 # ------------------------------------------------------------------------------------------------ weights
