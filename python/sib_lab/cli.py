@@ -92,7 +92,8 @@ def compare_command(
     limit: Annotated[int | None, typer.Option(help="Images per split, at most.")] = None,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out.")] = False,
     network: Annotated[
-        str, typer.Option(help="small_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME.")
+        str,
+        typer.Option(help="small_cnn, gap_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME."),
     ] = TrainConfig.network,
     weights: Annotated[Path | None, typer.Option(help="File of initial weights.", show_default="random")] = None,
     preset: Annotated[

@@ -47,7 +47,8 @@ def train_command(
         bool | None, typer.Option("--skip-broken", help="Leave broken files out and name them.", show_default="stop")
     ] = None,
     network: Annotated[
-        str, typer.Option(help="small_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME.")
+        str,
+        typer.Option(help="small_cnn, gap_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME."),
     ] = TrainConfig.network,
     weights: Annotated[Path | None, typer.Option(help="File of initial weights.", show_default="random")] = None,
     strength: Annotated[
