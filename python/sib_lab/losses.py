@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sib_ext import SIBStep, SpatialIBLoss
+from sib_ext import SIBStep, SpatialIBLoss, fused_double_backward
 from sib_ext.loss import PRESETS
 from sib_ext.seeds import SEEDS, vjp
 
@@ -206,7 +206,8 @@ class GradientPenalty(TrainingLoss):
 
     def forward(self, model, x, y, mask=None, annotated=None):
         x = _watched(x)
-        logits = model(x)
+        with fused_double_backward():
+            logits = model(x)
         R = vjp(logits, x, y, self.seed)
         cross_entropy = F.cross_entropy(logits, y)
         penalty = self._mismatch(R) if self.match else _energy(R).mean()
@@ -235,7 +236,8 @@ class RightForTheRightReasons(TrainingLoss):
         if mask is None:
             return _without_annotation(model, x, y)
         x = _watched(x)
-        logits = model(x)
+        with fused_double_backward():
+            logits = model(x)
         cross_entropy = F.cross_entropy(logits, y)
         R = vjp(logits, x, y, "target_log_prob")
         background = _annotated_mean(_energy((1 - mask.to(_wide(R).dtype)) * _wide(R)), annotated)
@@ -286,7 +288,8 @@ class EnergyLoss(TrainingLoss):
 
     def _input_x_gradient(self, model, x, y):
         x = _watched(x)
-        logits = model(x)
+        with fused_double_backward():
+            logits = model(x)
         return logits, (_wide(x) * _wide(vjp(logits, x, y, "target_logit"))).abs().sum(1, keepdim=True)
 
 

@@ -73,7 +73,8 @@ def test_a_plan_has_the_situations_methods_and_tells_cross_entropy_nothing(key, 
     situation = ev.SITUATIONS[key]
     plan = ev.plan_of(situation, tmp_path, ev.SCALES["gpu"], (0, 1, 2), None)
     assert list(plan.configs) == ["ce", "sib", *situation.controls]
-    assert {c.annotated for m, c in plan.configs.items() if m != "ce"} == {situation.annotated}
+    assert {c.annotated for m, c in plan.configs.items() if m not in ev.EVERYWHERE} == {situation.annotated}
+    assert {plan.configs[m].annotated for m in ev.EVERYWHERE if m in plan.configs} == {1.0}
     assert all(c.network == "resnet18" and c.size == 128 and c.agreement == 0.95 for c in plan.configs.values())
     assert plan.configs["sib"].loss_options == {}  # the preset as it is
 
@@ -92,6 +93,7 @@ def made_up(**epg):
                     f"epg/{m}": {"mean": value + 0.01 * seed + 0.001 * i * (method == "sib")} for i, m in enumerate(SIX)
                 },
                 "accuracy/uncorrelated": {"mean": value + 0.02 * seed},
+                "accuracy/flipped": {"mean": value - 0.02 * seed},
             },
         }
         for method, value in epg.items()
