@@ -70,6 +70,7 @@ class Plan:
     measures: tuple[str, ...] = OF_MASKS
     images: int = 500  #: of the first test set, that are explained and measured
     layer: str | None = None  #: that class-activation maps look at; None: found
+    best: bool = True  #: measure the weights that were best on the first validation split; False: the last
 
     def __post_init__(self):
         if not self.configs or not self.seeds:
@@ -319,10 +320,10 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
     config = plan.config(method, seed)
     if plan.is_matched(method):
         config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed))))
-    if (path / FINISHED).exists():
-        return open_run(path)
-    console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
-    return train(config, path, console=console, data=material.training_data(config))
+    if not (path / FINISHED).exists():
+        console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
+        train(config, path, console=console, data=material.training_data(config))
+    return open_run(path, plan.best)
 
 
 def check_same(config: TrainConfig, folder: Path) -> None:
@@ -521,7 +522,7 @@ class Measurement:
         about = {
             "chance": measure.object_share(self.material.items.mask).mean().item() if self.material.has_masks else None,
             "epochs": len(run.history),
-            "best_epoch": run.epoch,
+            "measured_epoch": run.epoch,
             "config": asdict(run.config),
             "record": {name: value for name, value in run.record.items() if name != "config"},
             "curves": curves(run),
