@@ -160,7 +160,8 @@ def take_over(method: str, source: Path, target: Path, seeds: tuple[int, ...]) -
 
 def write(found: dict[str, dict], folder: Path, console: Console) -> dict:
     """evidence.json, evidence.md and evidence.png from each situation's results; prints the table."""
-    summary = {key: shown(SITUATIONS[key], results) for key, results in found.items()}
+    about = ("machine", "versions", "git_commit")
+    summary = {key: shown(SITUATIONS[key], of) | {name: of[name] for name in about} for key, of in found.items()}
     write_text(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     text = markdown(summary)
     write_text(folder / TABLE, text)
@@ -205,6 +206,10 @@ def shown(situation: Situation, found: dict) -> dict:
             "ahead_of_controls": all(
                 lead["excludes_zero"] and lead["mean"] > 0 for of in leads.values() for lead in of.values()
             ),
+        },
+        "numbers": {
+            method: {seed: {key: value["mean"] for key, value in of.items()} for seed, of in of_seeds.items()}
+            for method, of_seeds in numbers.items()
         },
     }
 
