@@ -40,7 +40,7 @@ class Situation:
     annotated: float  #: share of the training images whose mask the losses may see
     controls: tuple[str, ...]
     epg_gain: float  #: goal: of every one of the six explanations over cross-entropy
-    accuracy_gain: float  #: goal: on uncorrelated backgrounds
+    accuracy_gain: float  #: goal: on uncorrelated backgrounds; 0: not lower
 
 
 SITUATIONS = {
@@ -202,7 +202,9 @@ def shown(situation: Situation, found: dict) -> dict:
         "leads": leads,
         "reached": {
             "epg_gain": gains[worst].clear and gains[worst].mean >= situation.epg_gain,
-            "accuracy_gain": accuracy.mean >= situation.accuracy_gain,
+            # A gain must be clear; "not lower" is all that 0 asks for.
+            "accuracy_gain": accuracy.mean >= situation.accuracy_gain
+            and (accuracy.clear or not situation.accuracy_gain),
             "ahead_of_controls": all(
                 lead["excludes_zero"] and lead["mean"] > 0 for of in leads.values() for lead in of.values()
             ),
@@ -265,7 +267,9 @@ def figure(found: dict[str, dict]) -> Figure:
         maps.set_title(
             f"{SITUATIONS[key].name}: share of each explanation on the object (EPG; dotted: chance)", loc="left"
         )
-        maps.legend(ncols=3, loc="upper right")
+        maps.set_ylim(0, 1.4)  # room for the legend
+        maps.set_yticks(np.arange(0, 1.01, 0.2))
+        maps.legend(ncols=len(of["methods"]), loc="upper left")
         accuracy.set_title("Accuracy, uncorrelated", loc="left")
         accuracy.set_xticks([])
     return chart
