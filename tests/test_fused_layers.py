@@ -10,6 +10,7 @@ from sib_ext import SpatialIBLoss
 from sib_ext.fused_layers import _Convolution, fused_double_backward, input_gradients_only
 
 from .compare import assert_near
+from .samples import FIXED
 
 
 def conv(cls=nn.Conv2d, *arguments, **options):
@@ -150,7 +151,7 @@ def loss_gradients(model, x, y, fused, dtype=None):
                 logits = model(x)
         else:
             logits = model(x)
-        loss = SpatialIBLoss()(logits, y, x)
+        loss = SpatialIBLoss(**FIXED)(logits, y, x)
     loss.backward()
     return loss.detach(), [p.grad for p in model.parameters() if p.requires_grad]
 
