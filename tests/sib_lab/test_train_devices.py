@@ -31,7 +31,7 @@ def options(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return TrainConfig(
         network="plain_network:build", method="gradient-penalty", epochs=2, batch_size=16, data_options=DIGITS,
-        threads=1, device="cpu",
+        threads=1, device="cpu", loss_options={"seed": "target_logit"},
     )  # fmt: skip
 
 
