@@ -161,6 +161,10 @@ def evidence_command(
     first_seed: Annotated[int, typer.Option(min=0, help="The seeds count up from here.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the reports, the numbers and the runs.")] = EVIDENCE_OUT,
     threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU.", show_default="torch's")] = None,
+    controls: Annotated[
+        bool, typer.Option(help="Train the controls, too; without them there is time for many seeds.")
+    ] = True,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the scale's")] = None,
 ) -> None:
     """Compare S-IB with its controls in three situations: given masks, 10 % annotated, no annotation.
 
@@ -174,7 +178,8 @@ def evidence_command(
 
         if scale == "auto":
             scale = "gpu" if torch.cuda.is_available() else "cpu"
-        evidence(root, out, scale, tuple(range(first_seed, first_seed + seeds)), threads)
+        chosen = tuple(range(first_seed, first_seed + seeds))
+        evidence(root, out, scale, chosen, threads, controls=controls, epochs=epochs)
 
 
 @app.command("report", epilog="Example: sib-lab report runs/compare")

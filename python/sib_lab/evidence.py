@@ -73,6 +73,11 @@ SCALES = {
 RRR_STRENGTH = 1.0
 
 
+def chosen_situations(controls: bool) -> dict[str, Situation]:
+    """The situations, with their controls or with cross-entropy alone."""
+    return SITUATIONS if controls else {key: replace(of, controls=()) for key, of in SITUATIONS.items()}
+
+
 def check_data(root: Path) -> None:
     """
     Raises:
@@ -117,12 +122,16 @@ def evidence(
     seeds: tuple[int, ...],
     threads: int | None = None,
     console: Console | None = None,
+    controls: bool = True,
+    epochs: int | None = None,
 ) -> dict:
     """Does what is not done yet of all situations in ``folder``, and writes what they show together.
 
     Args:
         root: the folder with the objects and the backgrounds.
         scale: a key of SCALES.
+        controls: False: cross-entropy and S-IB alone, for many seeds.
+        epochs: of every training, at least 1; None: the scale's.
 
     Returns:
         the content of evidence.json.
@@ -135,15 +144,17 @@ def evidence(
     check_data(root)
     found = {}
     trained: dict[str, Path] = {}
-    for key, situation in SITUATIONS.items():
+    situations = chosen_situations(controls)
+    size = SCALES[scale] if epochs is None else replace(SCALES[scale], epochs=epochs)
+    for key, situation in situations.items():
         console.rule(f"{situation.name}")
-        plan = plan_of(situation, root, SCALES[scale], seeds, threads)
+        plan = plan_of(situation, root, size, seeds, threads)
         for method in EVERYWHERE:
             if method in plan.configs and method in trained:
                 take_over(method, trained[method], folder / key, seeds)
         found[key] = compare(plan, folder / key, console=console)
         trained |= dict.fromkeys(plan.configs, folder / key)
-    return write(found, folder, console)
+    return write(found, situations, folder, console)
 
 
 def take_over(method: str, source: Path, target: Path, seeds: tuple[int, ...]) -> None:
@@ -158,10 +169,10 @@ def take_over(method: str, source: Path, target: Path, seeds: tuple[int, ...]) -
 # ----------------------------------------------------------------------------------------------- what it shows
 
 
-def write(found: dict[str, dict], folder: Path, console: Console) -> dict:
+def write(found: dict[str, dict], situations: dict[str, Situation], folder: Path, console: Console) -> dict:
     """evidence.json, evidence.md and evidence.png from each situation's results; prints the table."""
     about = ("machine", "versions", "git_commit")
-    summary = {key: shown(SITUATIONS[key], of) | {name: of[name] for name in about} for key, of in found.items()}
+    summary = {key: shown(situations[key], of) | {name: of[name] for name in about} for key, of in found.items()}
     write_text(folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     text = markdown(summary)
     write_text(folder / TABLE, text)
@@ -207,7 +218,9 @@ def shown(situation: Situation, found: dict) -> dict:
             and (accuracy.clear or not situation.accuracy_gain),
             "ahead_of_controls": all(
                 lead["excludes_zero"] and lead["mean"] > 0 for of in leads.values() for lead in of.values()
-            ),
+            )
+            if leads
+            else None,
         },
         "numbers": {
             method: {seed: {key: value["mean"] for key, value in of.items()} for seed, of in of_seeds.items()}

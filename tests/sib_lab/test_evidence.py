@@ -61,6 +61,17 @@ def test_the_situations_are_compared_and_summed_up_and_nothing_is_done_twice(roo
     assert again == summary and "training" not in text
 
 
+def test_without_controls_s_ib_and_cross_entropy_alone_are_trained_for_as_long_as_asked(root, tiny, tmp_path):
+    summary = ev.evidence(
+        root, tmp_path, "small", (4, 5), 1, Console(file=io.StringIO(), width=200), controls=False, epochs=2
+    )
+    for key in ("few", "none"):
+        assert summary[key]["numbers"].keys() == {"ce", "sib"} and summary[key]["seeds"] == [4, 5]
+        assert not summary[key]["leads"] and summary[key]["reached"]["ahead_of_controls"] is None
+        results = json.loads((tmp_path / key / "results.json").read_text())
+        assert {run["config"]["epochs"] for run in results["runs"]} == {2}
+
+
 def test_missing_pictures_are_named(tmp_path):
     with pytest.raises(DataError, match="eth80_128.zip, which is not there: name the folder"):
         ev.check_data(tmp_path)
