@@ -147,7 +147,10 @@ def density_mask_backward(
     padding: str,
     area: float,
 ) -> Tensor:
-    """dL/dR of :func:`density_mask` from dL/dM [B,1,H,W]; a soft quantile's gradient touches its support only."""
+    """dL/dR_c [B,1,H,W] of :func:`density_mask`, the same for every channel c, from dL/dM [B,1,H,W].
+
+    A soft quantile's gradient touches its support only.
+    """
     batch, _, height, width = vjp.shape
     n, size = height * width, support.shape[-1]
     weights = {q: support_weights(n, q, temperature, size, mask) for q in (LOW, HIGH, 1 - area)}
@@ -180,8 +183,7 @@ def density_mask_backward(
     slip = (grad * u).sum(1, keepdim=True) * scale
     grad = grad * scale
     grad = grad - scatter(2, 1 - area, grad.sum(1, keepdim=True)) - scatter(1, HIGH, slip) + scatter(0, LOW, slip)
-    grad = (grad * mean.sign() / vjp.shape[1]).view(batch, 1, height, width)
-    return grad.expand(vjp.shape)
+    return (grad * mean.sign() / vjp.shape[1]).view(batch, 1, height, width)
 
 
 # -------------------------------------------------------------------------------------- masked statistics

@@ -199,7 +199,7 @@ SIB_CLONES void forward_sample(const S* R, Layout layout, const Options& o, Work
   SIB_SIMD for (int64_t p = 0; p < P; ++p) mask[p] = sigmoid(slope * (d[p] - threshold));
 }
 
-// ------------------------------------------------------------------------------------ one sample's dL/dR
+// -------------------------------------------------------- one sample's dL/dR_c, the same for every channel c
 
 template <class T>
 SIB_INLINE void subtract_at(T* v, const int64_t* pixels, const T* weights, int64_t size, double total) {
@@ -261,17 +261,10 @@ SIB_CLONES void backward_sample(const T* grad_mask, const S* R, Layout layout, c
   subtract_at(plane, pixels(kRowHigh), weights(kRowHigh), K, slip * scale);
   subtract_at(plane, pixels(kRowLow), weights(kRowLow), K, -slip * scale);
 
-  // Through g = |mean_c R|: every channel gets the same.
+  // Through g = |mean_c R|.
   const T share = T(1) / static_cast<T>(o.C);
-  SIB_SIMD for (int64_t p = 0; p < P; ++p) plane[p] *= mean[p] > 0 ? share : mean[p] < 0 ? -share : mean[p];
-  for (int64_t c = 0; c < o.C; ++c) {
-    S* out = grad + c * layout.channel;
-    if (layout.pixel == 1) {
-      for (int64_t p = 0; p < P; ++p) out[p] = static_cast<S>(plane[p]);
-    } else {
-      for (int64_t p = 0; p < P; ++p) out[p * layout.pixel] = static_cast<S>(plane[p]);
-    }
-  }
+  SIB_SIMD for (int64_t p = 0; p < P; ++p)
+    grad[p] = static_cast<S>(plane[p] * (mean[p] > 0 ? share : mean[p] < 0 ? -share : mean[p]));
 }
 
 // --------------------------------------------------------------------------------------------------- ops
@@ -307,7 +300,7 @@ Tensor density_mask_backward(const Tensor& grad_mask, const Tensor& vjp, const T
   const int64_t B = vjp.size(0);
   const Tensor R = canonical(vjp), G = torch::stable::contiguous(grad_mask), M = torch::stable::contiguous(mask);
   const Tensor picks = torch::stable::contiguous(support);
-  Tensor grad = empty_field(R);
+  Tensor grad = empty_dense(R, {B, 1, o.H, o.W}, R.scalar_type());
   const Layout layout = layout_of(R);
   dispatch_floating("vjp", R.scalar_type(), [&](auto type) {
     using S = decltype(type);
@@ -320,7 +313,7 @@ Tensor density_mask_backward(const Tensor& grad_mask, const Tensor& vjp, const T
       Workspace<T> ws(o);
       for (int64_t b = first; b < last; ++b)
         backward_sample<S, T>(cotangent + b * o.pixels(), field + b * layout.batch, layout, m + b * o.pixels(),
-                              pixels + b * kRows * o.support, o, ws, out + b * layout.batch);
+                              pixels + b * kRows * o.support, o, ws, out + b * o.pixels());
     });
   });
   return grad;

@@ -47,7 +47,7 @@ Tensor density_mask_backward(const Tensor& grad_mask, const Tensor& vjp, const T
   const Tensor R = canonical(vjp), G = torch::stable::contiguous(grad_mask), M = torch::stable::contiguous(mask);
   const Tensor picks = torch::stable::contiguous(support);
   const MaskProblem problem = problem_of(R, o);
-  Tensor grad = empty_field(R);
+  Tensor grad = empty_dense(R, {R.size(0), 1, o.H, o.W}, R.scalar_type());
   dispatch_floating("vjp", R.scalar_type(), [&](auto type) {
     using S = typename OnDevice<decltype(type)>::Type;
     using T = Accumulate<S>;

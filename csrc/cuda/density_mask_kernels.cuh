@@ -8,6 +8,8 @@
 // along the rows), its quantile, M. The backward goes the same way back.
 #pragma once
 
+#include <type_traits>
+
 #include "../box_average.h"
 #include "selection.cuh"
 
@@ -100,7 +102,7 @@ __device__ T through_mask(T grad, T m, const MaskProblem& o) {
   return grad * static_cast<T>(o.slope) * m * (T(1) - m);
 }
 
-// dg/dR: the sign of mean_c R, shared by the channels; NaN stays NaN.
+// dg/dR_c, the same for every channel c: the sign of mean_c R, shared by them; NaN stays NaN.
 template <class T>
 __device__ T through_magnitude(T mean, const MaskProblem& o) {
   const T share = T(1) / static_cast<T>(o.channels);
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   mask += sample * pixels;
   support += sample * kRows * size;
   down += sample * pixels;
-  grad += sample * o.layout.batch;
+  grad += sample * pixels;
 
   double total = 0;
 #pragma unroll 4
@@ -390,11 +392,8 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   sum = block_sum(sum, scratch.sums);
   slip = block_sum(slip, scratch.sums);
   subtract_shares(plane, R, o, support, sum, slip);
-  for (int c = 0; c < o.channels; ++c) {
 #pragma unroll 4
-    for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
-      grad[c * o.layout.channel + p * o.layout.pixel] = narrow<S>(plane[p]);
-  }
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) grad[p] = narrow<S>(plane[p]);
 }
 
 // ----------------------------------------------------------------------------- many blocks work on a sample
@@ -618,12 +617,11 @@ __global__ void subtract_shares_kernel(const double* sums, const double* slips, 
 }
 
 template <class S>
-__global__ void to_channels_kernel(const Accumulate<S>* plane, MaskProblem o, uint32_t parts, S* grad) {
+__global__ void narrow_kernel(const Accumulate<S>* plane, MaskProblem o, uint32_t parts, S* grad) {
   const Part part(parts);
   each_pixel(part, o.pixels(), [&](uint32_t p) {
-    const S value = narrow<S>(plane[part.sample * o.pixels() + p]);
-    S* at = grad + part.sample * o.layout.batch + p * o.layout.pixel;
-    for (int c = 0; c < o.channels; ++c) at[c * o.layout.channel] = value;
+    const int64_t at = part.sample * o.pixels() + p;
+    grad[at] = narrow<S>(plane[at]);
   });
 }
 
@@ -698,7 +696,14 @@ void mask_backward(const Accumulate<S>* grad_mask, const S* R, const Accumulate<
     return;
   }
   const int64_t parts = parts_of(o), blocks = o.batch * parts;
-  T *plane = device.array<T>(o.batch * o.pixels()), *quantiles = device.array<T>(o.batch * 3);
+  constexpr bool in_place = std::is_same_v<S, T>;  // there is nothing to narrow
+  T* plane;
+  if constexpr (in_place) {
+    plane = grad;
+  } else {
+    plane = device.array<T>(o.batch * o.pixels());
+  }
+  T* quantiles = device.array<T>(o.batch * 3);
   double *sums = device.array<double>(blocks), *slips = device.array<double>(blocks);
   launch(device, through_mask_kernel<T>, blocks, kThreads, kSumBytes, grad_mask, mask, o, parts, plane, sums);
   launch(device, average_share_kernel<T>, o.batch, kThreads, kSumBytes, sums, parts, o, support, plane);
@@ -707,7 +712,7 @@ void mask_backward(const Accumulate<S>* grad_mask, const S* R, const Accumulate<
   launch(device, support_quantiles_kernel<S>, o.batch, kThreads, 0, R, o, support, quantiles);
   launch(device, through_steps_kernel<S>, blocks, kThreads, kSumBytes, R, o, parts, quantiles, plane, sums, slips);
   launch(device, subtract_shares_kernel<S>, o.batch, kThreads, kSumBytes, sums, slips, parts, R, o, support, plane);
-  launch(device, to_channels_kernel<S>, blocks, kThreads, 0, plane, o, parts, grad);
+  if constexpr (!in_place) launch(device, narrow_kernel<S>, blocks, kThreads, 0, plane, o, parts, grad);
 }
 
 }  // namespace sib_ext::cuda

@@ -27,11 +27,11 @@ def _forward_fake(vjp, window, temperature, slope, eps, padding, area):
 
 def _backward(grad_mask, vjp, mask, support, *options):
     grad = reference.density_mask_backward(grad_mask, reference.widen(vjp), mask, support, *options)
-    return dispatch.empty_field(vjp).copy_(grad)
+    return grad.to(vjp.dtype).contiguous()
 
 
 def _backward_fake(grad_mask, vjp, mask, support, *options):
-    return dispatch.empty_field(vjp)
+    return torch.empty_like(mask, dtype=vjp.dtype, memory_format=torch.contiguous_format)
 
 
 def _forward_save(ctx, inputs, output):
@@ -43,7 +43,9 @@ def _forward_save(ctx, inputs, output):
 def _forward_rule(overload):
     def rule(ctx, grad_mask, _):
         op = getattr(torch.ops.sib_ext.density_mask_backward, overload)
-        return op(grad_mask, *ctx.saved_tensors, *ctx.options), *(None,) * len(ctx.options)
+        vjp = ctx.saved_tensors[0]
+        # One plane for all channels: autograd adds it to the other terms' dL/dR without a buffer of that size.
+        return op(grad_mask, *ctx.saved_tensors, *ctx.options).expand_as(vjp), *(None,) * len(ctx.options)
 
     return rule
 
@@ -54,7 +56,7 @@ def _backward_save(ctx, inputs, output):
 
 
 def _backward_rule(overload):
-    """d(dL/dR)/d(dL/dM, R): the differentiable reference formula, with the mask as the function of R that it is."""
+    """d(dL/dR_c)/d(dL/dM, R): the differentiable reference formula, with the mask as the function of R that it is."""
 
     def rule(ctx, grad_output):
         grad_mask, vjp, support = ctx.saved_tensors
@@ -91,9 +93,9 @@ dispatch.define(
 
 
 def traffic(vjp: Tensor) -> tuple[int, int]:
-    """The least bytes of (forward, backward): R in, M out; then R, M and dL/dM in, dL/dR out."""
+    """The least bytes of (forward, backward): R in, M out; then R, M and dL/dM in, one channel of dL/dR out."""
     plane = vjp[:, :1].numel() * reference.accumulation_dtype(vjp.dtype).itemsize
-    return vjp.nbytes + plane, 2 * vjp.nbytes + 2 * plane
+    return vjp.nbytes + plane, vjp.nbytes + vjp[:, :1].nbytes + 2 * plane
 
 
 def auto_window(height: int, width: int) -> int:

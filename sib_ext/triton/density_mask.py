@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..ops import dispatch
 from .common import PARTIALS, canonical, strides, sum_of_partials, tile
 
 WIDEST_SUPPORT = 64  # order statistics in a support that the kernels rank; wider ones are sorted
@@ -436,14 +435,9 @@ def _through_steps(grad_average, mean, quantiles, at, exists, SLOPE: tl.constexp
 
 
 @triton.jit
-def _store_channels(grad, value, out, pixels, exists, channels, channel_stride, pixel_stride, CHANNELS: tl.constexpr):
-    """dL/dR = dL/dg sign(mean_c R)/C, the same for every channel."""
-    sign = tl.where(value > 0, 1, tl.where(value < 0, -1, value))
-    grad = (grad * sign / channels).to(out.dtype.element_ty)
-    for first in range(0, channels, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        at = channel.to(tl.int64)[:, None] * channel_stride + pixels.to(tl.int64)[None, :] * pixel_stride
-        tl.store(out + at, grad[None, :], mask=(channel < channels)[:, None] & exists[None, :])
+def _through_magnitude(grad, value, channels):
+    """dL/dR_c = dL/dg sign(mean_c R)/C, the same for every channel."""
+    return grad * tl.where(value > 0, 1, tl.where(value < 0, -1, value)) / channels
 
 
 @triton.jit
@@ -456,22 +450,17 @@ def _vjp_grad_kernel(
     channels,
     n,
     blocks,
-    batch_stride,
-    channel_stride,
-    pixel_stride,
     SLOPE: tl.constexpr,
     EPS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """dL/dR without the shares of the three quantiles of g, and the two sums that these need."""
-    sample, plane, pixels, inside = _block(n, blocks, PIXELS)
+    """dL/dR_c without the shares of the three quantiles of g, and the two sums that these need."""
+    sample, plane, pixels, inside = _block(n, blocks, BLOCK)
     grad, slip, value = _through_steps(grad_average, mean, quantiles + sample * 3, plane + pixels, inside, SLOPE, EPS)
     block = tl.program_id(0) % blocks
     tl.store(partials + sample * 2 * blocks + block, tl.sum(tl.where(inside, grad, 0), 0))
     tl.store(partials + (sample * 2 + 1) * blocks + block, tl.sum(tl.where(inside, slip, 0), 0))
-    out += sample * batch_stride
-    _store_channels(grad, value, out, pixels, inside, channels, channel_stride, pixel_stride, CHANNELS)
+    tl.store(out + plane + pixels, _through_magnitude(grad, value, channels), mask=inside)
 
 
 @triton.jit(do_not_specialize=["start_0", "start_1", "start_2"])
@@ -486,9 +475,6 @@ def _vjp_support_kernel(
     n,
     blocks,
     size,
-    batch_stride,
-    channel_stride,
-    pixel_stride,
     start_0,
     start_1,
     start_2,
@@ -526,8 +512,7 @@ def _vjp_support_kernel(
 
     at = sample * n + pixels
     grad, _, value = _through_steps(grad_average, mean, quantiles + sample * 3, at, inside, SLOPE, EPS)
-    out += sample * batch_stride
-    _store_channels(grad - share, value, out, pixels, inside, channels, channel_stride, pixel_stride, 1)
+    tl.store(out + at, _through_magnitude(grad - share, value, channels), mask=inside)
 
 
 # ---------------------------------------------------------------------------------------------- the launches
@@ -548,7 +533,6 @@ class _Problem:
         self.starts = [reference.support_start(self.n, q, temperature, self.size) for q in self.quantiles]
         self.block = min(PLANE_BLOCK, triton.next_power_of_2(self.n))
         self.blocks = triton.cdiv(self.n, self.block)
-        self.tile = tile(self.channels, self.n)
         self.dtype = reference.accumulation_dtype(vjp.dtype)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -558,7 +542,7 @@ class _Problem:
         return self.empty(self.batch, self.n)
 
     def mean(self, magnitude: bool) -> Tensor:
-        out, (channels, pixels) = self.plane(), self.tile
+        out, (channels, pixels) = self.plane(), tile(self.channels, self.n)
         blocks = triton.cdiv(self.n, pixels)
         _mean_kernel[(self.batch * blocks,)](
             self.vjp, out, self.channels, self.n, blocks, *strides(self.vjp), magnitude, channels, pixels
@@ -660,10 +644,10 @@ def forward(vjp: Tensor, window, temperature, slope, eps, padding, area) -> tupl
 def backward(
     grad_mask: Tensor, vjp: Tensor, mask: Tensor, support: Tensor, window, temperature, slope, eps, padding, area
 ) -> Tensor:
-    """dL/dR of the op density_mask."""
+    """dL/dR_c of the op density_mask."""
     with torch.cuda.device_of(vjp):
         p = _Problem(vjp, window, temperature, slope, eps, padding, area)
-        out = dispatch.empty_field(p.vjp)
+        out = p.empty(p.batch, 1, p.height, p.width, dtype=vjp.dtype)
         if p.batch == 0:
             return out
         if p.size > WIDEST_SUPPORT:
@@ -701,13 +685,11 @@ def _grad_of_average(p: _Problem, grad_mask: Tensor, mask: Tensor, support: Tens
 
 
 def _write_grad(p: _Problem, grad_average: Tensor, support: Tensor, out: Tensor) -> None:
-    mean, quantiles, (channels, pixels) = p.mean(magnitude=False), p.empty(p.batch, 3), p.tile
+    mean, quantiles, partials = p.mean(magnitude=False), p.empty(p.batch, 3), p.empty(p.batch, 2, p.blocks)
     _quantile_kernel[(p.batch * 3,)](
         mean, support, quantiles, p.n, p.size, *p.starts, *p.quantiles, p.temperature, ROWS, p.lanes
     )
-    blocks = triton.cdiv(p.n, pixels)
-    partials = p.empty(p.batch, 2, blocks)
-    _vjp_grad_kernel[(p.batch * blocks,)](
+    _vjp_grad_kernel[(p.batch * p.blocks,)](
         grad_average,
         mean,
         quantiles,
@@ -715,12 +697,10 @@ def _write_grad(p: _Problem, grad_average: Tensor, support: Tensor, out: Tensor)
         partials,
         p.channels,
         p.n,
-        blocks,
-        *strides(out),
+        p.blocks,
         p.slope,
         p.eps,
-        channels,
-        pixels,
+        p.block,
     )
     _vjp_support_kernel[(p.batch * 3,)](
         grad_average,
@@ -731,9 +711,8 @@ def _write_grad(p: _Problem, grad_average: Tensor, support: Tensor, out: Tensor)
         out,
         p.channels,
         p.n,
-        blocks,
+        p.blocks,
         p.size,
-        *strides(out),
         *p.starts,
         *p.quantiles,
         p.temperature,

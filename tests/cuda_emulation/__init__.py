@@ -104,7 +104,7 @@ class Emulation:
 
     def density_mask_backward(self, grad_mask, vjp, mask, support, *options) -> Tensor:
         vjp = canonical(vjp)
-        grad = poisoned(dispatch.empty_field(vjp))
+        grad = poisoned(torch.empty_like(mask, dtype=vjp.dtype, memory_format=torch.contiguous_format))
         arguments = self._mask_arguments(vjp, *options)
         tensors = (grad_mask.contiguous(), vjp, mask.contiguous(), support.contiguous(), grad)
         self.kernels.density_mask_backward(ctypes.byref(arguments), *map(pointer, tensors))
