@@ -6,6 +6,8 @@
     python benchmarks/bench_ops.py --plot FILE     # draws a result again, where it was measured without matplotlib
 
 Every implementation gets the same inputs and the same cotangents, and its gradient is compared before it is timed.
+The literal reference leaves out the two sums of magnitudes, which the published loss has no use for. The balanced
+preset's term of the VJP, which needs only those, is measured by itself.
 GB/s counts the bytes that each op declares (sib_ext/ops: traffic), whatever the implementation really moves.
 """
 
@@ -28,9 +30,11 @@ from measure import (
 )
 
 from sib_ext import reference
+from sib_ext.functional import background_magnitude_ratio
 from sib_ext.ops import auto_window, density_mask, dispatch, masked_statistics
 
 Shape = tuple[int, int, int, int]
+PUBLISHED_MOMENTS = 7  # of the moments, those before the sums of magnitudes
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,32 @@ def tail(impl: str):
             return tuple(masked_statistics(vjp, x, mask, impl=impl))
         window = auto_window(*vjp.shape[2:])
         mask = reference.density_mask(vjp, window, 0.1, 10.0, 1e-8, "zeros", 0.2)
-        return reference.masked_statistics(vjp, x, mask)
+        a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
+        moments = torch.stack([t.sum(1) for t in (a, b, a * a, b * b, a * b, c, c * c)], dim=1)
+        return moments, a @ a.T, b @ b.T
 
     forward = torch.compile(forward, fullgraph=True) if impl.endswith("compiled") else forward
 
     def run(vjp, x, cotangents):
-        return torch.autograd.grad(forward(vjp, x), vjp, cotangents)[0]
+        outputs = forward(vjp, x)
+        of_moments, *of_grams = cotangents
+        return torch.autograd.grad(outputs, vjp, (of_moments[:, : outputs[0].shape[1]], *of_grams))[0]
 
     return run
+
+
+def balanced_tail(impl: str):
+    """(vjp, mask) -> dL/dR of the balanced preset's term of the VJP, for a given mask."""
+
+    def forward(vjp, mask):
+        if impl in ("native", "triton"):
+            moments = masked_statistics(vjp, vjp.detach(), mask, False, False, impl=impl).moments
+            return background_magnitude_ratio(moments, vjp[0].numel()).mean()
+        magnitude = vjp.abs()
+        return ((magnitude * (1 - mask)).sum((1, 2, 3)) / magnitude.sum((1, 2, 3))).mean()
+
+    forward = torch.compile(forward, fullgraph=True) if impl.endswith("compiled") else forward
+    return lambda vjp, mask: torch.autograd.grad(forward(vjp, mask), vjp)[0]
 
 
 def sample(shape: Shape, device: str):
@@ -114,8 +136,10 @@ def sample(shape: Shape, device: str):
     vjp = (1e-2 * torch.randn(shape, generator=generator)).to(device).requires_grad_()
     x = torch.randn(shape, generator=generator).to(device)
     batch = shape[0]
-    sizes = ((batch, 7), (batch, batch), (batch, batch))
-    return vjp, x, tuple(torch.randn(size, generator=generator).to(device) for size in sizes)
+    sizes = ((batch, len(reference.MOMENTS)), (batch, batch), (batch, batch))
+    cotangents = tuple(torch.randn(size, generator=generator).to(device) for size in sizes)
+    cotangents[0][:, PUBLISHED_MOMENTS:] = 0
+    return vjp, x, cotangents
 
 
 def check(gradient: torch.Tensor, expected: torch.Tensor, impl: str) -> float:
@@ -205,6 +229,14 @@ def headline(plan: Plan, impl: str, seconds: float, device: str) -> dict:
     return row
 
 
+def balanced(plan: Plan, impl: str, seconds: float, device: str) -> dict:
+    vjp = sample(plan.headline, device)[0]
+    mask = torch.rand((vjp.shape[0], 1, *vjp.shape[2:]), generator=torch.Generator().manual_seed(1)).to(device)
+    run = balanced_tail(impl)
+    check(run(vjp, mask), balanced_tail("reference")(vjp, mask), impl)
+    return {"impl": impl, "shape": list(plan.headline), **time_calls(lambda: run(vjp, mask), seconds, device=device)}
+
+
 def growth(plan: Plan, impl: str, shapes: tuple[Shape, ...], seconds: float, device: str) -> list[dict]:
     def elements(shape: Shape) -> int:
         return shape[0] * shape[1] * shape[2] * shape[3]
@@ -240,12 +272,19 @@ def summarise(results: dict) -> dict:
             grown = [r for r in results[key] if r["impl"] == impl]
             if len(grown) > 1:
                 summary[f"{prefix}growth exponent in {name}"] = slope(grown, size)
+        alone = {row["impl"]: row["median_ms"] for row in results["balanced"]}
+        if impl in alone:
+            summary[f"{prefix}balanced preset's term, ms"] = alone[impl]
+            for name in ("reference", "reference compiled"):
+                if name in alone:
+                    summary[f"{prefix}balanced preset's term: speed-up over the {name}"] = alone[name] / alone[impl]
     return summary
 
 
 def run_all(plan: Plan, seconds: float, device: str, quick: bool, keep) -> dict:
     """Measures everything; ``keep(results)`` after each step, so that a failure or a time limit loses only the rest."""
-    results = {"machine": machine(), "goals": plan.goals, "headline": [], "batches": [], "sizes": [], "failed": {}}
+    parts = ("headline", "balanced", "batches", "sizes")
+    results = {"machine": machine(), "goals": plan.goals, **{part: [] for part in parts}, "failed": {}}
     if device == "cuda":
         results["copy_gb_per_s"] = copy_bandwidth()
 
@@ -264,6 +303,8 @@ def run_all(plan: Plan, seconds: float, device: str, quick: bool, keep) -> dict:
     implementations = available(plan, device)
     for impl in implementations:
         step(f"headline size, {impl}", results["headline"], lambda i=impl: [headline(plan, i, seconds, device)])
+    for impl in implementations:
+        step(f"balanced preset, {impl}", results["balanced"], lambda i=impl: [balanced(plan, i, seconds / 2, device)])
     for impl in plan.growing if not quick else ():
         for key in ("batches", "sizes") if impl in implementations else ():
             shapes = getattr(plan, key)

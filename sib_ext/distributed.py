@@ -180,7 +180,7 @@ class JoinedBatch:
         Args:
             vjp, x: R and x of this rank [n,C,H,W].
             mask: M [n,1,H,W].
-            moments: [n,7] of :func:`sib_ext.masked_statistics`; its sums of squares are the exact diagonals of
+            moments: [n,9] of :func:`sib_ext.masked_statistics`; its sums of squares are the exact diagonals of
                 projected Grams.
         """
         fields = [(field.to(moments.dtype) * mask.to(moments.dtype)).flatten(1) for field in (vjp, x)]

@@ -1,6 +1,6 @@
 """Mutual-information estimators on the moments and Grams of masked fields: small tensors, plain PyTorch.
 
-``moments`` [B,7] and the Grams [B,B] come from :func:`sib_ext.masked_statistics` (a = R*M, b = x*M, c = R*(1-M));
+``moments`` [B,9] and the Grams [B,B] come from :func:`sib_ext.masked_statistics` (a = R*M, b = x*M, c = R*(1-M));
 ``count`` is N = C*H*W. Background estimators return one value per sample [B], foreground estimators a scalar or one
 value per sample. Everything is to be *minimised* in the background and *maximised* in the foreground.
 """
@@ -40,11 +40,11 @@ def background_energy_ratio(moments: Tensor, count: int) -> Tensor:
 
 
 def background_magnitude_ratio(moments: Tensor, count: int) -> Tensor:
-    """S_c / (S_a + S_c) of a field >= 0: the background's share of its sum; in [0,1], free of scale.
+    """sum |R|(1-M) / sum |R|: the background's share of the VJP's magnitude; in [0,1], free of scale.
 
-    For :func:`magnitude` of R: 1 - EPG, the energy-based pointing game (Wang et al. 2020), of the VJP's map.
+    1 - EPG, the energy-based pointing game (Wang et al. 2020), of the map sum_c |R|.
     """
-    return moments[:, 5] / (moments[:, 0] + moments[:, 5] + TINY)
+    return moments[:, 8] / (moments[:, 7] + moments[:, 8] + TINY)
 
 
 def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> Tensor:
@@ -142,8 +142,6 @@ BACKGROUND = {
     "magnitude_ratio": background_magnitude_ratio,
     "gaussian": background_gaussian,
 }
-#: Background estimators whose moments are those of a field >= 0.
-OF_MAGNITUDES = ("magnitude_ratio",)
 FOREGROUND = {
     "hsic": foreground_hsic,
     "hsic_unbiased": foreground_hsic_unbiased,

@@ -350,17 +350,16 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             weights = self._sample_weights(R, given, annotated, joined)
             grams = self.foreground_weight > 0 and self.foreground != "gaussian"
             local = grams and joined.group is None
-            of_magnitudes = self.background in estimators.OF_MAGNITUDES
-            if self.foreground_weight > 0 or not of_magnitudes:
-                moments, gram_vjp, gram_input = masked_statistics(R, x, M, local, local, impl=self.impl)
+            # Only the foreground looks at x; else R stands in, which is being read anyway.
+            other = x if self.foreground_weight > 0 else R.detach()
+            moments, gram_vjp, gram_input = masked_statistics(R, other, M, local, local, impl=self.impl)
             if grams and not local:
                 gram_vjp, gram_input = joined.grams(R, x, M, moments)
             parts = []
             background = foreground = None
             f = TRANSFORMS[self.transform]
             if self.background_weight > 0:
-                field = estimators.magnitude(R) if of_magnitudes else R
-                background = self._background(field, M, weights, joined, None if of_magnitudes else moments)
+                background = self._background(R, moments, weights, joined)
                 parts.append(self.background_weight * f(background))
             if self.foreground_weight > 0:
                 statistics = (gram_vjp, gram_input) if grams else (moments, R[0].numel())
@@ -371,20 +370,12 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             of_layers = {}
             for name, field in layers.items():
                 mask = F.adaptive_avg_pool2d(M, field.shape[2:])
-                of_layers[name] = self._background(field, mask, weights, joined)
+                of_field = masked_statistics(field, field.detach(), mask, False, False, impl=self.impl).moments
+                of_layers[name] = self._background(field, of_field, weights, joined)
                 parts.append(self.layer_weight * self.background_weight * f(of_layers[name]))
         return Information(sum(parts[1:], start=parts[0]), background, foreground, M, R, of_layers)
 
-    def _background(
-        self,
-        field: Tensor,
-        M: Tensor,
-        weights: Tensor,
-        joined: distributed.JoinedBatch,
-        moments: Tensor | None = None,
-    ) -> Tensor:
-        if moments is None:
-            moments = masked_statistics(field, field.detach(), M, False, False, impl=self.impl).moments
+    def _background(self, field: Tensor, moments: Tensor, weights: Tensor, joined: distributed.JoinedBatch) -> Tensor:
         noise = {}
         if self.background == "gaussian":
             relative = self.noise is None

@@ -20,7 +20,7 @@ SUPPORT_RADIUS = 40.0
 # A position on the very edge of the support is inside, whatever the rounding: every implementation picks the same.
 EDGE = 1e-9
 
-MOMENTS = ("sum_a", "sum_b", "sum_aa", "sum_bb", "sum_ab", "sum_c", "sum_cc")
+MOMENTS = ("sum_a", "sum_b", "sum_aa", "sum_bb", "sum_ab", "sum_c", "sum_cc", "sum_abs_a", "sum_abs_c")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -192,9 +192,13 @@ def density_mask_backward(
 def masked_statistics(
     vjp: Tensor, x: Tensor, mask: Tensor, gram_vjp: bool = True, gram_input: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Moments [B,7] (:data:`MOMENTS`) and Grams a a^T, b b^T [B,B] of a = R*M, b = x*M, c = R*(1-M)."""
+    """Moments [B,9] (:data:`MOMENTS`) and Grams a a^T, b b^T [B,B] of a = R*M, b = x*M, c = R*(1-M).
+
+    Magnitudes are those of R, abs_a = |R|*M and abs_c = |R|*(1-M): for M in [0,1] the same, but smooth in M.
+    """
     a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
-    moments = torch.stack([t.sum(1) for t in (a, b, a * a, b * b, a * b, c, c * c)], dim=1)
+    abs_a, abs_c = (vjp.abs() * mask).flatten(1), (vjp.abs() * (1 - mask)).flatten(1)
+    moments = torch.stack([t.sum(1) for t in (a, b, a * a, b * b, a * b, c, c * c, abs_a, abs_c)], dim=1)
     return moments, a @ a.T if gram_vjp else None, b @ b.T if gram_input else None
 
 
@@ -208,10 +212,11 @@ def masked_statistics_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dR, dL/dx, dL/dM) of :func:`masked_statistics` from the cotangents of its outputs."""
     a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
-    sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc = grad_moments.split(1, dim=1)
-    grad_a = sum_a + 2 * sum_aa * a + sum_ab * b
+    sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc, sum_abs_a, sum_abs_c = grad_moments.split(1, dim=1)
+    sign = vjp.sign().flatten(1)
+    grad_a = sum_a + 2 * sum_aa * a + sum_ab * b + sum_abs_a * sign
     grad_b = sum_b + 2 * sum_bb * b + sum_ab * a
-    grad_c = (sum_c + 2 * sum_cc * c).view_as(vjp)
+    grad_c = (sum_c + 2 * sum_cc * c + sum_abs_c * sign).view_as(vjp)
     if grad_gram_vjp is not None:
         grad_a = grad_a + (grad_gram_vjp + grad_gram_vjp.T) @ a
     if grad_gram_input is not None:

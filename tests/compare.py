@@ -12,6 +12,10 @@ from .samples import Sample
 
 VALUES, GRADIENTS = 1e-10, 1e-8  # relative L2 error in float64
 
+# Moments of what a mask of ones leaves, and of what a mask of zeros leaves.
+OF_FOREGROUND = ("sum_a", "sum_b", "sum_aa", "sum_bb", "sum_ab", "sum_abs_a")
+OF_BACKGROUND = ("sum_c", "sum_cc", "sum_abs_c")
+
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Relative L2 error; absolute where the truth is zero or empty."""

@@ -28,7 +28,7 @@ def names() -> tuple[str, ...]:
 def inputs() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(11)
     batch, _, height, width = SHAPE
-    shapes = (SHAPE, SHAPE, (batch, 1, height, width), (batch, 7), (batch, batch), (batch, batch))
+    shapes = (SHAPE, SHAPE, (batch, 1, height, width), (batch, len(reference.MOMENTS)), (batch, batch), (batch, batch))
     values = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return dict(zip(INPUTS, values, strict=True))
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sib_ext.reference import MOMENTS
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # What sib_ext.density_mask takes beside R; a sample names only what it changes. Small images need a small window.
 DEFAULTS = {"window": 3, "temperature": 0.1, "slope": 10.0, "eps": 1e-8, "padding": "zeros", "area": 0.2}
@@ -82,7 +84,7 @@ class Sample:
     def cotangents_of_statistics(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         batch = self.shape[0]
         generator = torch.Generator().manual_seed(8)
-        shapes = ((batch, 7), (batch, batch), (batch, batch))
+        shapes = ((batch, len(MOMENTS)), (batch, batch), (batch, batch))
         return tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
 
 

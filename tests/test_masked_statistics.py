@@ -10,7 +10,17 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from sib_ext import masked_statistics, reference
 
-from .compare import GRADIENTS, VALUES, assert_near, gradients, overload, relative_error, snapshot
+from .compare import (
+    GRADIENTS,
+    OF_BACKGROUND,
+    OF_FOREGROUND,
+    VALUES,
+    assert_near,
+    gradients,
+    overload,
+    relative_error,
+    snapshot,
+)
 from .samples import (
     CHANNELS_LAST,
     DTYPES,
@@ -64,7 +74,8 @@ def test_the_formula_gives_the_named_sums():
     moments, gram_vjp, gram_input = reference.masked_statistics(vjp, x, mask)
     a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
     named = dict(zip(reference.MOMENTS, moments.unbind(1), strict=True))
-    sums = {"a": a, "b": b, "aa": a**2, "bb": b**2, "ab": a * b, "c": c, "cc": c**2}
+    sums = {"a": a, "b": b, "aa": a**2, "bb": b**2, "ab": a * b, "c": c, "cc": c**2, "abs_a": a.abs(), "abs_c": c.abs()}
+    assert {f"sum_{name}" for name in sums} == set(reference.MOMENTS)
     for name, terms in sums.items():
         assert_near(named[f"sum_{name}"], terms.sum(1), 1e-14)
     assert_near(gram_vjp, torch.einsum("in,jn->ij", a, a), 1e-14)
@@ -98,7 +109,7 @@ def test_samples_and_channels_beyond_one_tile_equal_the_formula(shape, layout, i
 def test_grams_that_are_not_wanted_are_none(grams, implementation):
     result = masked_statistics(*PLAIN.fields(), *grams, impl=implementation)
     assert (result.gram_vjp is not None, result.gram_input is not None) == grams
-    assert result.moments.shape == (2, 7)
+    assert result.moments.shape == (2, 9)
 
 
 @each_sample
@@ -366,7 +377,7 @@ def test_the_number_of_threads_changes_no_bit(threads, native):
 
 def test_an_empty_batch_gives_empty_results(implementation):
     outputs, grads = statistics_and_gradients(EMPTY.fields(), EMPTY.cotangents_of_statistics(), implementation)
-    assert [t.shape for t in outputs] == [(0, 7), (0, 0), (0, 0)]
+    assert [t.shape for t in outputs] == [(0, 9), (0, 0), (0, 0)]
     assert [t.shape for t in grads] == [EMPTY.shape, EMPTY.shape, (0, 1, 5, 5)]
 
 
@@ -375,7 +386,7 @@ def test_a_mask_of_zeros_or_ones_leaves_exactly_nothing_on_one_side(mask_value, 
     vjp, x, mask = LARGE.fields(torch.float32)
     moments, gram_vjp, _ = masked_statistics(vjp, x, torch.full_like(mask, mask_value), impl=implementation)
     sums = dict(zip(reference.MOMENTS, moments.unbind(1), strict=True))
-    gone = ("sum_c", "sum_cc") if mask_value else ("sum_a", "sum_b", "sum_aa", "sum_bb", "sum_ab")
+    gone = OF_BACKGROUND if mask_value else OF_FOREGROUND
     assert not any(sums[name].any() for name in gone)
     assert all(sums[name].all() for name in sums if name not in gone)
     assert bool(gram_vjp.any()) == bool(mask_value)

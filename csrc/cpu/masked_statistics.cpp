@@ -1,6 +1,6 @@
 // masked_statistics on the CPU: one pass over R, x and M in chunks of pixels; R*M and x*M live in cache only.
 //
-//   a = R*M, b = x*M, c = R*(1-M); moments [B,7] = sums of a, b, a^2, b^2, ab, c, c^2; Grams a a^T and b b^T.
+//   a = R*M, b = x*M, c = R*(1-M); moments [B,9] = sums of a, b, a^2, b^2, ab, c, c^2, |R|M, |R|(1-M); Grams a a^T and b b^T.
 // Work is cut into ranges of pixels (all samples, all channels). The cut depends on the sizes alone and partial sums
 // are added in its order, so results do not depend on the number of threads.
 
@@ -110,13 +110,13 @@ struct Inputs {
   int64_t B, C, P;
 };
 
-// a and b of one channel's chunk of one sample into rows; its seven sums into moments.
+// a and b of one channel's chunk of one sample into rows; its sums into moments.
 template <int Stride, class S, class T>
 SIB_INLINE void add_moments(const S* R, const S* x, const T* M, int64_t stride_R, int64_t stride_x, int64_t length,
                             T* row_a, T* row_b, double* moments) {
   if (Stride) stride_R = stride_x = Stride;
-  T sum_a = 0, sum_b = 0, sum_aa = 0, sum_bb = 0, sum_ab = 0, sum_c = 0, sum_cc = 0;
-#pragma omp simd reduction(+ : sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc)
+  T sum_a = 0, sum_b = 0, sum_aa = 0, sum_bb = 0, sum_ab = 0, sum_c = 0, sum_cc = 0, sum_abs_a = 0, sum_abs_c = 0;
+#pragma omp simd reduction(+ : sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc, sum_abs_a, sum_abs_c)
   for (int64_t p = 0; p < length; ++p) {
     const T r = widen(R[p * stride_R]), m = M[p];
     const T a = r * m, b = widen(x[p * stride_x]) * m, c = r * (1 - m);
@@ -129,8 +129,10 @@ SIB_INLINE void add_moments(const S* R, const S* x, const T* M, int64_t stride_R
     sum_ab += a * b;
     sum_c += c;
     sum_cc += c * c;
+    sum_abs_a += std::abs(r) * m;
+    sum_abs_c += std::abs(r) * (1 - m);
   }
-  const T sums[kMoments] = {sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc};
+  const T sums[kMoments] = {sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc, sum_abs_a, sum_abs_c};
   for (int i = 0; i < kMoments; ++i) moments[i] += sums[i];
 }
 
@@ -206,7 +208,7 @@ void forward(const Inputs<S>& in, bool keep_a, bool keep_b, Tensor& moments, Ten
 template <class S>
 struct Cotangents {
   using T = Accumulate<S>;
-  const T* moments;                       // [B,7]
+  const T* moments;                       // [B,9]
   const std::vector<T>&gram_a, &gram_b;   // padded G + G^T; empty where there is none
 };
 
@@ -231,14 +233,15 @@ SIB_INLINE void sample_gradients(const S* R, const S* x, const T* M, const T* g,
                                  S* grad_R, S* grad_x, T* grad_M) {
   if (Stride) stride_R = stride_x = Stride;
   const T g_a = g[0], g_b = g[1], g_aa = 2 * g[2], g_bb = 2 * g[3], g_ab = g[4], g_c = g[5], g_cc = 2 * g[6];
+  const T g_abs_a = g[7], g_abs_c = g[8];
   const T keep = first ? T(0) : T(1);
   if (first) std::fill(grad_M, grad_M + length, T(0));
   SIB_SIMD for (int64_t p = 0; p < length; ++p) {
     const T r = widen(R[p * stride_R]), value = widen(x[p * stride_x]), m = M[p], rest = 1 - m;
-    const T a = r * m, b = value * m, c = r * rest;
-    const T grad_a = g_a + g_aa * a + g_ab * b + from_gram_a[p];
+    const T a = r * m, b = value * m, c = r * rest, sign = static_cast<T>((r > 0) - (r < 0));
+    const T grad_a = g_a + g_aa * a + g_ab * b + g_abs_a * sign + from_gram_a[p];
     const T grad_b = g_b + g_bb * b + g_ab * a + from_gram_b[p];
-    const T grad_c = g_c + g_cc * c;
+    const T grad_c = g_c + g_cc * c + g_abs_c * sign;
     grad_R[p * stride_R] = static_cast<S>(grad_a * m + grad_c * rest);
     if (NeedX) grad_x[p * stride_x] = static_cast<S>(grad_b * m);
     grad_M[p] = grad_M[p] * keep + ((grad_a - grad_c) * r + grad_b * value);

@@ -107,10 +107,14 @@ __device__ void add_moments(T r, T value, T m, T* sums) {
   sums[4] += a * b;
   sums[5] += c;
   sums[6] += c * c;
+  const T size = r < 0 ? -r : r;
+  sums[7] += size * m;
+  sums[8] += size * (T(1) - m);
 }
 
+// Two blocks a multiprocessor: all that it asks for, or double would spill.
 template <class S>
-__global__ void __launch_bounds__(kBlock) moments_kernel(Fields<S> in, MomentParts parts, double* partials) {
+__global__ void __launch_bounds__(kBlock, 2) moments_kernel(Fields<S> in, MomentParts parts, double* partials) {
   using T = Accumulate<S>;
   const int64_t sample = blockIdx.x / parts.count(), part = blockIdx.x % parts.count();
   const int64_t first = part % parts.pixel_parts * parts.part_pixels;
@@ -370,7 +374,7 @@ __global__ void symmetrise_kernel(const T* G, int64_t batch, int64_t padded, T* 
 template <class S>
 struct BackwardProblem {
   using T = Accumulate<S>;
-  const T* moments;             // dL/dmoments [B,7]
+  const T* moments;             // dL/dmoments [B,9]
   const T *weights_a, *weights_b;  // padded G + G^T; null where a Gram has no cotangent
   int64_t padded;
   S *grad_R, *grad_x;  // grad_x may be null
@@ -479,9 +483,10 @@ __global__ void __launch_bounds__(kBlock) statistics_backward_kernel(Fields<S> i
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const T a = r.v[j] * m.v[j], b = value.v[j] * m.v[j], rest = T(1) - m.v[j];
-        const T grad_a = by[0] + 2 * by[2] * a + by[4] * b + from_a[i][j];
+        const T sign = static_cast<T>((r.v[j] > 0) - (r.v[j] < 0));
+        const T grad_a = by[0] + 2 * by[2] * a + by[4] * b + by[7] * sign + from_a[i][j];
         const T grad_b = by[1] + 2 * by[3] * b + by[4] * a + from_b[i][j];
-        const T grad_c = by[5] + 2 * by[6] * (r.v[j] * rest);
+        const T grad_c = by[5] + 2 * by[6] * (r.v[j] * rest) + by[8] * sign;
         grad_R.v[j] = grad_a * m.v[j] + grad_c * rest;
         grad_x.v[j] = grad_b * m.v[j];
         grad_M[i][j] += (grad_a - grad_c) * r.v[j] + grad_b * value.v[j];

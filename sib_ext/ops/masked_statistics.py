@@ -13,7 +13,7 @@ from . import dispatch
 class MaskedStatistics(NamedTuple):
     """What :func:`masked_statistics` returns."""
 
-    moments: Tensor  #: [B,7]: sum a, sum b, sum a^2, sum b^2, sum ab, sum c, sum c^2
+    moments: Tensor  #: [B,9]: sum a, sum b, sum a^2, sum b^2, sum ab, sum c, sum c^2, sum |R|M, sum |R|(1-M)
     gram_vjp: Tensor | None  #: [B,B]: a a^T
     gram_input: Tensor | None  #: [B,B]: b b^T
 

@@ -50,7 +50,7 @@ def _moments_kernel(
     CHANNELS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """The seven sums over some channels and pixels of one sample."""
+    """The sums over some channels and pixels of one sample."""
     T: tl.constexpr = partials.dtype.element_ty
     parts = blocks * groups
     sample = (tl.program_id(0) // parts).to(tl.int64)
@@ -61,7 +61,8 @@ def _moments_kernel(
     first = (part // blocks) * group_channels
     last = tl.minimum(first + group_channels, channels)
     none = tl.zeros([CHANNELS, PIXELS], T)
-    sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc = none, none, none, none, none, none, none
+    sum_a, sum_b, sum_aa, sum_bb, sum_ab = none, none, none, none, none
+    sum_c, sum_cc, sum_abs_a, sum_abs_c = none, none, none, none
     for start in range(first, last, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         exists = (channel < last)[:, None] & inside[None, :]
@@ -75,7 +76,9 @@ def _moments_kernel(
         sum_ab += a * b
         sum_c += c
         sum_cc += c * c
-    out = partials + sample * 7 * parts + part
+        sum_abs_a += tl.abs(r) * m
+        sum_abs_c += tl.abs(r) * (1 - m)
+    out = partials + sample * 9 * parts + part
     tl.store(out, tl.sum(tl.sum(sum_a, 0), 0))
     tl.store(out + parts, tl.sum(tl.sum(sum_b, 0), 0))
     tl.store(out + 2 * parts, tl.sum(tl.sum(sum_aa, 0), 0))
@@ -83,6 +86,8 @@ def _moments_kernel(
     tl.store(out + 4 * parts, tl.sum(tl.sum(sum_ab, 0), 0))
     tl.store(out + 5 * parts, tl.sum(tl.sum(sum_c, 0), 0))
     tl.store(out + 6 * parts, tl.sum(tl.sum(sum_cc, 0), 0))
+    tl.store(out + 7 * parts, tl.sum(tl.sum(sum_abs_a, 0), 0))
+    tl.store(out + 8 * parts, tl.sum(tl.sum(sum_abs_c, 0), 0))
 
 
 @triton.jit
@@ -192,12 +197,13 @@ def _backward_kernel(
     exists = (rows < batch)[:, None] & (pixels < n)[None, :]
     m = tl.load(mask + rows[:, None] * n + pixels[None, :], mask=exists, other=0).to(T)
 
-    moments = grad_moments + rows[:, None] * 7
+    moments = grad_moments + rows[:, None] * 9
     known = (rows < batch)[:, None]
     by_a, by_b = tl.load(moments, mask=known, other=0), tl.load(moments + 1, mask=known, other=0)
     by_aa, by_bb = 2 * tl.load(moments + 2, mask=known, other=0), 2 * tl.load(moments + 3, mask=known, other=0)
     by_ab, by_c = tl.load(moments + 4, mask=known, other=0), tl.load(moments + 5, mask=known, other=0)
     by_cc = 2 * tl.load(moments + 6, mask=known, other=0)
+    by_abs_a, by_abs_c = tl.load(moments + 7, mask=known, other=0), tl.load(moments + 8, mask=known, other=0)
 
     through_mask = tl.zeros([ROWS, PIXELS], T)
     wide = pixels.to(tl.int64)
@@ -209,9 +215,10 @@ def _backward_kernel(
         r = tl.load(vjp + at_vjp, mask=exists, other=0).to(T)
         v = tl.load(x + at_x, mask=exists, other=0).to(T)
         a, b = r * m, v * m
-        grad_a = by_a + by_aa * a + by_ab * b
+        sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(T)
+        grad_a = by_a + by_aa * a + by_ab * b + by_abs_a * sign
         grad_b = by_b + by_bb * b + by_ab * a
-        grad_c = by_c + by_cc * (r * (1 - m))
+        grad_c = by_c + by_cc * (r * (1 - m)) + by_abs_c * sign
         if GRAM_VJP:
             grad_a = _add_products(grad_a, gram_vjp, vjp, mask, rows, batch, pixels, n, vjp_offset, vjp_batch, ROWS)
         if GRAM_INPUT:

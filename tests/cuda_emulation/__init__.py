@@ -119,7 +119,7 @@ class Emulation:
     def masked_statistics(self, vjp, x, mask, gram_vjp=True, gram_input=True):
         vjp, x, mask = canonical(vjp), canonical(x), mask.contiguous()
         batch = vjp.shape[0]
-        moments = poisoned(torch.empty(batch, 7, dtype=mask.dtype))
+        moments = poisoned(torch.empty(batch, len(reference.MOMENTS), dtype=mask.dtype))
         grams = [poisoned(torch.empty(batch, batch, dtype=mask.dtype)) if g else None for g in (gram_vjp, gram_input)]
         tensors = (vjp, x, mask, moments, *grams)
         self.kernels.masked_statistics(ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, tensors))

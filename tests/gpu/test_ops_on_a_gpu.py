@@ -200,7 +200,7 @@ def test_an_empty_batch_gives_empty_results(implementation):
     mask, gradient = mask_and_gradient(fields.vjp, EMPTY, implementation, EMPTY.cotangent_of_mask().cuda())
     outputs, grads = statistics_and_gradients(fields, EMPTY.cotangents_of_statistics(), implementation)
     shapes = [t.shape for t in (mask, gradient, *outputs, *grads)]
-    assert shapes == [(0, 1, 5, 5), EMPTY.shape, (0, 7), (0, 0), (0, 0), EMPTY.shape, EMPTY.shape, (0, 1, 5, 5)]
+    assert shapes == [(0, 1, 5, 5), EMPTY.shape, (0, 9), (0, 0), (0, 0), EMPTY.shape, EMPTY.shape, (0, 1, 5, 5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
