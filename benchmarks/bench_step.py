@@ -286,7 +286,7 @@ def plot(results: dict, path: Path) -> None:
         axes.set_ylabel(f"{label}, x plain step")
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_xticks(range(len(results["networks"])), results["networks"], rotation=15)
-    figure.axes[0].legend(ncols=3, frameon=False, fontsize=8)
+    figure.axes[0].legend(ncols=3, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.savefig(path, dpi=110)
 
 
