@@ -128,13 +128,13 @@ __global__ void __launch_bounds__(kBlock, 2) moments_kernel(Fields<S> in, Moment
 
   T sums[kMoments] = {};
   if (in.vector) {
-    for (unsigned p = threadIdx.x * kVector; p < pixels; p += kBlock * kVector) {
+    const unsigned fours = pixels / kVector;
+    for (unsigned item = threadIdx.x; item < fours * channels; item += kBlock) {
+      const unsigned c = item / fours, p = item % fours * kVector;
       const Four<T> m = load_four(M + p);
-      for (unsigned c = 0; c < channels; ++c) {
-        const Four<T> r = load_four(R + c * in.layout_R.channel + p), value = load_four(x + c * in.layout_x.channel + p);
+      const Four<T> r = load_four(R + c * in.layout_R.channel + p), value = load_four(x + c * in.layout_x.channel + p);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) add_moments(r.v[i], value.v[i], m.v[i], sums);
-      }
+      for (int i = 0; i < kVector; ++i) add_moments(r.v[i], value.v[i], m.v[i], sums);
     }
   } else {
     // In the order of memory: neighbouring threads at neighbouring channels, if those are neighbours.
@@ -145,12 +145,18 @@ __global__ void __launch_bounds__(kBlock, 2) moments_kernel(Fields<S> in, Moment
                   widen(x[c * in.layout_x.channel + p * in.layout_x.pixel]), M[p], sums);
     }
   }
-  double* scratch = reinterpret_cast<double*>(block_memory());
+  constexpr int kWarps = kBlock / kWarp;
+  double* scratch = reinterpret_cast<double*>(block_memory());  // [kMoments][kWarps]
 #pragma unroll
   for (int i = 0; i < kMoments; ++i) {
-    const double total = block_sum(static_cast<double>(sums[i]), scratch);
-    if (threadIdx.x == 0) partials[blockIdx.x * static_cast<int64_t>(kMoments) + i] = total;
+    const double of_warp = warp_sum(static_cast<double>(sums[i]));
+    if (threadIdx.x % kWarp == 0) scratch[i * kWarps + threadIdx.x / kWarp] = of_warp;
   }
+  __syncthreads();
+  if (threadIdx.x >= kMoments) return;
+  double total = 0;
+  for (int warp = 0; warp < kWarps; ++warp) total += scratch[threadIdx.x * kWarps + warp];
+  partials[blockIdx.x * static_cast<int64_t>(kMoments) + threadIdx.x] = total;
 }
 
 // One block a sample, one warp a moment.
@@ -234,6 +240,8 @@ struct TilePair {
   }
 };
 
+constexpr int kGramBlocks = 4;  // on a multiprocessor at once
+
 struct GramPlan {
   int64_t pairs, splits, split_elements;
 
@@ -241,7 +249,7 @@ struct GramPlan {
     const int64_t tiles = ceil_div(batch, tile), chunks = ceil_div(elements, depth);
     pairs = tiles * (tiles + 1) / 2;
     // Enough blocks to fill the device, sums in T not too long, and not too much memory for the partial results.
-    const int64_t to_fill = ceil_div(4 * multiprocessors, pairs), for_accuracy = ceil_div(elements, 8192);
+    const int64_t to_fill = kGramBlocks * multiprocessors / pairs, for_accuracy = ceil_div(elements, 8192);
     const int64_t affordable = (int64_t(64) << 20) / (pairs * tile * tile * element_bytes);
     int64_t wanted = to_fill > for_accuracy ? to_fill : for_accuracy;
     wanted = wanted < affordable ? wanted : affordable;
@@ -256,7 +264,7 @@ constexpr int kDepth = kBlock * kVector / Tile;  // elements of a row that are i
 
 // How far apart the rows of a tile are in shared memory.
 template <int Tile, bool Tensor>
-constexpr int kTileStride = Tensor ? TensorProduct::kStride : Tile;
+constexpr int kTileStride = Tensor ? kTensorStride : Tile;
 
 template <class S, int Tile, bool Tensor>
 constexpr int64_t gram_shared_bytes() {
@@ -268,16 +276,19 @@ constexpr int64_t gram_shared_bytes() {
 // partials[split][pair] = one tile of the Gram over one split. A small tile is formed by several groups of threads, each
 // taking every so many-th element. Tensor: on tensor cores.
 template <class S, int Tile, bool Tensor>
-__global__ void __launch_bounds__(kBlock) gram_kernel(Rows<S> rows, GramPlan plan, Accumulate<S>* partials) {
+__global__ void __launch_bounds__(kBlock, sizeof(S) == sizeof(double) ? 2 : kGramBlocks)
+    gram_kernel(Rows<S> rows, GramPlan plan, Accumulate<S>* partials) {
   using T = Accumulate<S>;
   constexpr int kLanes = Tile / kMicro, kGroups = kBlock / (kLanes * kLanes), kStride = kTileStride<Tile, Tensor>;
+  // Neighbouring threads load neighbours of one sample; the swizzle lets a warp store them without conflicts of banks.
+  constexpr int kVectors = kDepth<Tile> / kVector, kSwizzle = kWarp / kVectors;
   const int64_t split = blockIdx.x / plan.pairs, pair = blockIdx.x % plan.pairs;
   const TilePair tile(pair);
   const bool diagonal = tile.row == tile.column;
   T* left = reinterpret_cast<T*>(block_memory());  // [kDepth][kStride]
   T* right = diagonal ? left : left + kDepth<Tile> * kStride;
 
-  const int row = threadIdx.x % Tile, vector = threadIdx.x / Tile;
+  const int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
   const int group = threadIdx.x / (kLanes * kLanes), lane = threadIdx.x % (kLanes * kLanes);
   const int y = lane / kLanes * kMicro, x = lane % kLanes * kMicro;
   const int64_t begin = split * plan.split_elements;
@@ -289,13 +300,14 @@ __global__ void __launch_bounds__(kBlock) gram_kernel(Rows<S> rows, GramPlan pla
   };
 
   [[maybe_unused]] T sums[kMicro][kMicro] = {};
-  [[maybe_unused]] std::conditional_t<Tensor, TensorProduct, int> product{};
+  [[maybe_unused]] std::conditional_t<Tensor, TensorProduct<kSwizzle>, int> product{};
   Four<T> next_left = load(tile.row), next_right = diagonal ? none<T>() : load(tile.column);
   for (int64_t start = begin; start < end; start += kDepth<Tile>) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      left[(vector * kVector + i) * kStride + row] = next_left.v[i];
-      if (!diagonal) right[(vector * kVector + i) * kStride + row] = next_right.v[i];
+      const int place = (vector * kVector + i) * kStride + (row ^ vector * kSwizzle);
+      left[place] = next_left.v[i];
+      if (!diagonal) right[place] = next_right.v[i];
     }
     __syncthreads();
     element += kDepth<Tile>;
@@ -304,12 +316,13 @@ __global__ void __launch_bounds__(kBlock) gram_kernel(Rows<S> rows, GramPlan pla
     if (!diagonal) next_right = load(tile.column);
     if constexpr (Tensor) {
 #pragma unroll
-      for (int k = 0; k < kDepth<Tile>; k += TensorProduct::kRows) product.add(left + k * kStride, right + k * kStride);
+      for (int k = 0; k < kDepth<Tile>; k += kTensorRows) product.add(left, right, k);
     } else {
 #pragma unroll
       for (int k = group; k < kDepth<Tile>; k += kGroups) {
-        const Four<T> l = *reinterpret_cast<const Four<T>*>(left + k * kStride + y);
-        const Four<T> r = *reinterpret_cast<const Four<T>*>(right + k * kStride + x);
+        const int swizzle = k / kVector * kSwizzle;
+        const Four<T> l = *reinterpret_cast<const Four<T>*>(left + k * kStride + (y ^ swizzle));
+        const Four<T> r = *reinterpret_cast<const Four<T>*>(right + k * kStride + (x ^ swizzle));
 #pragma unroll
         for (int i = 0; i < kMicro; ++i)
 #pragma unroll
@@ -393,7 +406,7 @@ __device__ void add_products(const Fields<S>& in, const S* field, const Layout& 
   constexpr int kStride = kTileStride<kPixels, Tensor>, kScaleStride = kTileStride<Samples, Tensor>;
   T* values = reinterpret_cast<T*>(block_memory());  // [kDeep][kStride]
   T* scales = values + kDeep * kStride;              // [kDeep][kScaleStride]
-  [[maybe_unused]] std::conditional_t<Tensor, TensorProduct, int> product{};
+  [[maybe_unused]] std::conditional_t<Tensor, TensorProduct<0>, int> product{};
   const int x = threadIdx.x % kAcross * kVector, y = threadIdx.x / kAcross;
   const int64_t p = first_pixel + x;
   const auto load = [&](int64_t row) {
@@ -406,16 +419,27 @@ __device__ void add_products(const Fields<S>& in, const S* field, const Layout& 
     for (int i = 0; i < kVector; ++i) product.v[i] = value.v[i] * m.v[i];
     return product;
   };
+  // Of a square tile, four weights a thread, in the order of the values; the other kernels lack the registers.
+  [[maybe_unused]] const T* from = weights + y * padded + first_row + x;
+  static_assert(!Tensor || kPixels == Samples);
   Four<T> next = load(y);
+  [[maybe_unused]] Four<T> next_weights;
+  if constexpr (Tensor) next_weights = load_four(from);
   for (int64_t start = 0; start < in.batch; start += kDeep) {
     *reinterpret_cast<Four<T>*>(values + y * kStride + x) = next;
-    for (int i = threadIdx.x; i < kDeep * Samples; i += kBlock)
-      scales[i / Samples * kScaleStride + i % Samples] = weights[(start + i / Samples) * padded + first_row + i % Samples];
+    if constexpr (Tensor) {
+      *reinterpret_cast<Four<T>*>(scales + y * kScaleStride + x) = next_weights;
+    } else {
+      for (int i = threadIdx.x; i < kDeep * Samples; i += kBlock)
+        scales[i / Samples * kScaleStride + i % Samples] = weights[(start + i / Samples) * padded + first_row + i % Samples];
+    }
     __syncthreads();
     next = load(start + kDeep + y);
     if constexpr (Tensor) {
+      from += kDeep * padded;
+      if (start + kDeep < in.batch) next_weights = load_four(from);
 #pragma unroll
-      for (int k = 0; k < kDeep; k += TensorProduct::kRows) product.add(scales + k * kScaleStride, values + k * kStride);
+      for (int k = 0; k < kDeep; k += kTensorRows) product.add(scales, values, k);
     } else {
 #pragma unroll
       for (int k = 0; k < kDeep; ++k) {
@@ -528,8 +552,8 @@ template <class S>
 void launch_moments(const Fields<S>& in, const Device& device, Accumulate<S>* moments) {
   const MomentParts parts(in.pixels, in.channels);
   double* partials = device.array<double>(in.batch * parts.count() * kMoments);
-  launch(device, moments_kernel<S>, in.batch * parts.count(), kBlock, kBlock / kWarp * sizeof(double), in, parts,
-         partials);
+  launch(device, moments_kernel<S>, in.batch * parts.count(), kBlock, kMoments * kBlock / kWarp * sizeof(double), in,
+         parts, partials);
   launch(device, finish_moments_kernel<Accumulate<S>>, in.batch, kMoments * kWarp, 0, partials, parts.count(), moments);
 }
 

@@ -172,6 +172,7 @@ template <class T>
 __device__ void descend(End<T>& end, const uint32_t* histogram, Digit digit) {
   const int lane = threadIdx.x % kWarp, bins = digit.bins(), stretch = bins > kWarp ? bins / kWarp : 1;
   const uint32_t rank = end.rank;
+  __syncwarp();  // all lanes have the rank before one changes it
   uint32_t mine = 0;
   for (int bin = lane * stretch; bin < (lane + 1) * stretch && bin < bins; ++bin) mine += histogram[bin_word(bin)];
   uint32_t up_to_here = mine;

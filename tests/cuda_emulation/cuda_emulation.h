@@ -268,20 +268,20 @@ T from_words(const Words& words) {
 inline int lane() { return block->running->thread % kWarpSize; }
 
 // Rounds to TF32: 10 bits after the leading one, nearest, ties away from zero.
-inline uint32_t to_tf32(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return std::isfinite(v) ? (bits + 0x1000u) & ~0x1fffu : bits;
-}
-
 // mma.sync.m16n8k8 with TF32 operands. Lane l holds, with g = l/4 and t = l%4: of a [16,8] the elements (g,t), (g+8,t),
 // (g,t+4), (g+8,t+4); of b [8,8] (t,g), (t+4,g); of the sums [16,8] (g,2t), (g,2t+1), (g+8,2t), (g+8,2t+1).
 inline void multiply_add_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
     float a[4], b[2];
   } mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
+  const auto held = [](uint32_t bits) {  // TF32 has ten bits of mantissa; what is below is cut off
+    bits &= 0xffffe000u;
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  };
+  for (int i = 0; i < 4; ++i) mine.a[i] = held(a[i]);
+  for (int i = 0; i < 2; ++i) mine.b[i] = held(b[i]);
   const Words* all = exchange(mine, 5);
   Operands of[kWarpSize];
   for (int i = 0; i < kWarpSize; ++i) of[i] = from_words<Operands>(all[i]);
