@@ -189,6 +189,16 @@ def density_mask_backward(
 # -------------------------------------------------------------------------------------- masked statistics
 
 
+def masked_fields(vjp: Tensor, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a = R*M, b = x*M, c = R*(1-M), a row a sample."""
+    return (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
+
+
+def published_moments(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """The first seven of :data:`MOMENTS` [B,7]: all that the published loss and its kin look at."""
+    return torch.stack([t.sum(1) for t in (a, b, a * a, b * b, a * b, c, c * c)], dim=1)
+
+
 def masked_statistics(
     vjp: Tensor, x: Tensor, mask: Tensor, gram_vjp: bool = True, gram_input: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -196,9 +206,10 @@ def masked_statistics(
 
     Magnitudes are those of R, abs_a = |R|*M and abs_c = |R|*(1-M): for M in [0,1] the same, but smooth in M.
     """
-    a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
-    abs_a, abs_c = (vjp.abs() * mask).flatten(1), (vjp.abs() * (1 - mask)).flatten(1)
-    moments = torch.stack([t.sum(1) for t in (a, b, a * a, b * b, a * b, c, c * c, abs_a, abs_c)], dim=1)
+    a, b, c = masked_fields(vjp, x, mask)
+    size = vjp.abs()
+    magnitudes = torch.stack([(size * mask).flatten(1).sum(1), (size * (1 - mask)).flatten(1).sum(1)], dim=1)
+    moments = torch.cat([published_moments(a, b, c), magnitudes], dim=1)
     return moments, a @ a.T if gram_vjp else None, b @ b.T if gram_input else None
 
 
@@ -211,7 +222,7 @@ def masked_statistics_backward(
     mask: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dR, dL/dx, dL/dM) of :func:`masked_statistics` from the cotangents of its outputs."""
-    a, b, c = (vjp * mask).flatten(1), (x * mask).flatten(1), (vjp * (1 - mask)).flatten(1)
+    a, b, c = masked_fields(vjp, x, mask)
     sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc, sum_abs_a, sum_abs_c = grad_moments.split(1, dim=1)
     sign = vjp.sign().flatten(1)
     grad_a = sum_a + 2 * sum_aa * a + sum_ab * b + sum_abs_a * sign

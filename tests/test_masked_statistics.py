@@ -375,6 +375,18 @@ def test_the_number_of_threads_changes_no_bit(threads, native):
 # ---------------------------------------------------------------------------------------- awkward values
 
 
+def test_a_magnitude_has_no_gradient_where_the_vjp_is_zero(implementation):
+    """Of either sign, as torch.abs has none."""
+    vjp, x, mask = LARGE.fields()
+    vjp[:, :, ::2] = 0
+    vjp[:, :, ::4] *= -1
+    vjp.requires_grad_()
+    moments = masked_statistics(vjp, x, mask, False, False, impl=implementation).moments
+    (gradient,) = gradients(moments[:, 7:].sum(), [vjp])
+    assert not gradient[:, :, ::2].any()
+    assert_near(gradient, vjp.sign(), 1e-14)
+
+
 def test_an_empty_batch_gives_empty_results(implementation):
     outputs, grads = statistics_and_gradients(EMPTY.fields(), EMPTY.cotangents_of_statistics(), implementation)
     assert [t.shape for t in outputs] == [(0, 9), (0, 0), (0, 0)]

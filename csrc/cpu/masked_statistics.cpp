@@ -1,6 +1,7 @@
 // masked_statistics on the CPU: one pass over R, x and M in chunks of pixels; R*M and x*M live in cache only.
 //
-//   a = R*M, b = x*M, c = R*(1-M); moments [B,9] = sums of a, b, a^2, b^2, ab, c, c^2, |R|M, |R|(1-M); Grams a a^T and b b^T.
+//   a = R*M, b = x*M, c = R*(1-M); moments [B,9] = sums of a, b, a^2, b^2, ab, c, c^2, |R|M, |R|(1-M);
+//   Grams a a^T and b b^T.
 // Work is cut into ranges of pixels (all samples, all channels). The cut depends on the sizes alone and partial sums
 // are added in its order, so results do not depend on the number of threads.
 

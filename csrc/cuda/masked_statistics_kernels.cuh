@@ -112,7 +112,7 @@ __device__ void add_moments(T r, T value, T m, T* sums) {
   sums[8] += size * (T(1) - m);
 }
 
-// Two blocks a multiprocessor: all that it asks for, or double would spill.
+// At least two blocks a multiprocessor: without a number the compiler allows double too few registers, and it spills.
 template <class S>
 __global__ void __launch_bounds__(kBlock, 2) moments_kernel(Fields<S> in, MomentParts parts, double* partials) {
   using T = Accumulate<S>;
