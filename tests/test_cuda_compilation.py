@@ -83,6 +83,48 @@ def test_no_kernel_spills_or_uses_local_memory(objects):
     assert not greedy, greedy
 
 
+def product_loops(sass: str) -> dict[str, list[list[str]]]:
+    """The instructions of each loop with products on tensor cores (but no other such loop in it), by kernel."""
+    loops: dict[str, list[list[str]]] = {}
+    for part in sass.split("Function : ")[1:]:
+        instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", part)]
+        products = [at for at, text in instructions if "HMMA" in text]
+        jumps = [(int(m[1], 16), at) for at, text in instructions if (m := re.search(r"BRA 0x([0-9a-f]+)", text))]
+        spans = [(first, last) for first, last in jumps if any(first < at < last for at in products)]
+        inner = [s for s in spans if not any(s[0] <= o[0] and o[1] <= s[1] for o in spans if o != s)]
+        loops[part.split()[0]] = [[text for at, text in instructions if a <= at <= b] for a, b in inner]
+    return loops
+
+
+def registers_read(instruction: str) -> set[int]:
+    """Numbers of the registers named after the first operand, which most instructions write."""
+    return {int(r) for r in re.findall(r"\bR(\d+)", instruction.partition(",")[2])}
+
+
+def test_products_go_on_while_the_next_elements_are_loaded(objects):
+    """In the products' loops on tensor cores, fields in fours: loads stand before the products, their first use after."""
+    tool = shutil.which("cuobjdump") or cuda_home() / "bin/cuobjdump"
+    if not Path(tool).is_file():
+        triton = pytest.importorskip("triton")
+        tool = triton.knobs.nvidia.cuobjdump.path
+    sass = subprocess.check_output([tool, "-sass", "-arch", "sm_90", objects["masked_statistics"][0]], text=True)
+    wanted = re.compile(r"(gram_kernel|statistics_backward_kernel)I.*Li64ELb1ELb1E")
+    kernels = {name: loops for name, loops in product_loops(sass).items() if wanted.search(name)}
+    assert len(kernels) == 6  # two kernels, three types
+    for name, loops in kernels.items():
+        assert loops, name
+        for loop in loops:
+            first = next(i for i, text in enumerate(loop) if "HMMA" in text)
+            loads = {i: text for i, text in enumerate(loop) if "LDG" in text}
+            assert len(loads) >= 3 and max(loads) < first, name
+            for i, text in loads.items():
+                width = {"128": 4, "64": 2}.get(text.split("LDG.E.")[1].split()[0].split(".")[0], 1)
+                target = int(re.search(r"\bR(\d+),", text)[1])
+                loaded = set(range(target, target + width))
+                for later in loop[i + 1 :]:
+                    assert not loaded & registers_read(later), f"{name}: {later} waits for {text}"
+
+
 def test_the_registers_of_every_block_fit_on_a_multiprocessor(objects):
     for _, report in objects.values():
         for kernel in resources(report):

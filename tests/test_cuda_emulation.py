@@ -317,19 +317,35 @@ def test_fields_that_are_not_aligned_are_read_all_the_same(offset, emulated):
             assert_near(value, truth, 1e-5)
 
 
-@pytest.mark.parametrize("grams", [(False, False), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("need_x", [False, True])
-def test_what_is_not_wanted_is_left_out_and_the_rest_is_the_same(grams, need_x, emulated):
-    fields, (moments, *gram_cotangents) = LARGE.fields(), LARGE.cotangents_of_statistics()
+@pytest.mark.parametrize("sample", [LARGE, Sample("groups of channels", (3, 40, 3, 9))], ids=lambda s: s.name)
+@pytest.mark.parametrize("grams", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("needed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_what_is_not_wanted_is_left_out_and_the_rest_is_the_same(grams, needed, sample, emulated):
+    fields, (moments, *gram_cotangents) = sample.fields(), sample.cotangents_of_statistics()
     for gram, wanted in zip(emulated.masked_statistics(*fields, *grams)[1:], grams, strict=True):
         assert (gram is not None) == wanted
     cotangents = (moments, *(c if wanted else None for c, wanted in zip(gram_cotangents, grams, strict=True)))
-    found = emulated.masked_statistics_backward(*cotangents, *fields, need_x)
+    found = emulated.masked_statistics_backward(*cotangents, *fields, *needed)
     truths = reference.masked_statistics_backward(*cotangents, *fields)
-    assert (found[1] is not None) == need_x
+    assert tuple(value is not None for value in found) == (True, *needed)
     for value, truth in zip(found, truths, strict=True):
         if value is not None:
             assert_near(value, truth, GRADIENTS)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 3, 40, 36), (3, 5, 7, 9), (2, 40, 3, 9)], ids=str)
+def test_a_field_that_stands_for_both_is_read_once_and_gives_the_same_bits(shape, layout, emulated):
+    """R as its own x: the kernels see one pointer, and must not differ from those that see two equal fields."""
+    sample = Sample("one field", shape)
+    vjp, _, mask = sample.fields(torch.float32)
+    vjp, (cotangent, *_) = laid_out(vjp, layout), sample.cotangents_of_statistics(torch.float32)
+    results = [
+        (*emulated.masked_statistics(vjp, x, mask, False, False)[:1],
+         *emulated.masked_statistics_backward(cotangent, None, None, vjp, x, mask))
+        for x in (vjp, vjp.clone(memory_format=torch.preserve_format))
+    ]  # fmt: skip
+    assert all(torch.equal(value, expected) for value, expected in zip(*results, strict=True))
 
 
 def test_the_order_of_threads_and_blocks_changes_no_bit_of_the_statistics(emulated):

@@ -110,6 +110,15 @@ __device__ T sigmoid(T v) {
   return T(1) / (T(1) + exponential(-v));
 }
 
+// v, which the compiler takes for a new number: what follows from it is computed again, not kept from before a loop in
+// registers that the loop needs.
+__device__ inline int anew(int v) {
+#ifndef SIB_CUDA_EMULATION
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // A sum over the warp, in a fixed order; lane 0 has it.
 template <class T>
 __device__ T warp_sum(T v) {

@@ -1,9 +1,9 @@
 // masked_statistics on a GPU: a = R*M, b = x*M and c = R*(1-M) exist in registers and shared memory only.
 //
 // Moments: each block sums a part of a sample, a second launch adds the parts. Grams: the elements of a sample are cut
-// into splits; a block forms one tile of the product over one split, a second launch adds the splits. Backward: a block
-// holds a tile of samples x pixels, goes through its channels, multiplies by G + G^T, and keeps dL/dM in registers.
-// All cuts depend on the sizes (and the number of multiprocessors) alone, and all sums run in a fixed order.
+// into splits; a block forms one tile of the product over one split, a second launch adds the splits. Backward of Grams:
+// a block holds a tile of samples x pixels, goes through its channels, multiplies by G + G^T, and keeps dL/dM in
+// registers. Backward of moments alone: elementwise. All cuts depend on the sizes (and the number of multiprocessors) alone, and all sums run in a fixed order.
 #pragma once
 
 #include "../moments.h"
@@ -23,25 +23,38 @@ struct Fields {
   Layout layout_R, layout_x;
   int64_t batch, pixels;
   int channels;
-  bool vector;  // four pixels can be loaded and stored at once
+  bool vector;     // four pixels can be loaded and stored at once
+  bool one_field;  // x is R, which is then read once
 };
 
 template <class T>
 __device__ Four<T> none() {
   Four<T> zeros;
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) zeros.v[i] = 0;
+  for (int i = 0; i < kVector; ++i) zeros.v[i] = T{};
   return zeros;
 }
 
-template <class S>
-__device__ Four<Accumulate<S>> load_four(const S* at) {
-  const Four<S> raw = *reinterpret_cast<const Four<S>*>(at);
-  Four<Accumulate<S>> wide;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) wide.v[i] = widen(raw.v[i]);
-  return wide;
+template <class T>
+__device__ Four<T> load_four(const T* at) {
+  return *reinterpret_cast<const Four<T>*>(at);
 }
+
+// Four values as they lie in memory, in whole words: what is loaded ahead is unpacked, converted and multiplied where it
+// is used, since whatever came right after the load would wait for it.
+template <class S>
+struct alignas(alignof(Four<S>)) Packed {
+  uint32_t words[sizeof(Four<S>) / sizeof(uint32_t)] = {};
+
+  __device__ Four<Accumulate<S>> wide() const {
+    Four<S> values;
+    memcpy(&values, words, sizeof values);
+    Four<Accumulate<S>> widened;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) widened.v[i] = widen(values.v[i]);
+    return widened;
+  }
+};
 
 // In pieces of 16 bytes (of 8 for half types). __stcg, because the compiler parts an ordinary store into four.
 template <class S>
@@ -54,31 +67,57 @@ __device__ void store_four(const Four<S>& values, S* at) {
   for (int i = 0; i < kPieces; ++i) __stcg(reinterpret_cast<Piece*>(at) + i, pieces[i]);
 }
 
-// Four pixels from p on, stride apart; zero where there are no more.
 template <class S>
-__device__ Four<Accumulate<S>> load_pixels(const S* line, int64_t stride, int64_t p, int64_t pixels, bool vector) {
-  if (vector) return p < pixels ? load_four(line + p) : none<Accumulate<S>>();
-  Four<Accumulate<S>> values;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) values.v[i] = p + i < pixels ? widen(line[(p + i) * stride]) : Accumulate<S>(0);
-  return values;
+__device__ Packed<S> load_packed(const S* at) {
+  return *reinterpret_cast<const Packed<S>*>(at);
 }
 
-template <class S>
-__device__ void store_pixels(const Four<Accumulate<S>>& values, S* line, int64_t stride, int64_t p, int64_t pixels,
-                             bool vector) {
-  if (vector) {
+// Four pixels from p on, stride apart; zero where there are no more.
+template <bool Vector, class S>
+__device__ Packed<S> load_pixels(const S* line, int64_t stride, int64_t p, int64_t pixels) {
+  Packed<S> packed;
+  if constexpr (Vector) {
+    if (p < pixels) packed = load_packed(line + p);
+  } else {
+    Four<S> values = none<S>();
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      if (p + i < pixels) values.v[i] = line[(p + i) * stride];
+    memcpy(packed.words, &values, sizeof values);
+  }
+  return packed;
+}
+
+template <bool Vector, class S>
+__device__ void store_pixels(const Four<Accumulate<S>>& values, S* line, int64_t stride, int64_t p, int64_t pixels) {
+  if constexpr (Vector) {
     if (p >= pixels) return;
     Four<S> narrowed;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) narrowed.v[i] = narrow<S>(values.v[i]);
     store_four(narrowed, line + p);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i)
-    if (p + i < pixels) line[(p + i) * stride] = narrow<S>(values.v[i]);
+    for (int i = 0; i < kVector; ++i)
+      if (p + i < pixels) line[(p + i) * stride] = narrow<S>(values.v[i]);
+  }
 }
+
+// Four values of a field and of the mask over them, not multiplied yet.
+template <class S>
+struct Masked {
+  using T = Accumulate<S>;
+  Packed<S> value;
+  Packed<T> m;
+
+  __device__ Four<T> product() const {
+    Four<T> products = value.wide();
+    const Four<T> factors = m.wide();
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) products.v[i] *= factors.v[i];
+    return products;
+  }
+};
 
 // ---------------------------------------------------------------------------------------------- moments
 
@@ -112,8 +151,10 @@ __device__ void add_moments(T r, T value, T m, T* sums) {
   sums[8] += size * (T(1) - m);
 }
 
+constexpr int kMomentsAtOnce = 2;  // fours of pixels of a thread that are under way at once
+
 // At least two blocks a multiprocessor: without a number the compiler allows double too few registers, and it spills.
-template <class S>
+template <class S, bool Vector, bool OneField>
 __global__ void __launch_bounds__(kBlock, 2) moments_kernel(Fields<S> in, MomentParts parts, double* partials) {
   using T = Accumulate<S>;
   const int64_t sample = blockIdx.x / parts.count(), part = blockIdx.x % parts.count();
@@ -127,22 +168,39 @@ __global__ void __launch_bounds__(kBlock, 2) moments_kernel(Fields<S> in, Moment
   const T* M = in.M + sample * in.pixels + first;
 
   T sums[kMoments] = {};
-  if (in.vector) {
-    const unsigned fours = pixels / kVector;
-    for (unsigned item = threadIdx.x; item < fours * channels; item += kBlock) {
-      const unsigned c = item / fours, p = item % fours * kVector;
-      const Four<T> m = load_four(M + p);
-      const Four<T> r = load_four(R + c * in.layout_R.channel + p), value = load_four(x + c * in.layout_x.channel + p);
+  if constexpr (Vector) {
+    const unsigned fours = pixels / kVector, channel_step = kBlock / fours, four_step = kBlock % fours;
+    unsigned c = threadIdx.x / fours, four = threadIdx.x % fours;
+    while (c < channels) {
+      Packed<S> r[kMomentsAtOnce], value[kMomentsAtOnce];
+      Packed<T> m[kMomentsAtOnce];
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) add_moments(r.v[i], value.v[i], m.v[i], sums);
+      for (int i = 0; i < kMomentsAtOnce; ++i) {
+        const unsigned last = c < channels ? pixels : 0, p = four * kVector;
+        m[i] = load_pixels<Vector>(M, 1, p, last);
+        r[i] = load_pixels<Vector>(R + c * in.layout_R.channel, 1, p, last);
+        if (!OneField) value[i] = load_pixels<Vector>(x + c * in.layout_x.channel, 1, p, last);
+        c += channel_step;
+        four += four_step;
+        if (four >= fours) {
+          four -= fours;
+          ++c;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kMomentsAtOnce; ++i) {
+        const Four<T> of_R = r[i].wide(), of_x = OneField ? of_R : value[i].wide(), of_M = m[i].wide();
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) add_moments(of_R.v[j], of_x.v[j], of_M.v[j], sums);
+      }
     }
   } else {
     // In the order of memory: neighbouring threads at neighbouring channels, if those are neighbours.
     const bool by_channel = in.layout_R.channel == 1;
     for (unsigned i = threadIdx.x; i < pixels * channels; i += kBlock) {
       const unsigned p = by_channel ? i / channels : i % pixels, c = by_channel ? i % channels : i / pixels;
-      add_moments(widen(R[c * in.layout_R.channel + p * in.layout_R.pixel]),
-                  widen(x[c * in.layout_x.channel + p * in.layout_x.pixel]), M[p], sums);
+      const T r = widen(R[c * in.layout_R.channel + p * in.layout_R.pixel]);
+      add_moments(r, OneField ? r : widen(x[c * in.layout_x.channel + p * in.layout_x.pixel]), M[p], sums);
     }
   }
   constexpr int kWarps = kBlock / kWarp;
@@ -181,54 +239,74 @@ struct Rows {
   const T* M;
   int64_t batch, elements, pixels;
   int channels;
-  bool channels_last, vector;
+  bool channels_last, vector;  // vector: as in Fields
 };
 
-// The pixel of an element that moves on in steps, without a division of 64-bit numbers at each.
+// The pixel of an element that moves on in steps, without a division of 64-bit numbers at each. Fields that are read
+// in fours are contiguous.
+template <bool Vector>
 struct Cursor {
-  uint32_t pixel, channel;
+  uint32_t pixel, channel = 0;
 
   template <class S>
-  __device__ Cursor(const Rows<S>& rows, int64_t element)
-      : pixel(static_cast<uint32_t>(rows.channels_last ? element / rows.channels : element % rows.pixels)),
-        channel(static_cast<uint32_t>(rows.channels_last ? element % rows.channels : 0)) {}
+  __device__ Cursor(const Rows<S>& rows, int64_t element) {
+    const bool channels_last = !Vector && rows.channels_last;
+    pixel = static_cast<uint32_t>(channels_last ? element / rows.channels : element % rows.pixels);
+    if (channels_last) channel = static_cast<uint32_t>(element % rows.channels);
+  }
 
   template <class S>
   __device__ void advance(const Rows<S>& rows, uint32_t step) {
-    if (rows.channels_last) {
+    if (!Vector && rows.channels_last) {
       channel += step;
       pixel += channel / rows.channels;
       channel %= static_cast<uint32_t>(rows.channels);
     } else {
+      const uint32_t pixels = static_cast<uint32_t>(rows.pixels);
       pixel += step;
-      if (pixel >= rows.pixels) pixel %= static_cast<uint32_t>(rows.pixels);
+      while (pixel >= pixels) pixel -= pixels;
     }
   }
 };
 
-// Four masked elements of a row; zero beyond its end and for rows beyond the batch.
-template <class S>
-__device__ Four<Accumulate<S>> masked_elements(const Rows<S>& rows, int64_t row, int64_t element, int64_t end,
-                                               const Cursor& at) {
+// A sample's row from a split's first element on; null for rows beyond the batch.
+template <class S, bool Vector>
+struct Row {
   using T = Accumulate<S>;
-  Four<T> product = none<T>();
-  if (row >= rows.batch || element >= end) return product;
-  const S* values = rows.field + row * rows.elements + element;
-  const T* M = rows.M + row * rows.pixels;
-  if (rows.vector) {
-    const Four<T> value = load_four(values), m = load_four(M + at.pixel);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) product.v[i] = value.v[i] * m.v[i];
-    return product;
+  const S* values = nullptr;
+  const T* M = nullptr;
+
+  __device__ Row(const Rows<S>& rows, int64_t row, int64_t begin) {
+    if (row >= rows.batch) return;
+    values = rows.field + row * rows.elements + begin;
+    M = rows.M + row * rows.pixels;
   }
+
+  // Four elements and their mask; zero from the split's end on.
+  __device__ Masked<S> load(const Rows<S>& rows, uint32_t element, uint32_t end, const Cursor<Vector>& at) const {
+    Masked<S> four;
+    if (!values || element >= end) return four;
+    if constexpr (Vector) {
+      four.value = load_packed(values + element);
+      four.m = load_packed(M + at.pixel);
+    } else {
+      Four<S> value = none<S>();
+      Four<T> m = none<T>();
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    Cursor here = at;
-    here.advance(rows, i);
-    if (element + i < end) product.v[i] = widen(values[i]) * M[here.pixel];
+      for (int i = 0; i < kVector; ++i) {
+        Cursor<Vector> here = at;
+        here.advance(rows, i);
+        if (element + i < end) {
+          value.v[i] = values[element + i];
+          m.v[i] = M[here.pixel];
+        }
+      }
+      memcpy(four.value.words, &value, sizeof value);
+      memcpy(four.m.words, &m, sizeof m);
+    }
+    return four;
   }
-  return product;
-}
+};
 
 // The row and the column of the n-th tile of a lower triangle.
 struct TilePair {
@@ -240,7 +318,18 @@ struct TilePair {
   }
 };
 
-constexpr int kGramBlocks = 4;  // on a multiprocessor at once
+constexpr int kGramBlocks = 3;  // on a multiprocessor at once: what is loaded ahead takes the registers of a fourth
+
+// Blocks that the registers are shared out for: where there are three, conversions from half types, other layouts and
+// the compiler's code before Hopper spill.
+template <class S, bool Vector>
+constexpr int gram_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return 2;
+#else
+  return Vector && sizeof(S) == sizeof(float) ? kGramBlocks : 2;
+#endif
+}
 
 struct GramPlan {
   int64_t pairs, splits, split_elements;
@@ -275,8 +364,8 @@ constexpr int64_t gram_shared_bytes() {
 
 // partials[split][pair] = one tile of the Gram over one split. A small tile is formed by several groups of threads, each
 // taking every so many-th element. Tensor: on tensor cores.
-template <class S, int Tile, bool Tensor>
-__global__ void __launch_bounds__(kBlock, sizeof(S) == sizeof(double) ? 2 : kGramBlocks)
+template <class S, int Tile, bool Tensor, bool Vector>
+__global__ void __launch_bounds__(kBlock, gram_blocks<S, Vector>())
     gram_kernel(Rows<S> rows, GramPlan plan, Accumulate<S>* partials) {
   using T = Accumulate<S>;
   constexpr int kLanes = Tile / kMicro, kGroups = kBlock / (kLanes * kLanes), kStride = kTileStride<Tile, Tensor>;
@@ -291,29 +380,31 @@ __global__ void __launch_bounds__(kBlock, sizeof(S) == sizeof(double) ? 2 : kGra
   const int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
   const int group = threadIdx.x / (kLanes * kLanes), lane = threadIdx.x % (kLanes * kLanes);
   const int y = lane / kLanes * kMicro, x = lane % kLanes * kMicro;
-  const int64_t begin = split * plan.split_elements;
-  const int64_t end = begin + plan.split_elements < rows.elements ? begin + plan.split_elements : rows.elements;
-  int64_t element = begin + vector * kVector;
-  Cursor at(rows, element);
-  const auto load = [&](int which) {
-    return masked_elements(rows, static_cast<int64_t>(which) * Tile + row, element, end, at);
-  };
+  const int64_t begin = split * plan.split_elements, rest = rows.elements - begin;
+  const uint32_t end = rest < plan.split_elements ? rest : plan.split_elements;
+  const uint32_t mine = vector * kVector;
+  Cursor<Vector> at(rows, begin + mine);
+  const Row<S, Vector> left_row(rows, static_cast<int64_t>(tile.row) * Tile + row, begin);
+  const Row<S, Vector> right_row(rows, static_cast<int64_t>(tile.column) * Tile + row, begin);
 
   [[maybe_unused]] T sums[kMicro][kMicro] = {};
   [[maybe_unused]] std::conditional_t<Tensor, TensorProduct<kSwizzle>, int> product{};
-  Four<T> next_left = load(tile.row), next_right = diagonal ? none<T>() : load(tile.column);
-  for (int64_t start = begin; start < end; start += kDepth<Tile>) {
+  const auto store = [&](const Masked<S>& four, T* into) {
+    const Four<T> products = four.product();
+    const int at = anew(vector);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      const int place = (vector * kVector + i) * kStride + (row ^ vector * kSwizzle);
-      left[place] = next_left.v[i];
-      if (!diagonal) right[place] = next_right.v[i];
-    }
+    for (int i = 0; i < kVector; ++i) into[(at * kVector + i) * kStride + (row ^ at * kSwizzle)] = products.v[i];
+  };
+  Masked<S> next_left = left_row.load(rows, mine, end, at), next_right;
+  if (!diagonal) next_right = right_row.load(rows, mine, end, at);
+#pragma unroll 1
+  for (uint32_t start = 0; start < end; start += kDepth<Tile>) {
+    store(next_left, left);
+    if (!diagonal) store(next_right, right);
     __syncthreads();
-    element += kDepth<Tile>;
     at.advance(rows, kDepth<Tile>);
-    next_left = load(tile.row);
-    if (!diagonal) next_right = load(tile.column);
+    next_left = left_row.load(rows, start + kDepth<Tile> + mine, end, at);
+    if (!diagonal) next_right = right_row.load(rows, start + kDepth<Tile> + mine, end, at);
     if constexpr (Tensor) {
 #pragma unroll
       for (int k = 0; k < kDepth<Tile>; k += kTensorRows) product.add(left, right, k);
@@ -321,8 +412,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(S) == sizeof(double) ? 2 : kGra
 #pragma unroll
       for (int k = group; k < kDepth<Tile>; k += kGroups) {
         const int swizzle = k / kVector * kSwizzle;
-        const Four<T> l = *reinterpret_cast<const Four<T>*>(left + k * kStride + (y ^ swizzle));
-        const Four<T> r = *reinterpret_cast<const Four<T>*>(right + k * kStride + (x ^ swizzle));
+        const Four<T> l = *reinterpret_cast<const Four<T>*>(left + k * kStride + (anew(y) ^ swizzle));
+        const Four<T> r = *reinterpret_cast<const Four<T>*>(right + k * kStride + (anew(x) ^ swizzle));
 #pragma unroll
         for (int i = 0; i < kMicro; ++i)
 #pragma unroll
@@ -390,54 +481,99 @@ struct BackwardProblem {
   const T* moments;             // dL/dmoments [B,9]
   const T *weights_a, *weights_b;  // padded G + G^T; null where a Gram has no cotangent
   int64_t padded;
-  S *grad_R, *grad_x;  // grad_x may be null
-  T* grad_M;           // [groups,B,P]
-  int64_t pixel_tiles, row_tiles;
-  int group_channels;
+  S *grad_R, *grad_x;          // grad_x may be null
+  T* grad_M = nullptr;         // [groups,B,P], or null
+  int64_t pixel_tiles = 0, row_tiles = 0;
+  int group_channels = 0;
 };
 
-// sums += weights [Samples, batch] @ rows of four pixels a thread, for one channel of one field.
-template <class S, int Samples, bool Tensor>
+// dL/dmoments of one sample.
+template <class T>
+struct Cotangents {
+  T by[kMoments];
+
+  __device__ explicit Cotangents(const T* moments) {
+#pragma unroll
+    for (int i = 0; i < kMoments; ++i) by[i] = __ldg(moments + i);
+  }
+
+  // At one element, r and v of R and x, m of M: dL/dr into grad, from what the Gram says of dL/da; returns its part of
+  // dL/dM.
+  __device__ T of_R(T r, T v, T m, T from_gram, T& grad) const {
+    const T rest = T(1) - m, sign = static_cast<T>((r > 0) - (r < 0));
+    const T grad_a = by[0] + 2 * by[2] * (r * m) + by[4] * (v * m) + by[7] * sign + from_gram;
+    const T grad_c = by[5] + 2 * by[6] * (r * rest) + by[8] * sign;
+    grad = grad_a * m + grad_c * rest;
+    return (grad_a - grad_c) * r;
+  }
+
+  // The same of x.
+  __device__ T of_x(T r, T v, T m, T from_gram, T& grad) const {
+    const T grad_b = by[1] + 2 * by[3] * (v * m) + by[4] * (r * m) + from_gram;
+    grad = grad_b * m;
+    return grad_b * v;
+  }
+};
+
+// A block's tile of samples x pixels, of which a thread has 4 x 4, and one channel of one field.
+struct BackwardTile {
+  int64_t first_row, first_pixel;
+  int channel;
+};
+
+// sums += weights [Samples, batch] @ rows of four pixels a thread.
+template <class S, int Samples, bool Tensor, bool Vector>
 __device__ void add_products(const Fields<S>& in, const S* field, const Layout& layout, const Accumulate<S>* weights,
-                             int64_t padded, int64_t first_row, int64_t first_pixel, int channel,
-                             Accumulate<S> (&sums)[kMicro][kVector]) {
+                             int64_t padded, const BackwardTile& tile, Accumulate<S> (&sums)[kMicro][kVector]) {
   using T = Accumulate<S>;
   constexpr int kPixels = 16 * kBlock / Samples, kAcross = kPixels / kVector, kDeep = kBlock / kAcross;
   constexpr int kStride = kTileStride<kPixels, Tensor>, kScaleStride = kTileStride<Samples, Tensor>;
   T* values = reinterpret_cast<T*>(block_memory());  // [kDeep][kStride]
   T* scales = values + kDeep * kStride;              // [kDeep][kScaleStride]
   [[maybe_unused]] std::conditional_t<Tensor, TensorProduct<0>, int> product{};
-  const int x = threadIdx.x % kAcross * kVector, y = threadIdx.x / kAcross;
-  const int64_t p = first_pixel + x;
-  const auto load = [&](int64_t row) {
-    Four<T> product = none<T>();
-    if (row >= in.batch) return product;
-    const S* line = field + row * layout.batch + channel * layout.channel;
-    const Four<T> value = load_pixels(line, layout.pixel, p, in.pixels, in.vector);
-    const Four<T> m = load_pixels(in.M + row * in.pixels, 1, p, in.pixels, in.vector);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) product.v[i] = value.v[i] * m.v[i];
-    return product;
+  const int thread = anew(threadIdx.x), x = thread % kAcross * kVector, y = thread / kAcross;
+  const int64_t p = tile.first_pixel + x;
+  const int batch = static_cast<int>(in.batch);
+  int row = y;  // that is loaded next
+  const S* line = field + row * layout.batch + tile.channel * layout.channel;
+  const T* line_M = in.M + row * in.pixels;
+  [[maybe_unused]] const int rows = p < in.pixels ? batch : 0;  // this thread's: one condition for a load, or its zeros are copied about
+  const auto load = [&] {
+    Masked<S> four;
+    if constexpr (Vector) {
+      if (row < rows) {
+        four.value = load_packed(line + p);
+        four.m = load_packed(line_M + p);
+      }
+    } else if (row < batch) {
+      four.value = load_pixels<Vector>(line, layout.pixel, p, in.pixels);
+      four.m = load_pixels<Vector>(line_M, 1, p, in.pixels);
+    }
+    row += kDeep;
+    line += kDeep * layout.batch;
+    line_M += kDeep * in.pixels;
+    return four;
   };
   // Of a square tile, four weights a thread, in the order of the values; the other kernels lack the registers.
-  [[maybe_unused]] const T* from = weights + y * padded + first_row + x;
+  [[maybe_unused]] const T* from = weights + y * padded + tile.first_row + x;
   static_assert(!Tensor || kPixels == Samples);
-  Four<T> next = load(y);
+  Masked<S> next = load();
   [[maybe_unused]] Four<T> next_weights;
   if constexpr (Tensor) next_weights = load_four(from);
-  for (int64_t start = 0; start < in.batch; start += kDeep) {
-    *reinterpret_cast<Four<T>*>(values + y * kStride + x) = next;
+#pragma unroll 1
+  for (int start = 0; start < batch; start += kDeep) {
+    *reinterpret_cast<Four<T>*>(values + y * kStride + x) = next.product();
     if constexpr (Tensor) {
       *reinterpret_cast<Four<T>*>(scales + y * kScaleStride + x) = next_weights;
     } else {
       for (int i = threadIdx.x; i < kDeep * Samples; i += kBlock)
-        scales[i / Samples * kScaleStride + i % Samples] = weights[(start + i / Samples) * padded + first_row + i % Samples];
+        scales[i / Samples * kScaleStride + i % Samples] = weights[(start + i / Samples) * padded + tile.first_row + i % Samples];
     }
     __syncthreads();
-    next = load(start + kDeep + y);
+    next = load();
     if constexpr (Tensor) {
       from += kDeep * padded;
-      if (start + kDeep < in.batch) next_weights = load_four(from);
+      if (start + kDeep < batch) next_weights = load_four(from);
 #pragma unroll
       for (int k = 0; k < kDeep; k += kTensorRows) product.add(scales, values, k);
     } else {
@@ -475,58 +611,128 @@ constexpr int64_t backward_shared_bytes() {
   return (operands > result ? operands : result) * sizeof(Accumulate<S>);
 }
 
-// A block has a tile of samples x pixels, a thread 4 x 4 of it, and a group of channels.
-template <class S, int Samples, bool Tensor>
-__global__ void __launch_bounds__(kBlock) statistics_backward_kernel(Fields<S> in, BackwardProblem<S> g) {
+// One field's gradient in a tile, and its part of dL/dM. R's does not rest on the products of x, nor x's on those of R:
+// one after the other, they share registers.
+template <class S, int Samples, bool Tensor, bool Vector, bool OfR>
+__device__ void add_field(const Fields<S>& in, const BackwardProblem<S>& g, const BackwardTile& tile,
+                          Accumulate<S> (&grad_M)[kMicro][kVector]) {
+  using T = Accumulate<S>;
+  constexpr int kAcross = 16 * kBlock / Samples / kVector;
+  // Rows that are loaded before the first of them is stored: for all the compiler knows, a later load may read a store.
+  constexpr int kRows = Vector && sizeof(S) < sizeof(double) ? 2 : 1;
+  const Layout& layout = OfR ? in.layout_R : in.layout_x;
+  const T* weights = OfR ? g.weights_a : g.weights_b;
+  S* into = OfR ? g.grad_R : g.grad_x;
+  T sums[kMicro][kVector] = {};
+  if (weights)
+    add_products<S, Samples, Tensor, Vector>(in, OfR ? in.R : in.x, layout, weights, g.padded, tile, sums);
+  const int thread = anew(threadIdx.x);
+  const int64_t p = tile.first_pixel + thread % kAcross * kVector;
+  const int64_t row = tile.first_row + thread / kAcross * kMicro;
+#pragma unroll
+  for (int first = 0; first < kMicro; first += kRows) {
+    Packed<S> r[kRows], value[kRows];
+    Packed<T> m[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t at = row + first + i < in.batch ? row + first + i : 0;
+      const S* R = in.R + at * in.layout_R.batch + tile.channel * in.layout_R.channel;
+      const S* x = in.x + at * in.layout_x.batch + tile.channel * in.layout_x.channel;
+      r[i] = load_pixels<Vector>(R, in.layout_R.pixel, p, in.pixels);
+      value[i] = load_pixels<Vector>(x, in.layout_x.pixel, p, in.pixels);
+      m[i] = load_pixels<Vector>(in.M + at * in.pixels, 1, p, in.pixels);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t at = row + first + i;
+      if (at >= in.batch) continue;
+      const Cotangents<T> by(g.moments + at * kMoments);
+      const Four<T> of_R = r[i].wide(), of_x = value[i].wide(), of_M = m[i].wide();
+      Four<T> grad;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const T from_gram = sums[first + i][j];
+        grad_M[first + i][j] += OfR ? by.of_R(of_R.v[j], of_x.v[j], of_M.v[j], from_gram, grad.v[j])
+                                    : by.of_x(of_R.v[j], of_x.v[j], of_M.v[j], from_gram, grad.v[j]);
+      }
+      if (into)
+        store_pixels<Vector>(grad, into + at * layout.batch + tile.channel * layout.channel, layout.pixel, p, in.pixels);
+    }
+  }
+}
+
+// A block has a tile of samples x pixels and a group of channels.
+template <class S, int Samples, bool Tensor, bool Vector>
+__global__ void __launch_bounds__(kBlock, sizeof(S) == sizeof(double) ? 1 : 2)
+    statistics_backward_kernel(Fields<S> in, BackwardProblem<S> g) {
   using T = Accumulate<S>;
   constexpr int kPixels = 16 * kBlock / Samples, kAcross = kPixels / kVector;
   const int64_t row_tile = blockIdx.x % g.row_tiles, pixel_tile = blockIdx.x / g.row_tiles % g.pixel_tiles;
   const int64_t group = blockIdx.x / (g.row_tiles * g.pixel_tiles);
-  const int64_t first_row = row_tile * Samples, first_pixel = pixel_tile * kPixels;
-  const int64_t p = first_pixel + threadIdx.x % kAcross * kVector, row = first_row + threadIdx.x / kAcross * kMicro;
-  const int first_channel = static_cast<int>(group) * g.group_channels;
-  const int last_channel = first_channel + g.group_channels < in.channels ? first_channel + g.group_channels : in.channels;
+  BackwardTile tile{row_tile * Samples, pixel_tile * kPixels, static_cast<int>(group) * g.group_channels};
+  const int last_channel = tile.channel + g.group_channels < in.channels ? tile.channel + g.group_channels : in.channels;
 
   T grad_M[kMicro][kVector] = {};
-  for (int c = first_channel; c < last_channel; ++c) {
-    T from_a[kMicro][kVector] = {}, from_b[kMicro][kVector] = {};
-    if (g.weights_a)
-      add_products<S, Samples, Tensor>(in, in.R, in.layout_R, g.weights_a, g.padded, first_row, first_pixel, c, from_a);
-    if (g.weights_b)
-      add_products<S, Samples, Tensor>(in, in.x, in.layout_x, g.weights_b, g.padded, first_row, first_pixel, c, from_b);
-#pragma unroll
-    for (int i = 0; i < kMicro; ++i) {
-      if (row + i >= in.batch) continue;
-      const int64_t at_R = (row + i) * in.layout_R.batch + c * in.layout_R.channel;
-      const int64_t at_x = (row + i) * in.layout_x.batch + c * in.layout_x.channel;
-      const Four<T> m = load_pixels(in.M + (row + i) * in.pixels, 1, p, in.pixels, in.vector);
-      const Four<T> r = load_pixels(in.R + at_R, in.layout_R.pixel, p, in.pixels, in.vector);
-      const Four<T> value = load_pixels(in.x + at_x, in.layout_x.pixel, p, in.pixels, in.vector);
-      const T* by = g.moments + (row + i) * kMoments;
-      Four<T> grad_R, grad_x;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        const T a = r.v[j] * m.v[j], b = value.v[j] * m.v[j], rest = T(1) - m.v[j];
-        const T sign = static_cast<T>((r.v[j] > 0) - (r.v[j] < 0));
-        const T grad_a = by[0] + 2 * by[2] * a + by[4] * b + by[7] * sign + from_a[i][j];
-        const T grad_b = by[1] + 2 * by[3] * b + by[4] * a + from_b[i][j];
-        const T grad_c = by[5] + 2 * by[6] * (r.v[j] * rest) + by[8] * sign;
-        grad_R.v[j] = grad_a * m.v[j] + grad_c * rest;
-        grad_x.v[j] = grad_b * m.v[j];
-        grad_M[i][j] += (grad_a - grad_c) * r.v[j] + grad_b * value.v[j];
-      }
-      store_pixels(grad_R, g.grad_R + at_R, in.layout_R.pixel, p, in.pixels, in.vector);
-      if (g.grad_x) store_pixels(grad_x, g.grad_x + at_x, in.layout_x.pixel, p, in.pixels, in.vector);
-    }
+#pragma unroll 1
+  for (; tile.channel < last_channel; ++tile.channel) {
+    add_field<S, Samples, Tensor, Vector, true>(in, g, tile, grad_M);
+    if (g.grad_x || g.grad_M) add_field<S, Samples, Tensor, Vector, false>(in, g, tile, grad_M);
   }
+  if (!g.grad_M) return;
+  const int64_t p = tile.first_pixel + threadIdx.x % kAcross * kVector;
+  const int64_t row = tile.first_row + threadIdx.x / kAcross * kMicro;
 #pragma unroll
   for (int i = 0; i < kMicro; ++i) {
     if (row + i >= in.batch) continue;
     Four<T> values;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) values.v[j] = grad_M[i][j];
-    store_pixels(values, g.grad_M + (group * in.batch + row + i) * in.pixels, 1, p, in.pixels, in.vector);
+    store_pixels<Vector>(values, g.grad_M + (group * in.batch + row + i) * in.pixels, 1, p, in.pixels);
   }
+}
+
+constexpr int kChannelsAtOnce = 4;  // of a thread that are under way at once
+
+// Without Grams: a thread has four pixels of a sample and a group of channels.
+template <class S, bool Vector, bool OneField>
+__global__ void __launch_bounds__(kBlock, sizeof(S) == sizeof(double) ? 1 : 2)
+    moments_backward_kernel(Fields<S> in, BackwardProblem<S> g) {
+  using T = Accumulate<S>;
+  const int64_t fours = (in.pixels + kVector - 1) / kVector;
+  const int64_t group = blockIdx.x / g.pixel_tiles;
+  const int64_t item = blockIdx.x % g.pixel_tiles * kBlock + threadIdx.x, sample = item / fours, p = item % fours * kVector;
+  if (sample >= in.batch) return;
+  const int first_channel = static_cast<int>(group) * g.group_channels;
+  const int last_channel = first_channel + g.group_channels < in.channels ? first_channel + g.group_channels : in.channels;
+  const S *R = in.R + sample * in.layout_R.batch, *x = in.x + sample * in.layout_x.batch;
+  const Four<T> m = load_pixels<Vector>(in.M + sample * in.pixels, 1, p, in.pixels).wide();
+  const Cotangents<T> by(g.moments + sample * kMoments);
+
+  Four<T> grad_M = none<T>();
+  for (int start = first_channel; start < last_channel; start += kChannelsAtOnce) {
+    Packed<S> r[kChannelsAtOnce], value[kChannelsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kChannelsAtOnce; ++i) {
+      const int c = start + i < last_channel ? start + i : start;
+      r[i] = load_pixels<Vector>(R + c * in.layout_R.channel, in.layout_R.pixel, p, in.pixels);
+      if (!OneField) value[i] = load_pixels<Vector>(x + c * in.layout_x.channel, in.layout_x.pixel, p, in.pixels);
+    }
+#pragma unroll
+    for (int i = 0; i < kChannelsAtOnce; ++i) {
+      if (start + i >= last_channel) break;
+      const Four<T> of_R = r[i].wide(), of_x = OneField ? of_R : value[i].wide();
+      Four<T> grad_R, grad_x;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j)
+        grad_M.v[j] += by.of_R(of_R.v[j], of_x.v[j], m.v[j], T(0), grad_R.v[j]) +
+                       by.of_x(of_R.v[j], of_x.v[j], m.v[j], T(0), grad_x.v[j]);
+      const int64_t at_R = sample * in.layout_R.batch + (start + i) * in.layout_R.channel;
+      const int64_t at_x = sample * in.layout_x.batch + (start + i) * in.layout_x.channel;
+      store_pixels<Vector>(grad_R, g.grad_R + at_R, in.layout_R.pixel, p, in.pixels);
+      if (g.grad_x) store_pixels<Vector>(grad_x, g.grad_x + at_x, in.layout_x.pixel, p, in.pixels);
+    }
+  }
+  if (g.grad_M) store_pixels<Vector>(grad_M, g.grad_M + (group * in.batch + sample) * in.pixels, 1, p, in.pixels);
 }
 
 template <class T>
@@ -545,15 +751,26 @@ Fields<S> make_fields(const S* R, const S* x, const Accumulate<S>* M, const Layo
                       int64_t batch, int channels, int64_t pixels) {
   const bool vector = layout_R.pixel == 1 && layout_x.pixel == 1 && vectorisable(R, pixels, sizeof(S)) &&
                       vectorisable(x, pixels, sizeof(S)) && vectorisable(M, pixels, sizeof(Accumulate<S>));
-  return {R, x, M, layout_R, layout_x, batch, pixels, channels, vector};
+  const bool one_field = R == x && layout_R.channel == layout_x.channel && layout_R.pixel == layout_x.pixel;
+  return {R, x, M, layout_R, layout_x, batch, pixels, channels, vector, one_field};
+}
+
+// Calls f with each flag as a type.
+template <class F>
+void with_flag(bool flag, F f) {
+  flag ? f(std::true_type{}) : f(std::false_type{});
 }
 
 template <class S>
 void launch_moments(const Fields<S>& in, const Device& device, Accumulate<S>* moments) {
   const MomentParts parts(in.pixels, in.channels);
   double* partials = device.array<double>(in.batch * parts.count() * kMoments);
-  launch(device, moments_kernel<S>, in.batch * parts.count(), kBlock, kMoments * kBlock / kWarp * sizeof(double), in,
-         parts, partials);
+  with_flag(in.vector, [&](auto vector) {
+    with_flag(in.one_field, [&](auto one_field) {
+      launch(device, moments_kernel<S, decltype(vector)::value, decltype(one_field)::value>, in.batch * parts.count(),
+             kBlock, kMoments * kBlock / kWarp * sizeof(double), in, parts, partials);
+    });
+  });
   launch(device, finish_moments_kernel<Accumulate<S>>, in.batch, kMoments * kWarp, 0, partials, parts.count(), moments);
 }
 
@@ -563,8 +780,10 @@ void launch_gram(const Rows<S>& rows, const Device& device, Accumulate<S>* gram)
   const GramPlan plan(rows.batch, rows.elements, Tile, kDepth<Tile>, sizeof(T), device.multiprocessors);
   const int64_t values = plan.pairs * Tile * Tile;
   T* partials = device.array<T>(plan.splits * values);
-  launch(device, gram_kernel<S, Tile, Tensor>, plan.splits * plan.pairs, kBlock,
-         gram_shared_bytes<S, Tile, Tensor>(), rows, plan, partials);
+  with_flag(rows.vector, [&](auto vector) {
+    launch(device, gram_kernel<S, Tile, Tensor, decltype(vector)::value>, plan.splits * plan.pairs, kBlock,
+           gram_shared_bytes<S, Tile, Tensor>(), rows, plan, partials);
+  });
   launch(device, finish_gram_kernel<T>, values / kWarp, kBlock, kBlock * sizeof(double), partials, plan, Tile, rows.batch,
          gram);
 }
@@ -613,7 +832,7 @@ T* launch_symmetrise(const T* G, int64_t batch, int64_t padded, const Device& de
   return weights;
 }
 
-// Cotangents of Grams and grad_x may be null.
+// Cotangents of Grams may be null, and so may x and M, whose gradients are then not wanted.
 template <class S>
 struct StatisticsGradients {
   using T = Accumulate<S>;
@@ -622,32 +841,57 @@ struct StatisticsGradients {
   T* M;
 };
 
+// Calls run(problem, blocks) with a backward cut into tiles x groups of channels, which fill the device where the tiles
+// alone do not.
+template <class S, class F>
+void in_groups(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device, int64_t pixel_tiles,
+               int64_t row_tiles, BackwardProblem<S> g, F run) {
+  using T = Accumulate<S>;
+  const int64_t tiles = pixel_tiles * row_tiles;
+  int64_t groups = ceil_div(4 * device.multiprocessors, tiles);
+  groups = groups < in.channels ? groups : in.channels;
+  g.group_channels = static_cast<int>(ceil_div(in.channels, groups));
+  groups = ceil_div(in.channels, g.group_channels);
+  const int64_t count = in.batch * in.pixels;
+  const bool partial = grad.M && groups > 1;
+  g.grad_M = partial ? device.array<T>(groups * count) : grad.M;
+  g.pixel_tiles = pixel_tiles;
+  g.row_tiles = row_tiles;
+  run(g, tiles * groups);
+  if (partial)
+    launch(device, add_groups_kernel<T>, ceil_div(count, kBlock), kBlock, 0, g.grad_M, groups, count, grad.M);
+}
+
 template <class S, int Samples, bool Tensor>
 void launch_backward(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device) {
-  using T = Accumulate<S>;
   const int64_t padded = ceil_div(in.batch, kWeightsAlignment) * kWeightsAlignment;
   const int64_t row_tiles = ceil_div(in.batch, Samples), pixel_tiles = ceil_div(in.pixels, 16 * kBlock / Samples);
-  // Groups of channels where the tiles alone do not fill the device.
-  int64_t groups = ceil_div(4 * device.multiprocessors, row_tiles * pixel_tiles);
-  groups = groups < in.channels ? groups : in.channels;
-  const int group_channels = static_cast<int>(ceil_div(in.channels, groups));
-  groups = ceil_div(in.channels, group_channels);
-  const int64_t count = in.batch * in.pixels;
-  const BackwardProblem<S> g{grad.moments,
-                             launch_symmetrise(grad.gram_R, in.batch, padded, device),
-                             launch_symmetrise(grad.gram_x, in.batch, padded, device),
-                             padded,
-                             grad.R,
-                             grad.x,
-                             groups == 1 ? grad.M : device.array<T>(groups * count),
-                             pixel_tiles,
-                             row_tiles,
-                             group_channels};
-  launch(device, statistics_backward_kernel<S, Samples, Tensor>, groups * pixel_tiles * row_tiles, kBlock,
-         backward_shared_bytes<S, Samples, Tensor>(), in, g);
-  if (groups > 1) {
-    launch(device, add_groups_kernel<T>, ceil_div(count, kBlock), kBlock, 0, g.grad_M, groups, count, grad.M);
-  }
+  const BackwardProblem<S> problem{grad.moments,
+                                   launch_symmetrise(grad.gram_R, in.batch, padded, device),
+                                   grad.x || grad.M ? launch_symmetrise(grad.gram_x, in.batch, padded, device) : nullptr,
+                                   padded,
+                                   grad.R,
+                                   grad.x};
+  in_groups(in, grad, device, pixel_tiles, row_tiles, problem, [&](const BackwardProblem<S>& g, int64_t blocks) {
+    with_flag(in.vector, [&](auto vector) {
+      launch(device, statistics_backward_kernel<S, Samples, Tensor, decltype(vector)::value>, blocks, kBlock,
+             backward_shared_bytes<S, Samples, Tensor>(), in, g);
+    });
+  });
+}
+
+template <class S>
+void launch_moments_backward(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device) {
+  const BackwardProblem<S> problem{grad.moments, nullptr, nullptr, 0, grad.R, grad.x};
+  const int64_t tiles = ceil_div(in.batch * ceil_div(in.pixels, kVector), kBlock);
+  in_groups(in, grad, device, tiles, 1, problem, [&](const BackwardProblem<S>& g, int64_t blocks) {
+    with_flag(in.vector, [&](auto vector) {
+      with_flag(in.one_field, [&](auto one_field) {
+        launch(device, moments_backward_kernel<S, decltype(vector)::value, decltype(one_field)::value>, blocks, kBlock, 0,
+               in, g);
+      });
+    });
+  });
 }
 
 template <class S>
@@ -655,6 +899,7 @@ void statistics_backward(Fields<S> in, const StatisticsGradients<S>& grad, const
   if (in.batch == 0) return;
   in.vector = in.vector && vectorisable(grad.R, in.pixels, sizeof(S)) && vectorisable(grad.x, in.pixels, sizeof(S)) &&
               vectorisable(grad.M, in.pixels, sizeof(Accumulate<S>));
+  if (!grad.gram_R && !grad.gram_x) return launch_moments_backward(in, grad, device);
   with_tile<S>(in.batch, device, [&](auto samples, auto tensor) {
     launch_backward<S, decltype(samples)::value, decltype(tensor)::value>(in, grad, device);
   });

@@ -125,12 +125,14 @@ class Emulation:
         self.kernels.masked_statistics(ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, tensors))
         return moments, *grams
 
-    def masked_statistics_backward(self, grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x=True):
+    def masked_statistics_backward(
+        self, grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x=True, need_mask=True
+    ):
         vjp, x, mask = canonical(vjp), canonical(x), mask.contiguous()
         cotangents = [None if g is None else g.contiguous() for g in (grad_moments, grad_gram_vjp, grad_gram_input)]
         grads = [poisoned(dispatch.empty_field(t)) for t in (vjp, x)]
         grad_mask = poisoned(torch.empty_like(mask))
-        outputs = (grads[0], grads[1] if need_x else None, grad_mask)
+        outputs = (grads[0], grads[1] if need_x else None, grad_mask if need_mask else None)
         self.kernels.masked_statistics_backward(
             ctypes.byref(self._statistics_arguments(vjp, x)), *map(pointer, (*cotangents, vjp, x, mask, *outputs))
         )

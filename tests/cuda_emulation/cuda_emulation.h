@@ -331,6 +331,11 @@ T __shfl_sync(unsigned, T value, int source) {
 }
 
 template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+
+template <class T>
 void __stcg(T* at, T value) {
   if (reinterpret_cast<uintptr_t>(at) % alignof(T) != 0) emulation::stop("a store that is not aligned");
   *at = value;
