@@ -184,14 +184,14 @@ def measure_parts(impl: str, shape: Shape, seconds: float, device: str) -> dict[
     back = {name: dispatch.overload(f"{name}_backward", impl) for name in op}
     mask, support = op["density_mask"](vjp, *options)
     grad_mask = torch.ones_like(mask)
-    moments_only = (cotangents[0], None, None, vjp, x, mask, False)
+    moments_only = (cotangents[0], None, None, vjp, vjp, mask, False, False)
     calls = {
         "density_mask": lambda: op["density_mask"](vjp, *options),
         "density_mask_backward": lambda: back["density_mask"](grad_mask, vjp, mask, support, *options),
-        "masked_statistics, moments only": lambda: op["masked_statistics"](vjp, x, mask, False, False),
+        "masked_statistics, moments only": lambda: op["masked_statistics"](vjp, vjp, mask, False, False),
         "masked_statistics": lambda: op["masked_statistics"](vjp, x, mask, True, True),
         "masked_statistics_backward, moments only": lambda: back["masked_statistics"](*moments_only),
-        "masked_statistics_backward": lambda: back["masked_statistics"](*cotangents, vjp, x, mask, False),
+        "masked_statistics_backward": lambda: back["masked_statistics"](*cotangents, vjp, x, mask, False, True),
     }
     if device == "cpu":
         return {name: time_calls(call, seconds / 4)["median_ms"] for name, call in calls.items()}

@@ -220,22 +220,28 @@ def masked_statistics_backward(
     vjp: Tensor,
     x: Tensor,
     mask: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dL/dR, dL/dx, dL/dM) of :func:`masked_statistics` from the cotangents of its outputs."""
+    need_x: bool = True,
+    need_mask: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dL/dR, dL/dx, dL/dM) of :func:`masked_statistics` from its outputs' cotangents; what is not needed is None."""
     a, b, c = masked_fields(vjp, x, mask)
     sum_a, sum_b, sum_aa, sum_bb, sum_ab, sum_c, sum_cc, sum_abs_a, sum_abs_c = grad_moments.split(1, dim=1)
     sign = vjp.sign().flatten(1)
     grad_a = sum_a + 2 * sum_aa * a + sum_ab * b + sum_abs_a * sign
-    grad_b = sum_b + 2 * sum_bb * b + sum_ab * a
     grad_c = (sum_c + 2 * sum_cc * c + sum_abs_c * sign).view_as(vjp)
     if grad_gram_vjp is not None:
         grad_a = grad_a + (grad_gram_vjp + grad_gram_vjp.T) @ a
+    grad_a = grad_a.view_as(vjp)
+    grad_vjp = grad_a * mask + grad_c * (1 - mask)
+    if not (need_x or need_mask):
+        return grad_vjp, None, None
+    grad_b = sum_b + 2 * sum_bb * b + sum_ab * a
     if grad_gram_input is not None:
         grad_b = grad_b + (grad_gram_input + grad_gram_input.T) @ b
-    grad_a, grad_b = grad_a.view_as(vjp), grad_b.view_as(vjp)
-    grad_vjp = grad_a * mask + grad_c * (1 - mask)
-    grad_mask = (grad_a * vjp + grad_b * x - grad_c * vjp).sum(1, keepdim=True)
-    return grad_vjp, grad_b * mask, grad_mask
+    grad_b = grad_b.view_as(x)
+    grad_x = grad_b * mask if need_x else None
+    grad_mask = (grad_a * vjp + grad_b * x - grad_c * vjp).sum(1, keepdim=True) if need_mask else None
+    return grad_vjp, grad_x, grad_mask
 
 
 # ------------------------------------------------------------------------------------------ normalisation

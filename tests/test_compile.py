@@ -65,6 +65,18 @@ def test_compiled_with_channels_last_it_equals_eager(implementation):
     assert_compiled_equals_eager(implementation, "aot_eager", SIZES[:1], dynamic=None, **options)
 
 
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_compiled_with_a_given_mask_it_equals_eager(implementation, backend):
+    leaves = SIZES[0].fields().requiring_grad("vjp")
+
+    def function(*fields):
+        return masked_statistics(*fields, impl=implementation).moments.square().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    found, expected = (torch.autograd.grad(f(*leaves), leaves.vjp)[0] for f in (compiled, function))
+    assert_near(found, expected, GRADIENTS)
+
+
 def test_half_precision_compiles(implementation):
     def function(vjp, x):
         mask = density_mask(vjp, window=3, impl=implementation)

@@ -102,7 +102,7 @@ def registers_read(instruction: str) -> set[int]:
 
 
 def test_products_go_on_while_the_next_elements_are_loaded(objects):
-    """In the products' loops on tensor cores, fields in fours: loads stand before the products, their first use after."""
+    """In the loops of products on tensor cores, loads stand before the products and their first use after them."""
     tool = shutil.which("cuobjdump") or cuda_home() / "bin/cuobjdump"
     if not Path(tool).is_file():
         triton = pytest.importorskip("triton")

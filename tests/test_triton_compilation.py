@@ -42,7 +42,7 @@ def launches(dtype, sample, monkeypatch):
     density_mask.backward(mask, vjp, mask, support, *sample.positional_options)
     masked_statistics.forward(vjp, x, mask, True, True)
     cotangents = sample.cotangents_of_statistics(mask.dtype)
-    masked_statistics.backward(*cotangents, vjp, x, mask, True)
+    masked_statistics.backward(*cotangents, vjp, x, mask, True, True)
     mean = mask.new_zeros(x.shape[1])
     norm_double_backward.forward(vjp, vjp, x, mean, mean + 1, None, 1e-5)
     return found

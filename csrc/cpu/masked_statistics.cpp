@@ -216,8 +216,8 @@ struct Cotangents {
 template <class S>
 struct Gradients {
   using T = Accumulate<S>;
-  S *R, *x;  // x may be null
-  T* M;
+  S *R, *x;
+  T* M;  // x and M may be null
 };
 
 template <int Stride, class S>
@@ -227,8 +227,8 @@ SIB_INLINE void pack(const S* field, const Accumulate<S>* M, int64_t stride, int
   std::fill(row + length, row + kChunk, Accumulate<S>(0));
 }
 
-// One channel's chunk of one sample: dR, dx (if asked) and the channel's part of dM.
-template <int Stride, bool NeedX, class S, class T>
+// One channel's chunk of one sample: dR and, if asked, dx and the channel's part of dM.
+template <int Stride, bool NeedX, bool NeedMask, class S, class T>
 SIB_INLINE void sample_gradients(const S* R, const S* x, const T* M, const T* g, const T* from_gram_a,
                                  const T* from_gram_b, int64_t stride_R, int64_t stride_x, int64_t length, bool first,
                                  S* grad_R, S* grad_x, T* grad_M) {
@@ -236,7 +236,7 @@ SIB_INLINE void sample_gradients(const S* R, const S* x, const T* M, const T* g,
   const T g_a = g[0], g_b = g[1], g_aa = 2 * g[2], g_bb = 2 * g[3], g_ab = g[4], g_c = g[5], g_cc = 2 * g[6];
   const T g_abs_a = g[7], g_abs_c = g[8];
   const T keep = first ? T(0) : T(1);
-  if (first) std::fill(grad_M, grad_M + length, T(0));
+  if (NeedMask && first) std::fill(grad_M, grad_M + length, T(0));
   SIB_SIMD for (int64_t p = 0; p < length; ++p) {
     const T r = widen(R[p * stride_R]), value = widen(x[p * stride_x]), m = M[p], rest = 1 - m;
     const T a = r * m, b = value * m, c = r * rest, sign = static_cast<T>((r > 0) - (r < 0));
@@ -245,11 +245,11 @@ SIB_INLINE void sample_gradients(const S* R, const S* x, const T* M, const T* g,
     const T grad_c = g_c + g_cc * c + g_abs_c * sign;
     grad_R[p * stride_R] = static_cast<S>(grad_a * m + grad_c * rest);
     if (NeedX) grad_x[p * stride_x] = static_cast<S>(grad_b * m);
-    grad_M[p] = grad_M[p] * keep + ((grad_a - grad_c) * r + grad_b * value);
+    if (NeedMask) grad_M[p] = grad_M[p] * keep + ((grad_a - grad_c) * r + grad_b * value);
   }
 }
 
-template <bool NeedX, class S, class T>
+template <bool NeedX, bool NeedMask, class S, class T>
 SIB_CLONES void backward_range(const Inputs<S>& in, const Cotangents<S>& g, const Gradients<S>& grad, int64_t begin,
                                int64_t end, T* rows, T* from_a, T* from_b) {
   const bool dense = in.layout_R.pixel == 1 && in.layout_x.pixel == 1;
@@ -269,16 +269,18 @@ SIB_CLONES void backward_range(const Inputs<S>& in, const Cotangents<S>& g, cons
     const int64_t length = std::min(kChunk, end - start);
     for (int64_t c = 0; c < in.C; ++c) {
       through_gram(in.R, in.layout_R, g.gram_a, c, start, length, from_a);
-      through_gram(in.x, in.layout_x, g.gram_b, c, start, length, from_b);
+      // dL/dR does not look at dL/db.
+      if (NeedX || NeedMask) through_gram(in.x, in.layout_x, g.gram_b, c, start, length, from_b);
       for (int64_t b = 0; b < in.B; ++b) {
         const int64_t at_R = b * in.layout_R.batch + c * in.layout_R.channel + start * in.layout_R.pixel;
         const int64_t at_x = b * in.layout_x.batch + c * in.layout_x.channel + start * in.layout_x.pixel;
         const int64_t at_M = b * in.P + start;
         S* grad_x = NeedX ? grad.x + at_x : nullptr;
+        T* grad_M = NeedMask ? grad.M + at_M : nullptr;
         const auto run = [&](auto stride) __attribute__((always_inline)) {
-          sample_gradients<decltype(stride)::value, NeedX>(
+          sample_gradients<decltype(stride)::value, NeedX, NeedMask>(
               in.R + at_R, in.x + at_x, in.M + at_M, g.moments + b * kMoments, from_a + b * kChunk, from_b + b * kChunk,
-              in.layout_R.pixel, in.layout_x.pixel, length, c == 0, grad.R + at_R, grad_x, grad.M + at_M);
+              in.layout_R.pixel, in.layout_x.pixel, length, c == 0, grad.R + at_R, grad_x, grad_M);
         };
         dense ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, 0>{});
       }
@@ -309,8 +311,9 @@ void backward(const Inputs<S>& in, const Cotangents<S>& g, const Gradients<S>& g
     std::vector<T> rows(grams ? B * kChunk : 0), from_a(B * kChunk), from_b(B * kChunk);
     for (int64_t range = first; range < last; ++range) {
       const int64_t begin = range * ranges.length, end = std::min(in.P, begin + ranges.length);
-      const auto run = grad.x ? backward_range<true, S, T> : backward_range<false, S, T>;
-      run(in, g, grad, begin, end, rows.data(), from_a.data(), from_b.data());
+      const auto with_x = grad.M ? backward_range<true, true, S, T> : backward_range<true, false, S, T>;
+      const auto without_x = grad.M ? backward_range<false, true, S, T> : backward_range<false, false, S, T>;
+      (grad.x ? with_x : without_x)(in, g, grad, begin, end, rows.data(), from_a.data(), from_b.data());
     }
   });
 }
@@ -340,7 +343,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_statistics(const Tensor& vjp, const Te
 std::tuple<Tensor, Tensor, Tensor> masked_statistics_backward(const Tensor& grad_moments,
                                                               std::optional<Tensor> grad_gram_vjp,
                                                               std::optional<Tensor> grad_gram_input, const Tensor& vjp,
-                                                              const Tensor& input, const Tensor& mask, bool need_x) {
+                                                              const Tensor& input, const Tensor& mask, bool need_x,
+                                                              bool need_mask) {
   check_inputs(vjp, input, mask);
   const int64_t B = vjp.size(0);
   check_cotangent("grad_moments", grad_moments, B, kMoments, vjp);
@@ -349,13 +353,15 @@ std::tuple<Tensor, Tensor, Tensor> masked_statistics_backward(const Tensor& grad
   const Tensor R = canonical(vjp), x = canonical(input), M = torch::stable::contiguous(mask);
   const Tensor cotangent = torch::stable::contiguous(grad_moments);
   Tensor grad_R = empty_field(R), grad_x = need_x ? empty_field(x) : empty_dense(x, {0}, x.scalar_type());
-  Tensor grad_M = empty_dense(M, {B, 1, M.size(2), M.size(3)}, M.scalar_type());
+  Tensor grad_M = need_mask ? empty_dense(M, {B, 1, M.size(2), M.size(3)}, M.scalar_type())
+                            : empty_dense(M, {0}, M.scalar_type());
   dispatch_floating("vjp", R.scalar_type(), [&](auto scalar) {
     using S = decltype(scalar);
     using T = Accumulate<S>;
     const auto gram_a = symmetrised<T>(grad_gram_vjp, B), gram_b = symmetrised<T>(grad_gram_input, B);
     backward(inputs_of<S>(R, x, M), Cotangents<S>{data<T>(cotangent), gram_a, gram_b},
-             Gradients<S>{mutable_data<S>(grad_R), need_x ? mutable_data<S>(grad_x) : nullptr, mutable_data<T>(grad_M)});
+             Gradients<S>{mutable_data<S>(grad_R), need_x ? mutable_data<S>(grad_x) : nullptr,
+                          need_mask ? mutable_data<T>(grad_M) : nullptr});
   });
   return {grad_R, grad_x, grad_M};
 }

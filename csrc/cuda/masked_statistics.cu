@@ -54,7 +54,8 @@ std::optional<Tensor> dense(const char* name, const std::optional<Tensor>& cotan
 std::tuple<Tensor, Tensor, Tensor> masked_statistics_backward(const Tensor& grad_moments,
                                                               std::optional<Tensor> grad_gram_vjp,
                                                               std::optional<Tensor> grad_gram_input, const Tensor& vjp,
-                                                              const Tensor& input, const Tensor& mask, bool need_x) {
+                                                              const Tensor& input, const Tensor& mask, bool need_x,
+                                                              bool need_mask) {
   check_all(vjp, input, mask);
   check_cotangent("grad_moments", grad_moments, vjp.size(0), kMoments, vjp);
   check_same_device("grad_moments", grad_moments, vjp);
@@ -63,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_statistics_backward(const Tensor& grad
   const Tensor moments = torch::stable::contiguous(grad_moments);
   const auto gram_a = dense("grad_gram_vjp", grad_gram_vjp, vjp), gram_b = dense("grad_gram_input", grad_gram_input, vjp);
   Tensor grad_R = empty_field(R), grad_x = need_x ? empty_field(x) : empty_dense(x, {0}, x.scalar_type());
-  Tensor grad_M = empty_dense(M, {M.size(0), 1, M.size(2), M.size(3)}, M.scalar_type());
+  Tensor grad_M = need_mask ? empty_dense(M, {M.size(0), 1, M.size(2), M.size(3)}, M.scalar_type())
+                            : empty_dense(M, {0}, M.scalar_type());
   dispatch_floating("vjp", R.scalar_type(), [&](auto scalar) {
     using S = typename OnDevice<decltype(scalar)>::Type;
     using T = Accumulate<S>;
@@ -72,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_statistics_backward(const Tensor& grad
                                       gram_b ? data<T>(*gram_b) : nullptr,
                                       mutable_data<S>(grad_R),
                                       need_x ? mutable_data<S>(grad_x) : nullptr,
-                                      mutable_data<T>(grad_M)};
+                                      need_mask ? mutable_data<T>(grad_M) : nullptr};
     statistics_backward(fields_of<S>(R, x, M), grad, call.device());
   });
   return {grad_R, grad_x, grad_M};

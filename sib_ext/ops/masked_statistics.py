@@ -35,21 +35,22 @@ def _forward_fake(vjp, x, mask, gram_vjp, gram_input):
     return moments, *(_empty_gram(vjp, batch, wanted, dtype) for wanted in (gram_vjp, gram_input))
 
 
-def _backward(grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x):
+def _backward(grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x, need_mask):
     fields = (reference.widen(t) for t in (vjp, x, mask))
     grad_vjp, grad_x, grad_mask = reference.masked_statistics_backward(
-        grad_moments, grad_gram_vjp, grad_gram_input, *fields
+        grad_moments, grad_gram_vjp, grad_gram_input, *fields, need_x, need_mask
     )
     return (
         dispatch.empty_field(vjp).copy_(grad_vjp),
         dispatch.empty_field(x).copy_(grad_x) if need_x else x.new_empty(0),
-        grad_mask.contiguous(),
+        grad_mask.contiguous() if need_mask else mask.new_empty(0),
     )
 
 
-def _backward_fake(grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x):
+def _backward_fake(grad_moments, grad_gram_vjp, grad_gram_input, vjp, x, mask, need_x, need_mask):
     grad_x = dispatch.empty_field(x) if need_x else x.new_empty(0)
-    return dispatch.empty_field(vjp), grad_x, torch.empty_like(mask, memory_format=torch.contiguous_format)
+    like_mask = torch.empty_like(mask, memory_format=torch.contiguous_format)
+    return dispatch.empty_field(vjp), grad_x, like_mask if need_mask else mask.new_empty(0)
 
 
 def _forward_save(ctx, inputs, output):
@@ -60,21 +61,22 @@ def _forward_save(ctx, inputs, output):
 def _forward_rule(overload):
     def rule(ctx, grad_moments, grad_gram_vjp, grad_gram_input):
         op = getattr(torch.ops.sib_ext.masked_statistics_backward, overload)
-        need_x = ctx.needs_input_grad[1]
+        _, need_x, need_mask, *_ = ctx.needs_input_grad
         grad_vjp, grad_x, grad_mask = op(
             grad_moments,
             grad_gram_vjp if ctx.gram_vjp else None,
             grad_gram_input if ctx.gram_input else None,
             *ctx.saved_tensors,
             need_x,
+            need_mask,
         )
-        return grad_vjp, grad_x if need_x else None, grad_mask, None, None
+        return grad_vjp, grad_x if need_x else None, grad_mask if need_mask else None, None, None
 
     return rule
 
 
 def _backward_save(ctx, inputs, output):
-    *tensors, ctx.need_x = inputs
+    *tensors, ctx.need_x, ctx.need_mask = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -85,11 +87,14 @@ def _backward_rule(overload):
         def formula(*tensors):
             *cotangents, vjp, x, mask = tensors
             fields = (vjp, x, mask)
-            grads = reference.masked_statistics_backward(*cotangents, *map(reference.widen, fields))
-            grads = [grad.to(field.dtype) for grad, field in zip(grads, fields, strict=True)]
-            return tuple(grads) if ctx.need_x else (grads[0], x.new_empty(0), grads[2])
+            wide = map(reference.widen, fields)
+            grads = reference.masked_statistics_backward(*cotangents, *wide, ctx.need_x, ctx.need_mask)
+            return tuple(
+                field.new_empty(0) if grad is None else grad.to(field.dtype)
+                for grad, field in zip(grads, fields, strict=True)
+            )
 
-        return *dispatch.partial_derivatives(formula, ctx.saved_tensors, grad_outputs, ctx.needs_input_grad), None
+        return *dispatch.partial_derivatives(formula, ctx.saved_tensors, grad_outputs, ctx.needs_input_grad), None, None
 
     return rule
 
@@ -107,7 +112,7 @@ dispatch.define(
 dispatch.define(
     "masked_statistics_backward",
     "(Tensor grad_moments, Tensor? grad_gram_vjp, Tensor? grad_gram_input, Tensor vjp, Tensor x, Tensor mask,"
-    " bool need_x) -> (Tensor grad_vjp, Tensor grad_x, Tensor grad_mask)",
+    " bool need_x, bool need_mask) -> (Tensor grad_vjp, Tensor grad_x, Tensor grad_mask)",
     _backward,
     dispatch.triton_kernel("masked_statistics", "backward"),
     _backward_fake,
@@ -134,7 +139,8 @@ def masked_statistics(
 
     Args:
         vjp: R [B,C,H,W], floating point, any layout (contiguous and channels_last without a copy).
-        x: the input that R belongs to, [B,C,H,W].
+        x: the input that R belongs to, [B,C,H,W]. ``vjp.detach()`` where only the sums of R are looked at: the CUDA
+            kernels then read one field.
         mask: M [B,1,H,W], 1 = foreground.
         gram_vjp, gram_input: whether a a^T and b b^T are wanted; what is not is None in the result.
         impl: see :func:`density_mask`.

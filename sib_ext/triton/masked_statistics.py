@@ -16,7 +16,8 @@ from .common import INTERPRETED, PARTIALS, canonical, is_channels_last, strides,
 
 # None of the sizes here is tuned: they were never measured on a GPU.
 DEPTH = 512 if INTERPRETED else 64  # elements of C*H*W that a product of tiles takes at once
-BACKWARD_PIXELS = 512 if INTERPRETED else 64
+BACKWARD_PIXELS = 512 if INTERPRETED else 32
+BACKWARD_WARPS = 8
 GRAM_PROGRAMS, FEWEST_SPLITS = 512, 8
 SAMPLE_PROGRAMS = 64  # programs a sample is cut into where its plane alone is cut into fewer
 BACKWARD_PROGRAMS = 512
@@ -148,8 +149,8 @@ def _add_products(total, gram, field, mask, rows, batch, pixels, n, offset, batc
     """total + (gram rows) @ (field*mask) for one channel: [rows, pixels]."""
     T: tl.constexpr = total.dtype
     inside = (pixels < n)[None, :]
-    for first in range(0, batch, ROWS):
-        others = first + tl.arange(0, ROWS).to(tl.int64)
+    for first in range(0, batch, 16):
+        others = first + tl.arange(0, 16).to(tl.int64)
         exists = (others < batch)[:, None] & inside
         values = tl.load(field + others[:, None] * batch_stride + offset[None, :], mask=exists, other=0).to(T)
         values *= tl.load(mask + others[:, None] * n + pixels[None, :], mask=exists, other=0).to(T)
@@ -185,25 +186,20 @@ def _backward_kernel(
     GRAM_VJP: tl.constexpr,
     GRAM_INPUT: tl.constexpr,
     NEED_X: tl.constexpr,
+    NEED_MASK: tl.constexpr,
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """dL/dR, dL/dx and dL/dM of a tile of samples and pixels, over one group of channels."""
-    T: tl.constexpr = grad_mask.dtype.element_ty
+    """dL/dR, and if needed dL/dx and dL/dM, of a tile of samples and pixels, over one group of channels."""
+    T: tl.constexpr = grad_moments.dtype.element_ty
     block = tl.program_id(0) % blocks
     group = tl.program_id(0) // blocks % groups
     rows = ((tl.program_id(0) // blocks // groups) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     pixels = block * PIXELS + tl.arange(0, PIXELS)
-    exists = (rows < batch)[:, None] & (pixels < n)[None, :]
-    m = tl.load(mask + rows[:, None] * n + pixels[None, :], mask=exists, other=0).to(T)
-
-    moments = grad_moments + rows[:, None] * 9
     known = (rows < batch)[:, None]
-    by_a, by_b = tl.load(moments, mask=known, other=0), tl.load(moments + 1, mask=known, other=0)
-    by_aa, by_bb = 2 * tl.load(moments + 2, mask=known, other=0), 2 * tl.load(moments + 3, mask=known, other=0)
-    by_ab, by_c = tl.load(moments + 4, mask=known, other=0), tl.load(moments + 5, mask=known, other=0)
-    by_cc = 2 * tl.load(moments + 6, mask=known, other=0)
-    by_abs_a, by_abs_c = tl.load(moments + 7, mask=known, other=0), tl.load(moments + 8, mask=known, other=0)
+    exists = known & (pixels < n)[None, :]
+    moments = grad_moments + rows[:, None] * 9
+    at_mask = rows[:, None] * n + pixels[None, :]
 
     through_mask = tl.zeros([ROWS, PIXELS], T)
     wide = pixels.to(tl.int64)
@@ -212,24 +208,41 @@ def _backward_kernel(
         x_offset = tl.cast(channel, tl.int64) * x_channel + wide * x_pixel
         at_vjp = rows[:, None] * vjp_batch + vjp_offset[None, :]
         at_x = rows[:, None] * x_batch + x_offset[None, :]
-        r = tl.load(vjp + at_vjp, mask=exists, other=0).to(T)
-        v = tl.load(x + at_x, mask=exists, other=0).to(T)
-        a, b = r * m, v * m
-        sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(T)
-        grad_a = by_a + by_aa * a + by_ab * b + by_abs_a * sign
-        grad_b = by_b + by_bb * b + by_ab * a
-        grad_c = by_c + by_cc * (r * (1 - m)) + by_abs_c * sign
+        # R's gradient and x's one after the other, and what they look at loaded after the products: fewer registers.
+        grad_a = tl.zeros([ROWS, PIXELS], T)
         if GRAM_VJP:
             grad_a = _add_products(grad_a, gram_vjp, vjp, mask, rows, batch, pixels, n, vjp_offset, vjp_batch, ROWS)
-        if GRAM_INPUT:
-            grad_b = _add_products(grad_b, gram_input, x, mask, rows, batch, pixels, n, x_offset, x_batch, ROWS)
+        r = tl.load(vjp + at_vjp, mask=exists, other=0).to(T)
+        v = tl.load(x + at_x, mask=exists, other=0).to(T)
+        m = tl.load(mask + at_mask, mask=exists, other=0).to(T)
+        sign = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, 0.0)).to(T)
+        grad_a += tl.load(moments, mask=known, other=0)
+        grad_a += 2 * tl.load(moments + 2, mask=known, other=0) * (r * m)
+        grad_a += tl.load(moments + 4, mask=known, other=0) * (v * m)
+        grad_a += tl.load(moments + 7, mask=known, other=0) * sign
+        grad_c = tl.load(moments + 5, mask=known, other=0)
+        grad_c += 2 * tl.load(moments + 6, mask=known, other=0) * (r * (1 - m))
+        grad_c += tl.load(moments + 8, mask=known, other=0) * sign
         grad = grad_a * m + grad_c * (1 - m)
         tl.store(grad_vjp + at_vjp, grad.to(grad_vjp.dtype.element_ty), mask=exists)
-        if NEED_X:
-            tl.store(grad_x + at_x, (grad_b * m).to(grad_x.dtype.element_ty), mask=exists)
-        through_mask += grad_a * r + grad_b * v - grad_c * r
-    out = grad_mask + group.to(tl.int64) * batch * n
-    tl.store(out + rows[:, None] * n + pixels[None, :], through_mask, mask=exists)
+        if NEED_MASK:
+            through_mask += (grad_a - grad_c) * r
+        if NEED_X or NEED_MASK:
+            grad_b = tl.zeros([ROWS, PIXELS], T)
+            if GRAM_INPUT:
+                grad_b = _add_products(grad_b, gram_input, x, mask, rows, batch, pixels, n, x_offset, x_batch, ROWS)
+                r = tl.load(vjp + at_vjp, mask=exists, other=0).to(T)
+                v = tl.load(x + at_x, mask=exists, other=0).to(T)
+                m = tl.load(mask + at_mask, mask=exists, other=0).to(T)
+            grad_b += tl.load(moments + 1, mask=known, other=0)
+            grad_b += 2 * tl.load(moments + 3, mask=known, other=0) * (v * m)
+            grad_b += tl.load(moments + 4, mask=known, other=0) * (r * m)
+            if NEED_X:
+                tl.store(grad_x + at_x, (grad_b * m).to(grad_x.dtype.element_ty), mask=exists)
+            if NEED_MASK:
+                through_mask += grad_b * v
+    if NEED_MASK:
+        tl.store(grad_mask + group.to(tl.int64) * batch * n + at_mask, through_mask, mask=exists)
 
 
 # ---------------------------------------------------------------------------------------------- the launches
@@ -306,8 +319,9 @@ def backward(
     x: Tensor,
     mask: Tensor,
     need_x: bool,
+    need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dL/dR, dL/dx, dL/dM) of the op masked_statistics; dL/dx is empty if it is not needed."""
+    """(dL/dR, dL/dx, dL/dM) of the op masked_statistics; dL/dx and dL/dM are empty if they are not needed."""
     with torch.cuda.device_of(vjp):
         dtype, out_dtype = reference.accumulation_dtype(vjp.dtype), mask.dtype
         vjp, x, mask = canonical(vjp), canonical(x), mask.to(dtype).contiguous()
@@ -315,14 +329,15 @@ def backward(
         grad_vjp, grad_x = dispatch.empty_field(vjp), dispatch.empty_field(x) if need_x else x.new_empty(0)
         batch, channels, n = vjp.shape[0], vjp.shape[1], vjp.shape[2] * vjp.shape[3]
         if batch == 0:
-            return grad_vjp, grad_x, torch.empty_like(mask, dtype=out_dtype)
+            return grad_vjp, grad_x, mask.new_empty(mask.shape if need_mask else 0, dtype=out_dtype)
         # Products are with G + G^T, whose rows are its columns; a Gram without a cotangent takes no product.
-        grams = [None if g is None else (g + g.T).to(dtype).contiguous() for g in (grad_gram_vjp, grad_gram_input)]
+        grams = (grad_gram_vjp, grad_gram_input if need_x or need_mask else None)
+        grams = [None if g is None else (g + g.T).to(dtype).contiguous() for g in grams]
         pointers = [grad_moments if g is None else g for g in grams]
         rows, pixels = _rows(batch), min(BACKWARD_PIXELS, max(16, triton.next_power_of_2(n)))
         blocks, tiles = triton.cdiv(n, pixels), triton.cdiv(batch, rows)
         groups, group = _groups(channels, 1, BACKWARD_PROGRAMS // (blocks * tiles))
-        partials = mask.new_empty((groups, *mask.shape))
+        partials = mask.new_empty((groups, *mask.shape) if need_mask else 0)
         _backward_kernel[(tiles * groups * blocks,)](
             grad_moments,
             *pointers,
@@ -343,7 +358,12 @@ def backward(
             grams[0] is not None,
             grams[1] is not None,
             need_x,
+            need_mask,
             rows,
             pixels,
+            num_warps=BACKWARD_WARPS,
+            num_stages=2,
         )
-        return grad_vjp, grad_x, (partials[0] if groups == 1 else partials.sum(0)).to(out_dtype)
+        if need_mask:
+            partials = partials[0] if groups == 1 else partials.sum(0)
+        return grad_vjp, grad_x, partials.to(out_dtype)

@@ -62,7 +62,7 @@ def masked_statistics(sample: Sample, dtype: torch.dtype, device: str) -> None:
     fields = [t.to(device) for t in (vjp, x, mask)]
     outputs = dispatch.overload("masked_statistics", "native")(*fields, True, True)
     backward = dispatch.overload("masked_statistics_backward", "native")
-    grads = backward(*(c.to(device) for c in cotangents), *fields, True)
+    grads = backward(*(c.to(device) for c in cotangents), *fields, True, True)
     wide = [t.double() for t in (vjp, x, mask)]
     truths = (
         *reference.masked_statistics(*wide),
