@@ -132,6 +132,62 @@ def test_ties_go_to_the_lower_pixel(levels, path, on_path):
     assert all(len(row.unique()) == len(row) for row in support.flatten(0, 1))
 
 
+def hard_to_select(name, sample):
+    """Values whose bins hold more pixels than the candidates' room, or that need every digit of a key."""
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.rand(sample.shape, generator=generator, dtype=torch.float64)
+    values = {
+        "all equal": torch.full_like(noise, 0.75),
+        "two levels": 0.5 + (noise > 0.9).double() / 2,
+        "one bin of the first digit": 1 + noise / 16,
+        "one bin of two digits": 1 + noise / 2**14,
+        "half of them equal": torch.where(noise < 0.5, 0.25, noise),
+        "equal but for the last bit": 1 + (noise * 4).floor() * 2.0**-23,
+        "two crowded bins": torch.where(noise < 0.8, 1 + noise / 64, 2 + noise / 64),
+    }
+    return values[name]
+
+
+@each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("temperature", [0.1, 3.0])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "all equal",
+        "two levels",
+        "one bin of the first digit",
+        "one bin of two digits",
+        "half of them equal",
+        "equal but for the last bit",
+        "two crowded bins",
+    ],
+)
+def test_candidates_that_do_not_fit_are_found_in_the_plane(name, temperature, dtype, path, on_path):
+    """Planes of 12,100 pixels: the room beside one histogram takes 10,560 candidates, beside six none."""
+    sample = Sample("crowded", (1, 1, 110, 110), {"temperature": temperature})
+    vjp = hard_to_select(name, sample).to(dtype)
+    results = []
+    for order in cuda_emulation.ORDERS:
+        on_path.set_order(order)
+        mask, support = on_path.density_mask(vjp, *sample.positional_options)
+        assert torch.equal(support[:, :3], support_of(vjp, sample)[:, :3])
+        assert all(len(row.unique()) == len(row) for row in support.flatten(0, 1))
+        results.append((mask, support))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_plane_with_more_pixels_than_a_candidate_can_name_takes_many_blocks(emulated):
+    """No block of today has the shared memory for it; one of tomorrow may."""
+    sample = Sample("large", (1, 1, 260, 257))
+    vjp = sample.fields(torch.float32).vjp
+    results = []
+    for emulated.shared_bytes in (1 << 20, 0):
+        results.append(emulated.density_mask(vjp, *sample.positional_options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][1][:, :3], support_of(vjp, sample)[:, :3])
+
+
 @each_path
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
