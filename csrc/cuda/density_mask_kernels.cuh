@@ -71,21 +71,22 @@ __device__ T not_a_number() {
 }
 
 // 1 / divisor of the average at a pixel: computed once where it is the same everywhere.
+template <class T>
 class InverseArea {
  public:
   __device__ explicit InverseArea(const MaskProblem& o) : o_(o), everywhere_(at(0, 0)) {}
 
-  __device__ double operator()(int y, int x) const { return o_.count_padding ? everywhere_ : at(y, x); }
-  __device__ double operator()(uint32_t p) const { return o_.count_padding ? everywhere_ : at(p / o_.width, p % o_.width); }
+  __device__ T operator()(int y, int x) const { return o_.count_padding ? everywhere_ : at(y, x); }
+  __device__ T operator()(uint32_t p) const { return o_.count_padding ? everywhere_ : at(p / o_.width, p % o_.width); }
 
  private:
-  __device__ double at(int y, int x) const {
-    return 1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
-                                     box_span(x, o_.width, o_.radius, o_.count_padding));
+  __device__ T at(int y, int x) const {
+    return static_cast<T>(1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
+                                                    box_span(x, o_.width, o_.radius, o_.count_padding)));
   }
 
   const MaskProblem& o_;
-  double everywhere_;
+  T everywhere_;
 };
 
 // The quantiles of g as h needs them.
@@ -110,12 +111,11 @@ __device__ T through_magnitude(T mean, const MaskProblem& o) {
   return mean > 0 ? share : mean < 0 ? -share : mean;
 }
 
-// out(i, sum over the 2*radius+1 values around i) for i in [begin, end) of a line. Sums slide in double: adding and
-// later subtracting the same floats leaves no drift.
-template <class T, class Out>
+// out(i, sum over the 2*radius+1 values around i) for i in [begin, end) of a line, sliding in the type Sum.
+template <class Sum, class T, class Out>
 __device__ void slide(const T* line, int64_t stride, int length, int64_t radius, int begin, int end, Out out) {
   const int reach = radius < length ? static_cast<int>(radius) : length - 1;
-  double sum = 0;
+  Sum sum = 0;
   for (int i = begin > reach ? begin - reach - 1 : 0; i < begin + reach && i < length; ++i) sum += line[i * stride];
   for (int i = begin; i < end; ++i) {
     if (i + reach < length) sum += line[(i + reach) * stride];
@@ -124,27 +124,29 @@ __device__ void slide(const T* line, int64_t stride, int length, int64_t radius,
   }
 }
 
-// Sums down the columns of a plane, for one stretch of one column; neighbouring items are neighbouring columns.
+// Sums down the columns of a plane, for one stretch of one column; neighbouring items are neighbouring columns. They
+// slide in double: adding and later subtracting the same floats leaves no drift.
 template <class T>
 __device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int rows, T* out) {
   const int x = static_cast<int>(item % o.width), begin = static_cast<int>(item / o.width) * rows;
   const int end = begin + rows < o.height ? begin + rows : o.height;
-  slide(plane + x, o.width, o.height, o.radius, begin, end,
-        [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
+  slide<double>(plane + x, o.width, o.height, o.radius, begin, end,
+                [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
 }
 
-// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero.
+// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero. They slide in T: runs
+// are short, so there is little to drift, and conversions to double would cost more than the sums.
 template <class T>
 __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
                           T* out) {
-  const InverseArea inverse_area(o);
+  const InverseArea<T> inverse_area(o);
   while (first < last) {
     const int64_t row = first / o.width;
     const int begin = static_cast<int>(first % o.width);
     const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
-    slide(plane + row * o.width, 1, o.width, o.radius, begin, end, [&](int x, double sum) {
-      if (average) sum = (sum < 0 ? 0 : sum) * inverse_area(first_row + static_cast<int>(row), x);
-      out[row * o.width + x] = static_cast<T>(sum);
+    slide<T>(plane + row * o.width, 1, o.width, o.radius, begin, end, [&](int x, T sum) {
+      if (average) sum = (sum < 0 ? T(0) : sum) * inverse_area(first_row + static_cast<int>(row), x);
+      out[row * o.width + x] = sum;
     });
     first += end - begin;
   }
@@ -418,8 +420,8 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   total = block_sum(total, scratch.sums);
   subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
   __syncthreads();
-  const InverseArea inverse_area(o);
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= static_cast<T>(inverse_area(p));
+  const InverseArea<T> inverse_area(o);
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= inverse_area(p);
   box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.words));
 
   quantiles_from_support(R, o, support, scratch.quantiles);
@@ -637,9 +639,9 @@ __global__ void average_share_kernel(const double* partials, uint32_t parts, Mas
 template <class T>
 __global__ void divide_kernel(MaskProblem o, uint32_t parts, T* plane) {
   const Part part(parts);
-  const InverseArea inverse_area(o);
+  const InverseArea<T> inverse_area(o);
   each_pixel(part, o.pixels(),
-             [&](uint32_t p) { plane[part.sample * o.pixels() + p] *= static_cast<T>(inverse_area(p)); });
+             [&](uint32_t p) { plane[part.sample * o.pixels() + p] *= inverse_area(p); });
 }
 
 template <class S>
