@@ -43,6 +43,11 @@ MASK_SAMPLES = (
     Sample("rows longer than the staging room", (1, 1, 2, 6500), {"window": 5}),
     Sample("a support longer than a list in shared memory", (1, 1, 53, 47), {"temperature": 30.0}),
     Sample("columns", (2, 1, 90, 1), {"window": 9, "padding": "exclude"}),
+    Sample("a column longer than a tile", (2, 1, 4500, 1), {"window": 9}),
+    Sample("a row longer than a tile", (2, 1, 1, 4500), {"window": 31, "padding": "exclude"}),
+    Sample("several tiles, and rows that end within them", (2, 1, 67, 139), {"window": 31}),
+    Sample("windows wider than what is loaded beside a tile", (1, 1, 2, 6500), {"window": 4001}),
+    Sample("windows as wide as what is loaded beside a tile", (1, 1, 2, 6500), {"window": 1535, "padding": "exclude"}),
 )
 STATISTICS_SAMPLES = (
     *SAMPLES,

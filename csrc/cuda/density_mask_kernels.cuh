@@ -179,7 +179,8 @@ inline int64_t plane_bytes(int64_t pixels, int64_t element) { return ceil_div(pi
 template <class T>
 bool fits_in_block(const MaskProblem& o, const Device& device) {
   const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + static_cast<int64_t>(sizeof(BlockScratch<T>));
-  return bytes <= device.shared_bytes && o.pixels() <= kIndexable && o.width * static_cast<int64_t>(sizeof(T)) <= kStagingBytes;
+  return bytes <= device.shared_bytes && o.pixels() <= kIndexable &&
+         o.width * static_cast<int64_t>(sizeof(T)) <= kStagingBytes;
 }
 
 // Threads of a block for one sample: many for a large plane, few for a small one, so that blocks share a processor.
@@ -440,7 +441,7 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
 // ----------------------------------------------------------------------------- many blocks work on a sample
 
 constexpr int kThreads = 256;
-constexpr int kRunPixels = 64;                      // that a thread counts, or along which it slides
+constexpr int kRunPixels = 64;                      // that a thread counts, or along which it slides down
 constexpr int kTilePixels = kThreads * kRunPixels;  // that a block counts
 constexpr int kSpreadPixels = 4 * kThreads;         // that a block works on one by one
 
@@ -587,12 +588,35 @@ __global__ void box_down_kernel(const T* plane, MaskProblem o, uint32_t parts, i
   if (item < items) box_down(plane + offset, o, item, kRunPixels, out + offset);
 }
 
+// The tile of pixels that a block averages along rows: a run of odd length a thread, so that a warp meets all banks.
+SIB_HOST_DEVICE constexpr int along_run(size_t element) { return element == sizeof(double) ? 9 : 17; }
+SIB_HOST_DEVICE constexpr int along_tile(size_t element) { return kThreads * along_run(element); }
+// Pixels beside a tile that fit with it into the shared memory that any block may have.
+constexpr int64_t most_halo(size_t element) { return 24 * 1024 / static_cast<int>(element) - along_tile(element); }
+
+// Loads and stores go through shared memory, so that neighbouring threads are at neighbouring pixels; halo is how far
+// beyond the tile windows reach, 0 where that does not fit and the plane is read in place.
 template <class T>
-__global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, uint32_t parts, T* out) {
+__global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, uint32_t parts, int halo, T* out) {
+  constexpr int kRun = along_run(sizeof(T)), kTile = along_tile(sizeof(T));
   const Part part(parts);
-  const int64_t first = (static_cast<int64_t>(part.index) * blockDim.x + threadIdx.x) * kRunPixels, pixels = o.pixels();
-  const int64_t last = first + kRunPixels < pixels ? first + kRunPixels : pixels, offset = part.sample * pixels;
-  box_along(plane + offset, o, 0, first, last, average, out + offset);
+  const int64_t pixels = o.pixels(), begin = static_cast<int64_t>(part.index) * kTile;
+  const int64_t end = begin + kTile < pixels ? begin + kTile : pixels, mine = begin + threadIdx.x * kRun;
+  const int64_t first = mine < end ? mine : end, last = first + kRun < end ? first + kRun : end;
+  T *results = reinterpret_cast<T*>(block_memory()), *staged = results + kTile;
+  plane += part.sample * pixels;
+  out += part.sample * pixels;
+  if (halo) {
+    const int64_t from = begin > halo ? begin - halo : 0, to = end + halo < pixels ? end + halo : pixels;
+#pragma unroll 4
+    for (int64_t p = from + threadIdx.x; p < to; p += kThreads) staged[p - from] = plane[p];
+    __syncthreads();
+    box_along(staged - from, o, 0, first, last, average, results - begin);
+  } else {
+    box_along(plane, o, 0, first, last, average, results - begin);
+  }
+  __syncthreads();
+  for (int64_t p = begin + threadIdx.x; p < end; p += kThreads) out[p] = results[p - begin];
 }
 
 template <class T>
@@ -699,12 +723,13 @@ T* launch_quantiles(const T* plane, const MaskProblem& o, int quantile, int row,
   constexpr int kWords = Selection<T, Q>::kWords;
   const int64_t parts = ceil_div(o.pixels(), kTilePixels);
   auto* selections = device.array<Selection<T, Q>>(o.batch);
-  uint32_t *histograms = device.array<uint32_t>(o.batch * kWords), *lists = device.array<uint32_t>(o.batch * Q * o.list());
+  uint32_t* histograms = device.array<uint32_t>(o.batch * kWords);
+  uint32_t* lists = device.array<uint32_t>(o.batch * Q * o.list());
   T* quantiles = device.array<T>(o.batch * Q);
   launch(device, start_selection_kernel<T, Q>, o.batch, kThreads, 0, o, quantile, selections, histograms);
   for (int i = 0; i < value_digits<T>() + pixel_digits(o.pixels()); ++i) {
-    launch(device, count_kernel<T, Q>, o.batch * parts, kThreads, kWords * sizeof(uint32_t), plane, o, i, parts, selections,
-           histograms);
+    launch(device, count_kernel<T, Q>, o.batch * parts, kThreads, kWords * sizeof(uint32_t), plane, o, i, parts,
+           selections, histograms);
     launch(device, descend_kernel<T, Q>, o.batch, kThreads, 0, o, i, selections, histograms);
   }
   launch(device, collect_kernel<T, Q>, o.batch * parts, kThreads, 0, plane, o, parts, selections, lists);
@@ -717,9 +742,11 @@ T* launch_quantiles(const T* plane, const MaskProblem& o, int quantile, int row,
 template <class T>
 void launch_box(T* plane, T* between, const MaskProblem& o, bool average, const Device& device) {
   const int64_t items = static_cast<int64_t>(o.width) * ceil_div(o.height, kRunPixels);
-  const int64_t down = ceil_div(items, kThreads), along = ceil_div(o.pixels(), kTilePixels);
+  const int64_t down = ceil_div(items, kThreads), tile = along_tile(sizeof(T)), along = ceil_div(o.pixels(), tile);
+  const int64_t reach = (o.radius < o.width ? o.radius : o.width - 1) + 1;  // and the value that leaves the sum
+  const int64_t halo = reach <= most_halo(sizeof(T)) ? reach : 0, bytes = (tile + (halo ? tile + 2 * halo : 0)) * sizeof(T);
   launch(device, box_down_kernel<T>, o.batch * down, kThreads, 0, plane, o, down, items, between);
-  launch(device, box_along_kernel<T>, o.batch * along, kThreads, 0, between, o, average, along, plane);
+  launch(device, box_along_kernel<T>, o.batch * along, kThreads, bytes, between, o, average, along, halo, plane);
 }
 
 template <class S>

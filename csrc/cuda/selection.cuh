@@ -151,9 +151,8 @@ __device__ void share_histograms(Selection<T, Q>& s, Digit digit) {
   int leader = i;
   for (int j = i - 1; is_end && j >= 0; --j) {
     const End<T>&end = s.ends[i], &other = s.ends[j];
-    const bool same = digit.of_pixel ? end.value == other.value && end.pixel >> digit.found == other.pixel >> digit.found
-                                     : end.value >> digit.found == other.value >> digit.found;
-    if (same) leader = j;
+    const bool same_pixel = end.value == other.value && end.pixel >> digit.found % 32 == other.pixel >> digit.found % 32;
+    if (digit.of_pixel ? same_pixel : end.value >> digit.found == other.value >> digit.found) leader = j;
   }
   const unsigned leaders = __ballot_sync(kAllLanes, is_end && leader == i);
   const int histogram = __popc(leaders & ((1u << leader) - 1));
@@ -280,7 +279,8 @@ __device__ void gather_candidates(const T* plane, uint32_t first, uint32_t last,
     }
     if (found == 0) continue;
     uint32_t place = atomicAdd(&s.candidates, static_cast<uint32_t>(__popc(found)));
-    for (; found != 0; found &= found - 1) top[-1 - static_cast<int>(place++)] = static_cast<uint16_t>(end - __ffs(found));
+    for (; found != 0; found &= found - 1)
+      top[-1 - static_cast<int>(place++)] = static_cast<uint16_t>(end - __ffs(found));
   }
 }
 
