@@ -140,14 +140,24 @@ template <class T>
 __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
                           T* out) {
   const InverseArea<T> inverse_area(o);
+  const T everywhere = inverse_area(0, 0);
   while (first < last) {
     const int64_t row = first / o.width;
     const int begin = static_cast<int>(first % o.width);
     const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
-    slide<T>(plane + row * o.width, 1, o.width, o.radius, begin, end, [&](int x, T sum) {
-      if (average) sum = (sum < 0 ? T(0) : sum) * inverse_area(first_row + static_cast<int>(row), x);
-      out[row * o.width + x] = sum;
-    });
+    const auto write = [&](auto scaled) {
+      slide<T>(plane + row * o.width, 1, o.width, o.radius, begin, end,
+               [&](int x, T sum) { out[row * o.width + x] = scaled(x, sum); });
+    };
+    // The cases are told apart outside the loop, which is short.
+    if (!average) {
+      write([](int, T sum) { return sum; });
+    } else if (o.count_padding) {
+      write([&](int, T sum) { return (sum < 0 ? T(0) : sum) * everywhere; });
+    } else {
+      const int y = first_row + static_cast<int>(row);
+      write([&](int x, T sum) { return (sum < 0 ? T(0) : sum) * inverse_area(y, x); });
+    }
     first += end - begin;
   }
 }
@@ -744,7 +754,8 @@ void launch_box(T* plane, T* between, const MaskProblem& o, bool average, const 
   const int64_t items = static_cast<int64_t>(o.width) * ceil_div(o.height, kRunPixels);
   const int64_t down = ceil_div(items, kThreads), tile = along_tile(sizeof(T)), along = ceil_div(o.pixels(), tile);
   const int64_t reach = (o.radius < o.width ? o.radius : o.width - 1) + 1;  // and the value that leaves the sum
-  const int64_t halo = reach <= most_halo(sizeof(T)) ? reach : 0, bytes = (tile + (halo ? tile + 2 * halo : 0)) * sizeof(T);
+  const int64_t halo = reach <= most_halo(sizeof(T)) ? reach : 0;
+  const int64_t bytes = (tile + (halo ? tile + 2 * halo : 0)) * sizeof(T);
   launch(device, box_down_kernel<T>, o.batch * down, kThreads, 0, plane, o, down, items, between);
   launch(device, box_along_kernel<T>, o.batch * along, kThreads, bytes, between, o, average, along, halo, plane);
 }

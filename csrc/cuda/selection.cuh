@@ -151,8 +151,10 @@ __device__ void share_histograms(Selection<T, Q>& s, Digit digit) {
   int leader = i;
   for (int j = i - 1; is_end && j >= 0; --j) {
     const End<T>&end = s.ends[i], &other = s.ends[j];
-    const bool same_pixel = end.value == other.value && end.pixel >> digit.found % 32 == other.pixel >> digit.found % 32;
-    if (digit.of_pixel ? same_pixel : end.value >> digit.found == other.value >> digit.found) leader = j;
+    const int known = digit.of_pixel ? 0 : digit.found;
+    const bool same = end.value >> known == other.value >> known;
+    const bool same_pixel = end.pixel >> digit.found % 32 == other.pixel >> digit.found % 32;
+    if (same && (same_pixel || !digit.of_pixel)) leader = j;
   }
   const unsigned leaders = __ballot_sync(kAllLanes, is_end && leader == i);
   const int histogram = __popc(leaders & ((1u << leader) - 1));
