@@ -141,7 +141,10 @@ def hard_to_select(name, sample):
     """Values whose bins hold more pixels than the candidates' room, or that need every digit of a key."""
     generator = torch.Generator().manual_seed(5)
     noise = torch.rand(sample.shape, generator=generator, dtype=torch.float64)
+    sizes = torch.tensor([1400, 7400, 2100, 1200])  # the bins of q05, none, q80 and q95
+    powers = 2.0 ** torch.arange(4).repeat_interleave(sizes)[torch.randperm(12100, generator=generator)]
     values = {
+        "bins that fit, lists that do not": powers.view_as(noise) * (1 + noise / 16),
         "all equal": torch.full_like(noise, 0.75),
         "two levels": 0.5 + (noise > 0.9).double() / 2,
         "one bin of the first digit": 1 + noise / 16,
@@ -155,10 +158,11 @@ def hard_to_select(name, sample):
 
 @each_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("temperature", [0.1, 3.0])
+@pytest.mark.parametrize("temperature", [0.1, 13.7])
 @pytest.mark.parametrize(
     "name",
     [
+        "bins that fit, lists that do not",
         "all equal",
         "two levels",
         "one bin of the first digit",
