@@ -43,6 +43,11 @@ MASK_SAMPLES = (
     Sample("rows longer than the staging room", (1, 1, 2, 6500), {"window": 5}),
     Sample("a support longer than a list in shared memory", (1, 1, 53, 47), {"temperature": 30.0}),
     Sample("columns", (2, 1, 90, 1), {"window": 9, "padding": "exclude"}),
+    Sample("a column longer than a tile", (2, 1, 4500, 1), {"window": 9}),
+    Sample("a row longer than a tile", (2, 1, 1, 4500), {"window": 31, "padding": "exclude"}),
+    Sample("several tiles, and rows that end within them", (2, 1, 67, 139), {"window": 31}),
+    Sample("windows wider than what is loaded beside a tile", (1, 1, 2, 6500), {"window": 4001}),
+    Sample("windows as wide as what is loaded beside a tile", (1, 1, 2, 6500), {"window": 1535, "padding": "exclude"}),
 )
 STATISTICS_SAMPLES = (
     *SAMPLES,
@@ -130,6 +135,66 @@ def test_ties_go_to_the_lower_pixel(levels, path, on_path):
     _, support = on_path.density_mask(vjp, *sample.positional_options)
     assert torch.equal(support[:, :3], support_of(vjp, sample)[:, :3])
     assert all(len(row.unique()) == len(row) for row in support.flatten(0, 1))
+
+
+def hard_to_select(name, sample):
+    """Values whose bins hold more pixels than the candidates' room, or that need every digit of a key."""
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.rand(sample.shape, generator=generator, dtype=torch.float64)
+    sizes = torch.tensor([1400, 7400, 2100, 1200])  # the bins of q05, none, q80 and q95
+    powers = 2.0 ** torch.arange(4).repeat_interleave(sizes)[torch.randperm(12100, generator=generator)]
+    values = {
+        "bins that fit, lists that do not": powers.view_as(noise) * (1 + noise / 16),
+        "all equal": torch.full_like(noise, 0.75),
+        "two levels": 0.5 + (noise > 0.9).double() / 2,
+        "one bin of the first digit": 1 + noise / 16,
+        "one bin of two digits": 1 + noise / 2**14,
+        "half of them equal": torch.where(noise < 0.5, 0.25, noise),
+        "equal but for the last bit": 1 + (noise * 4).floor() * 2.0**-23,
+        "two crowded bins": torch.where(noise < 0.8, 1 + noise / 64, 2 + noise / 64),
+    }
+    return values[name]
+
+
+@each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("temperature", [0.1, 13.7])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bins that fit, lists that do not",
+        "all equal",
+        "two levels",
+        "one bin of the first digit",
+        "one bin of two digits",
+        "half of them equal",
+        "equal but for the last bit",
+        "two crowded bins",
+    ],
+)
+def test_candidates_that_do_not_fit_are_found_in_the_plane(name, temperature, dtype, path, on_path):
+    """Planes of 12,100 pixels: the room beside one histogram takes 10,560 candidates, beside six none."""
+    sample = Sample("crowded", (1, 1, 110, 110), {"temperature": temperature})
+    vjp = hard_to_select(name, sample).to(dtype)
+    results = []
+    for order in cuda_emulation.ORDERS:
+        on_path.set_order(order)
+        mask, support = on_path.density_mask(vjp, *sample.positional_options)
+        assert torch.equal(support[:, :3], support_of(vjp, sample)[:, :3])
+        assert all(len(row.unique()) == len(row) for row in support.flatten(0, 1))
+        results.append((mask, support))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_plane_with_more_pixels_than_a_candidate_can_name_takes_many_blocks(emulated):
+    """No block of today has the shared memory for it; one of tomorrow may."""
+    sample = Sample("large", (1, 1, 260, 257))
+    vjp = sample.fields(torch.float32).vjp
+    results = []
+    for emulated.shared_bytes in (1 << 20, 0):
+        results.append(emulated.density_mask(vjp, *sample.positional_options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(results[0][1][:, :3], support_of(vjp, sample)[:, :3])
 
 
 @each_path

@@ -26,7 +26,8 @@ struct MaskProblem {
 
   SIB_HOST_DEVICE uint32_t pixels() const { return static_cast<uint32_t>(height) * static_cast<uint32_t>(width); }
   SIB_HOST_DEVICE int64_t support() const { return quantiles[0].size; }
-  SIB_HOST_DEVICE int64_t list() const { return list_length(support()); }  // the room that its pixels take to be sorted
+  // The most keys that are sorted to find a support.
+  SIB_HOST_DEVICE int64_t list() const { return list_length(support() > kFewKeys ? support() : kFewKeys); }
 };
 
 // ------------------------------------------------------------------------------------- pixel by pixel
@@ -70,21 +71,22 @@ __device__ T not_a_number() {
 }
 
 // 1 / divisor of the average at a pixel: computed once where it is the same everywhere.
+template <class T>
 class InverseArea {
  public:
   __device__ explicit InverseArea(const MaskProblem& o) : o_(o), everywhere_(at(0, 0)) {}
 
-  __device__ double operator()(int y, int x) const { return o_.count_padding ? everywhere_ : at(y, x); }
-  __device__ double operator()(uint32_t p) const { return o_.count_padding ? everywhere_ : at(p / o_.width, p % o_.width); }
+  __device__ T operator()(int y, int x) const { return o_.count_padding ? everywhere_ : at(y, x); }
+  __device__ T operator()(uint32_t p) const { return o_.count_padding ? everywhere_ : at(p / o_.width, p % o_.width); }
 
  private:
-  __device__ double at(int y, int x) const {
-    return 1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
-                                     box_span(x, o_.width, o_.radius, o_.count_padding));
+  __device__ T at(int y, int x) const {
+    return static_cast<T>(1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
+                                                    box_span(x, o_.width, o_.radius, o_.count_padding)));
   }
 
   const MaskProblem& o_;
-  double everywhere_;
+  T everywhere_;
 };
 
 // The quantiles of g as h needs them.
@@ -109,12 +111,11 @@ __device__ T through_magnitude(T mean, const MaskProblem& o) {
   return mean > 0 ? share : mean < 0 ? -share : mean;
 }
 
-// out(i, sum over the 2*radius+1 values around i) for i in [begin, end) of a line. Sums slide in double: adding and
-// later subtracting the same floats leaves no drift.
-template <class T, class Out>
+// out(i, sum over the 2*radius+1 values around i) for i in [begin, end) of a line, sliding in the type Sum.
+template <class Sum, class T, class Out>
 __device__ void slide(const T* line, int64_t stride, int length, int64_t radius, int begin, int end, Out out) {
   const int reach = radius < length ? static_cast<int>(radius) : length - 1;
-  double sum = 0;
+  Sum sum = 0;
   for (int i = begin > reach ? begin - reach - 1 : 0; i < begin + reach && i < length; ++i) sum += line[i * stride];
   for (int i = begin; i < end; ++i) {
     if (i + reach < length) sum += line[(i + reach) * stride];
@@ -123,28 +124,40 @@ __device__ void slide(const T* line, int64_t stride, int length, int64_t radius,
   }
 }
 
-// Sums down the columns of a plane, for one stretch of one column; neighbouring items are neighbouring columns.
+// Sums down the columns of a plane, for one stretch of one column; neighbouring items are neighbouring columns. They
+// slide in double: adding and later subtracting the same floats leaves no drift.
 template <class T>
 __device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int rows, T* out) {
   const int x = static_cast<int>(item % o.width), begin = static_cast<int>(item / o.width) * rows;
   const int end = begin + rows < o.height ? begin + rows : o.height;
-  slide(plane + x, o.width, o.height, o.radius, begin, end,
-        [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
+  slide<double>(plane + x, o.width, o.height, o.radius, begin, end,
+                [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
 }
 
-// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero.
+// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero. They slide in T: runs
+// are short, so there is little to drift, and conversions to double would cost more than the sums.
 template <class T>
 __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
                           T* out) {
-  const InverseArea inverse_area(o);
+  const InverseArea<T> inverse_area(o);
+  const T everywhere = inverse_area(0, 0);
   while (first < last) {
     const int64_t row = first / o.width;
     const int begin = static_cast<int>(first % o.width);
     const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
-    slide(plane + row * o.width, 1, o.width, o.radius, begin, end, [&](int x, double sum) {
-      if (average) sum = (sum < 0 ? 0 : sum) * inverse_area(first_row + static_cast<int>(row), x);
-      out[row * o.width + x] = static_cast<T>(sum);
-    });
+    const auto write = [&](auto scaled) {
+      slide<T>(plane + row * o.width, 1, o.width, o.radius, begin, end,
+               [&](int x, T sum) { out[row * o.width + x] = scaled(x, sum); });
+    };
+    // The cases are told apart outside the loop, which is short.
+    if (!average) {
+      write([](int, T sum) { return sum; });
+    } else if (o.count_padding) {
+      write([&](int, T sum) { return (sum < 0 ? T(0) : sum) * everywhere; });
+    } else {
+      const int y = first_row + static_cast<int>(row);
+      write([&](int x, T sum) { return (sum < 0 ? T(0) : sum) * inverse_area(y, x); });
+    }
     first += end - begin;
   }
 }
@@ -155,25 +168,29 @@ __device__ void box_along(const T* plane, const MaskProblem& o, int first_row, i
 constexpr int max_block(size_t element) { return element == sizeof(double) ? 512 : 768; }
 constexpr int kMaxWarps = max_block(sizeof(float)) / kWarp;
 
+constexpr int kBlockWords = Selection<float, 3>::kWords;
+constexpr int64_t kIndexable = 1 << 16;  // pixels that a candidate's 16 bits can name: more than fit today's blocks
+
 // What a block has in shared memory after its plane.
 template <class T>
 struct alignas(16) BlockScratch {
-  Selection<T, 3> selection;  // its histograms serve as lists of pixels and as staging room, too
+  uint32_t words[kBlockWords];  // histograms from below, candidates from above; lists of pixels; staging room
+  Selection<T, 3> selection;
   double sums[kMaxWarps];
   T quantiles[kRows];
 };
 
-constexpr int64_t kStagingBytes = Selection<float, 3>::kWords * sizeof(uint32_t);
+constexpr int64_t kStagingBytes = kBlockWords * sizeof(uint32_t);
 constexpr int64_t kShortList = 2048;  // lists up to this length stay in shared memory
-static_assert(3 * kShortList <= Selection<float, 3>::kWords && kShortList <= Selection<float, 1>::kWords,
-              "lists overlay the histograms");
+static_assert(3 * kShortList <= kBlockWords, "lists overlay the histograms");
 
 inline int64_t plane_bytes(int64_t pixels, int64_t element) { return ceil_div(pixels * element, 16) * 16; }
 
 template <class T>
 bool fits_in_block(const MaskProblem& o, const Device& device) {
   const int64_t bytes = plane_bytes(o.pixels(), sizeof(T)) + static_cast<int64_t>(sizeof(BlockScratch<T>));
-  return bytes <= device.shared_bytes && o.width * static_cast<int64_t>(sizeof(T)) <= kStagingBytes;
+  return bytes <= device.shared_bytes && o.pixels() <= kIndexable &&
+         o.width * static_cast<int64_t>(sizeof(T)) <= kStagingBytes;
 }
 
 // Threads of a block for one sample: many for a large plane, few for a small one, so that blocks share a processor.
@@ -185,6 +202,9 @@ int block_threads(uint32_t pixels) {
 // The run of neighbouring pixels that this thread owns: of odd length, so that a warp meets all banks.
 struct Run {
   uint32_t first, last;
+
+  __device__ uint32_t size() const { return last - first; }
+  __device__ uint32_t operator()(uint32_t k) const { return first + k; }
 
   __device__ explicit Run(uint32_t pixels) {
     const uint32_t length = (pixels + blockDim.x - 1) / blockDim.x | 1;
@@ -227,42 +247,66 @@ __device__ void box_in_block(T* plane, T* down, const MaskProblem& o, bool avera
   __syncthreads();
 }
 
-// The supports of Q quantiles of the block's plane, and the quantiles; long_lists may be null if lists are short.
+// The supports of Q quantiles of the block's plane, and the quantiles; long_lists may be null if lists are short. Words
+// (kBlockWords of them) hold the counts of the first digit.
 template <class T, int Q>
 __device__ void quantiles_in_block(const T* plane, const MaskProblem& o, const SoftQuantile* quantiles,
-                                   Selection<T, Q>& s, uint32_t* long_lists, int64_t* support, T* result) {
+                                   Selection<T, Q>& s, uint32_t* words, uint32_t* long_lists, int64_t* support,
+                                   T* result) {
   const uint32_t pixels = o.pixels();
+  const int64_t size = o.support();
   const Run run(pixels);
+  uint16_t* const top = reinterpret_cast<uint16_t*>(words + kBlockWords);
+  const auto candidate = [&](const Run& of_list) {
+    return [=](uint32_t k) -> uint32_t { return top[-1 - static_cast<int>(of_list(k))]; };
+  };
+  uint32_t candidates = 0;  // that lie below top, once they fit there: from then on only they are looked at
   start_selection(s, quantiles, pixels);
-  for (int i = 0; i < value_digits<T>(); ++i) {
+  for (int i = 0;;) {
     __syncthreads();
-    prepare_count(s);
+    descend_all(s, key_digit<T>(pixels, i), words);
     __syncthreads();
-    count_run(plane, run.first, run.last, s, value_digit<T>(i), s.histograms);
+    if (most_between(s, size) <= o.list()) break;
+    const Digit digit = key_digit<T>(pixels, ++i);
+    share_histograms(s, digit);
     __syncthreads();
-    descend_all(s, value_digit<T>(i));
+    const uint32_t room = 2 * (kBlockWords - s.words());
+    if (candidates > room) candidates = 0;
+    uint32_t expected = 0;
+    for (int q = 0; q < Q; ++q) expected += between(s, q, size);
+    if (candidates == 0 && expected <= room) {
+      if (threadIdx.x == 0) s.candidates = 0;
+      __syncthreads();
+      gather_candidates(plane, run.first, run.last, s, top);
+      __syncthreads();
+      candidates = s.candidates;
+    }
+    clear(words, s.words());
+    __syncthreads();
+    if (candidates) {
+      const Run of_list(candidates);
+      count_next(plane, of_list.size(), candidate(of_list), s, digit, words);
+    } else {
+      count_next(plane, run.size(), run, s, digit, words);
+    }
   }
-  __syncthreads();
-  settle_values(s);
-  __syncthreads();
-  const bool open = any_open(s);
-  for (int i = 0; open && i < pixel_digits(pixels); ++i) {
-    prepare_count(s);
-    __syncthreads();
-    count_run(plane, run.first, run.last, s, pixel_digit(pixels, i), s.histograms);
-    __syncthreads();
-    descend_all(s, pixel_digit(pixels, i));
-    __syncthreads();
+  const int64_t length = list_length(most_between(s, size));
+  uint32_t* lists = long_lists ? long_lists : words;
+  if (!long_lists && candidates > 2 * (kBlockWords - Q * length)) candidates = 0;
+  pad_lists(s, lists, length, size);
+  if (candidates) {
+    const Run of_list(candidates);
+    collect(plane, of_list.size(), candidate(of_list), s, s.filled, lists, length);
+  } else {
+    collect(plane, run.size(), run, s, s.filled, lists, length);
   }
-  const int64_t size = o.support(), length = o.list();
-  uint32_t* lists = long_lists ? long_lists : s.histograms;
-  pad_lists(lists, Q, length, size);
-  collect_run(plane, run.first, run.last, s, s.filled, lists, length);
   sort_lists(plane, lists, Q, length);
   for (int q = 0; q < Q; ++q)
-    for (int64_t k = threadIdx.x; k < size; k += blockDim.x) support[q * size + k] = lists[q * length + k];
+    for (int64_t k = threadIdx.x; k < size; k += blockDim.x)
+      support[q * size + k] = lists[q * length + s.ends[2 * q].rank + k];
   for (int q = threadIdx.x / kWarp; q < Q; q += blockDim.x / kWarp) {
-    const T value = take_quantile<T>(quantiles[q], [&](int64_t k) { return plane[lists[q * length + k]]; });
+    const uint32_t* list = lists + q * length + s.ends[2 * q].rank;
+    const T value = take_quantile<T>(quantiles[q], [&](int64_t k) { return plane[list[k]]; });
     if (threadIdx.x % kWarp == 0) result[q] = value;
   }
   __syncthreads();
@@ -283,9 +327,12 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   if (long_lists) long_lists += sample * 3 * o.list();
 
   int spoilt = 0;
+  clear(scratch.words, 2 * kHistogram);
+  __syncthreads();
   each_mean<8>(R, o, threadIdx.x, pixels, blockDim.x, [&](uint32_t p, T mean) {
     plane[p] = mean < 0 ? -mean : mean;
     spoilt |= not_finite(mean);
+    atomicAdd(&scratch.words[bin_word(first_bin(mean))], 1u);
   });
   if (__syncthreads_or(spoilt)) {
     for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) mask[p] = not_a_number<T>();
@@ -293,18 +340,23 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
     return;
   }
 
-  quantiles_in_block(plane, o, o.quantiles, scratch.selection, long_lists, support, scratch.quantiles);
+  quantiles_in_block(plane, o, o.quantiles, scratch.selection, scratch.words, long_lists, support,
+                     scratch.quantiles);
   const Steps<T> steps(scratch.quantiles, o);
   const T slope = static_cast<T>(o.slope);
   for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
     plane[p] = sigmoid(slope * ((plane[p] - steps.level) * steps.scale));
 
   // M's own memory holds the sums in between.
-  box_in_block(plane, mask, o, true, reinterpret_cast<T*>(scratch.selection.histograms));
+  box_in_block(plane, mask, o, true, reinterpret_cast<T*>(scratch.words));
 
+  clear(scratch.words, 2 * kHistogram);
+  __syncthreads();
+  const Run run(pixels);
+  count_first(plane, run.size(), run, scratch.words);  // neighbours in one thread: d is smooth
   auto& selection = *reinterpret_cast<Selection<T, 1>*>(&scratch.selection);
-  quantiles_in_block(plane, o, o.quantiles + kRowLevel, selection, long_lists, support + kRowAverage * size,
-                     scratch.quantiles + kRowAverage);
+  quantiles_in_block(plane, o, o.quantiles + kRowLevel, selection, scratch.words, long_lists,
+                     support + kRowAverage * size, scratch.quantiles + kRowAverage);
   const T level = scratch.quantiles[kRowAverage];
   for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) mask[p] = sigmoid(slope * (plane[p] - level));
 }
@@ -379,9 +431,9 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   total = block_sum(total, scratch.sums);
   subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
   __syncthreads();
-  const InverseArea inverse_area(o);
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= static_cast<T>(inverse_area(p));
-  box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.selection.histograms));
+  const InverseArea<T> inverse_area(o);
+  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= inverse_area(p);
+  box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.words));
 
   quantiles_from_support(R, o, support, scratch.quantiles);
   __syncthreads();
@@ -399,9 +451,9 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
 // ----------------------------------------------------------------------------- many blocks work on a sample
 
 constexpr int kThreads = 256;
-constexpr int kRunPixels = 64;                        // that a thread counts, or along which it slides
-constexpr int kTilePixels = kThreads * kRunPixels;    // that a block counts
-constexpr int kSpreadPixels = 4 * kThreads;           // that a block works on one by one
+constexpr int kRunPixels = 64;                      // that a thread counts, or along which it slides down
+constexpr int kTilePixels = kThreads * kRunPixels;  // that a block counts
+constexpr int kSpreadPixels = 4 * kThreads;         // that a block works on one by one
 
 // Sample and number of this block, where each sample has so many.
 struct Part {
@@ -440,69 +492,91 @@ __global__ void density_kernel(const S* R, MaskProblem o, uint32_t parts, Accumu
   });
 }
 
+// The pixels that a thread counts: four neighbours, and again four so much further on; a warp's are side by side.
+struct Strides {
+  uint32_t first, count;
+
+  __device__ Strides(const Part& part, uint32_t pixels) : first(part.index * kTilePixels + 4 * threadIdx.x), count(0) {
+    if (first >= pixels) return;
+    const uint32_t left = pixels - first, strides = (left - 1) / (4 * kThreads), rest = left - strides * 4 * kThreads;
+    count = strides >= kRunPixels / 4 ? kRunPixels : 4 * strides + (rest < 4 ? rest : 4);
+  }
+  __device__ uint32_t size() const { return count; }
+  __device__ uint32_t operator()(uint32_t k) const { return first + k / 4 * (4 * kThreads) + k % 4; }
+};
+
 template <class T, int Q>
-__global__ void start_selection_kernel(MaskProblem o, int quantile, int64_t length, Selection<T, Q>* selections,
-                                       uint32_t* lists) {
+__global__ void start_selection_kernel(MaskProblem o, int quantile, Selection<T, Q>* selections, uint32_t* histograms) {
   Selection<T, Q>& s = selections[blockIdx.x];
   start_selection(s, o.quantiles + quantile, o.pixels());
-  pad_lists(lists + blockIdx.x * Q * length, Q, length, o.support());
-  __syncthreads();
-  prepare_count(s);
+  clear(histograms + static_cast<int64_t>(blockIdx.x) * s.kWords, 2 * kHistogram);
 }
 
+// Counts digit i of a plane, if the selection needs it.
 template <class T, int Q>
-__global__ void count_kernel(const T* plane, MaskProblem o, Digit digit, uint32_t parts, Selection<T, Q>* selections) {
+__global__ void count_kernel(const T* plane, MaskProblem o, int i, uint32_t parts, const Selection<T, Q>* selections,
+                             uint32_t* histograms) {
   const Part part(parts);
-  Selection<T, Q>& s = selections[part.sample];
-  if (digit.of_pixel && !any_open(s)) return;
-  uint32_t* histograms = reinterpret_cast<uint32_t*>(block_memory());
-  for (int word = threadIdx.x; word < s.kWords; word += blockDim.x) histograms[word] = 0;
+  const Selection<T, Q>& s = selections[part.sample];
+  if (most_between(s, o.support()) <= o.list()) return;
+  uint32_t* own = reinterpret_cast<uint32_t*>(block_memory());
+  clear(own, s.words());
   __syncthreads();
-  const uint64_t pixels = o.pixels(), begin = (static_cast<uint64_t>(part.index) * kThreads + threadIdx.x) * kRunPixels;
-  const uint32_t first = static_cast<uint32_t>(begin < pixels ? begin : pixels);
-  const uint32_t last = static_cast<uint32_t>(begin + kRunPixels < pixels ? begin + kRunPixels : pixels);
-  count_run(plane + part.sample * o.pixels(), first, last, s, digit, histograms);
+  plane += part.sample * o.pixels();
+  const Strides strides(part, o.pixels());
+  if (i == 0) {
+    count_first(plane, strides.size(), strides, own);
+  } else {
+    count_next(plane, strides.size(), strides, s, key_digit<T>(o.pixels(), i), own);
+  }
   __syncthreads();
-  for (int word = threadIdx.x; word < s.kWords; word += blockDim.x)
-    if (histograms[word]) atomicAdd(&s.histograms[word], histograms[word]);
+  for (int word = threadIdx.x; word < s.words(); word += blockDim.x)
+    if (own[word]) atomicAdd(&histograms[part.sample * s.kWords + word], own[word]);
 }
 
 template <class T, int Q>
-__global__ void descend_kernel(Digit digit, bool last_value_digit, Selection<T, Q>* selections) {
+__global__ void descend_kernel(MaskProblem o, int i, Selection<T, Q>* selections, uint32_t* histograms) {
   Selection<T, Q>& s = selections[blockIdx.x];
-  if (digit.of_pixel && !any_open(s)) return;
-  descend_all(s, digit);
+  histograms += static_cast<int64_t>(blockIdx.x) * s.kWords;
+  if (most_between(s, o.support()) <= o.list()) return;
   __syncthreads();
-  if (last_value_digit) settle_values(s);
+  descend_all(s, key_digit<T>(o.pixels(), i), histograms);
   __syncthreads();
-  prepare_count(s);
+  if (most_between(s, o.support()) <= o.list()) return;
+  share_histograms(s, key_digit<T>(o.pixels(), i + 1));
+  __syncthreads();
+  clear(histograms, s.words());
 }
 
 template <class T, int Q>
-__global__ void collect_kernel(const T* plane, MaskProblem o, int64_t length, uint32_t parts,
-                               Selection<T, Q>* selections, uint32_t* lists) {
+__global__ void collect_kernel(const T* plane, MaskProblem o, uint32_t parts, Selection<T, Q>* selections,
+                               uint32_t* lists) {
   const Part part(parts);
   Selection<T, Q>& s = selections[part.sample];
-  const uint64_t pixels = o.pixels(), begin = (static_cast<uint64_t>(part.index) * kThreads + threadIdx.x) * kRunPixels;
-  const uint32_t first = static_cast<uint32_t>(begin < pixels ? begin : pixels);
-  const uint32_t last = static_cast<uint32_t>(begin + kRunPixels < pixels ? begin + kRunPixels : pixels);
-  collect_run(plane + part.sample * o.pixels(), first, last, s, s.filled, lists + part.sample * Q * length, length);
+  const int64_t length = list_length(most_between(s, o.support()));
+  const Strides strides(part, o.pixels());
+  collect(plane + part.sample * o.pixels(), strides.size(), strides, s, s.filled, lists + part.sample * Q * o.list(),
+          length);
 }
 
 // Sorts the supports of a sample; a spoilt one gets zeros, as its mask is NaN.
 template <class T, int Q>
-__global__ void rank_kernel(const T* plane, MaskProblem o, int quantile, int row, int64_t length, const int* spoilt,
-                            uint32_t* lists, int64_t* support, T* quantiles) {
+__global__ void rank_kernel(const T* plane, MaskProblem o, int quantile, int row, const int* spoilt,
+                            const Selection<T, Q>* selections, uint32_t* lists, int64_t* support, T* quantiles) {
   const int64_t sample = blockIdx.x, size = o.support();
+  const Selection<T, Q>& s = selections[sample];
+  const int64_t length = list_length(most_between(s, size));
   plane += sample * o.pixels();
-  lists += sample * Q * length;
+  lists += sample * Q * o.list();
   support += (sample * kRows + row) * size;
+  pad_lists(s, lists, length, size);
   sort_lists(plane, lists, Q, length);
   for (int q = 0; q < Q; ++q)
     for (int64_t k = threadIdx.x; k < size; k += blockDim.x)
-      support[q * size + k] = spoilt[sample] ? 0 : lists[q * length + k];
+      support[q * size + k] = spoilt[sample] ? 0 : lists[q * length + s.ends[2 * q].rank + k];
   for (int q = threadIdx.x / kWarp; q < Q; q += blockDim.x / kWarp) {
-    const T value = take_quantile<T>(o.quantiles[quantile + q], [&](int64_t k) { return plane[lists[q * length + k]]; });
+    const uint32_t* list = lists + q * length + s.ends[2 * q].rank;
+    const T value = take_quantile<T>(o.quantiles[quantile + q], [&](int64_t k) { return plane[list[k]]; });
     if (threadIdx.x % kWarp == 0) quantiles[sample * Q + q] = value;
   }
 }
@@ -524,12 +598,35 @@ __global__ void box_down_kernel(const T* plane, MaskProblem o, uint32_t parts, i
   if (item < items) box_down(plane + offset, o, item, kRunPixels, out + offset);
 }
 
+// The tile of pixels that a block averages along rows: a run of odd length a thread, so that a warp meets all banks.
+SIB_HOST_DEVICE constexpr int along_run(size_t element) { return element == sizeof(double) ? 9 : 17; }
+SIB_HOST_DEVICE constexpr int along_tile(size_t element) { return kThreads * along_run(element); }
+// Pixels beside a tile that fit with it into the shared memory that any block may have.
+constexpr int64_t most_halo(size_t element) { return 24 * 1024 / static_cast<int>(element) - along_tile(element); }
+
+// Loads and stores go through shared memory, so that neighbouring threads are at neighbouring pixels; halo is how far
+// beyond the tile windows reach, 0 where that does not fit and the plane is read in place.
 template <class T>
-__global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, uint32_t parts, T* out) {
+__global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, uint32_t parts, int halo, T* out) {
+  constexpr int kRun = along_run(sizeof(T)), kTile = along_tile(sizeof(T));
   const Part part(parts);
-  const int64_t first = (static_cast<int64_t>(part.index) * blockDim.x + threadIdx.x) * kRunPixels, pixels = o.pixels();
-  const int64_t last = first + kRunPixels < pixels ? first + kRunPixels : pixels, offset = part.sample * pixels;
-  box_along(plane + offset, o, 0, first, last, average, out + offset);
+  const int64_t pixels = o.pixels(), begin = static_cast<int64_t>(part.index) * kTile;
+  const int64_t end = begin + kTile < pixels ? begin + kTile : pixels, mine = begin + threadIdx.x * kRun;
+  const int64_t first = mine < end ? mine : end, last = first + kRun < end ? first + kRun : end;
+  T *results = reinterpret_cast<T*>(block_memory()), *staged = results + kTile;
+  plane += part.sample * pixels;
+  out += part.sample * pixels;
+  if (halo) {
+    const int64_t from = begin > halo ? begin - halo : 0, to = end + halo < pixels ? end + halo : pixels;
+#pragma unroll 4
+    for (int64_t p = from + threadIdx.x; p < to; p += kThreads) staged[p - from] = plane[p];
+    __syncthreads();
+    box_along(staged - from, o, 0, first, last, average, results - begin);
+  } else {
+    box_along(plane, o, 0, first, last, average, results - begin);
+  }
+  __syncthreads();
+  for (int64_t p = begin + threadIdx.x; p < end; p += kThreads) out[p] = results[p - begin];
 }
 
 template <class T>
@@ -576,9 +673,9 @@ __global__ void average_share_kernel(const double* partials, uint32_t parts, Mas
 template <class T>
 __global__ void divide_kernel(MaskProblem o, uint32_t parts, T* plane) {
   const Part part(parts);
-  const InverseArea inverse_area(o);
+  const InverseArea<T> inverse_area(o);
   each_pixel(part, o.pixels(),
-             [&](uint32_t p) { plane[part.sample * o.pixels() + p] *= static_cast<T>(inverse_area(p)); });
+             [&](uint32_t p) { plane[part.sample * o.pixels() + p] *= inverse_area(p); });
 }
 
 template <class S>
@@ -633,22 +730,21 @@ constexpr int64_t kSumBytes = kThreads / kWarp * sizeof(double);
 template <class T, int Q>
 T* launch_quantiles(const T* plane, const MaskProblem& o, int quantile, int row, const Device& device, const int* spoilt,
                     int64_t* support) {
-  const int64_t length = o.list(), parts = ceil_div(o.pixels(), kTilePixels);
+  constexpr int kWords = Selection<T, Q>::kWords;
+  const int64_t parts = ceil_div(o.pixels(), kTilePixels);
   auto* selections = device.array<Selection<T, Q>>(o.batch);
-  uint32_t* lists = device.array<uint32_t>(o.batch * Q * length);
+  uint32_t* histograms = device.array<uint32_t>(o.batch * kWords);
+  uint32_t* lists = device.array<uint32_t>(o.batch * Q * o.list());
   T* quantiles = device.array<T>(o.batch * Q);
-  launch(device, start_selection_kernel<T, Q>, o.batch, kThreads, 0, o, quantile, length, selections,
-         lists);
-  const auto take = [&](Digit digit, bool last_value_digit) {
-    launch(device, count_kernel<T, Q>, o.batch * parts, kThreads, Selection<T, Q>::kWords * sizeof(uint32_t), plane, o, digit,
-           parts, selections);
-    launch(device, descend_kernel<T, Q>, o.batch, kThreads, 0, digit, last_value_digit, selections);
-  };
-  for (int i = 0; i < value_digits<T>(); ++i) take(value_digit<T>(i), i == value_digits<T>() - 1);
-  for (int i = 0; i < pixel_digits(o.pixels()); ++i) take(pixel_digit(o.pixels(), i), false);
-  launch(device, collect_kernel<T, Q>, o.batch * parts, kThreads, 0, plane, o, length, parts, selections, lists);
-  launch(device, rank_kernel<T, Q>, o.batch, kThreads, 0, plane, o, quantile, row, length, spoilt, lists,
-         support, quantiles);
+  launch(device, start_selection_kernel<T, Q>, o.batch, kThreads, 0, o, quantile, selections, histograms);
+  for (int i = 0; i < value_digits<T>() + pixel_digits(o.pixels()); ++i) {
+    launch(device, count_kernel<T, Q>, o.batch * parts, kThreads, kWords * sizeof(uint32_t), plane, o, i, parts,
+           selections, histograms);
+    launch(device, descend_kernel<T, Q>, o.batch, kThreads, 0, o, i, selections, histograms);
+  }
+  launch(device, collect_kernel<T, Q>, o.batch * parts, kThreads, 0, plane, o, parts, selections, lists);
+  launch(device, rank_kernel<T, Q>, o.batch, kThreads, 0, plane, o, quantile, row, spoilt, selections, lists, support,
+         quantiles);
   return quantiles;
 }
 
@@ -656,9 +752,12 @@ T* launch_quantiles(const T* plane, const MaskProblem& o, int quantile, int row,
 template <class T>
 void launch_box(T* plane, T* between, const MaskProblem& o, bool average, const Device& device) {
   const int64_t items = static_cast<int64_t>(o.width) * ceil_div(o.height, kRunPixels);
-  const int64_t down = ceil_div(items, kThreads), along = ceil_div(o.pixels(), kTilePixels);
+  const int64_t down = ceil_div(items, kThreads), tile = along_tile(sizeof(T)), along = ceil_div(o.pixels(), tile);
+  const int64_t reach = (o.radius < o.width ? o.radius : o.width - 1) + 1;  // and the value that leaves the sum
+  const int64_t halo = reach <= most_halo(sizeof(T)) ? reach : 0;
+  const int64_t bytes = (tile + (halo ? tile + 2 * halo : 0)) * sizeof(T);
   launch(device, box_down_kernel<T>, o.batch * down, kThreads, 0, plane, o, down, items, between);
-  launch(device, box_along_kernel<T>, o.batch * along, kThreads, 0, between, o, average, along, plane);
+  launch(device, box_along_kernel<T>, o.batch * along, kThreads, bytes, between, o, average, along, halo, plane);
 }
 
 template <class S>

@@ -2,8 +2,9 @@
 //
 // Non-negative floats sort like their bits, so (bits, pixel) is a key without ties. A quantile's support is what lies
 // between two keys, its ends. Digit by digit from the top, a histogram of the keys that share an end's digits so far
-// says what the next digit is; the pixel's digits are needed only where the support cuts through equal values. Six ends
-// (three quantiles) are found in the same passes. Then one pass lists the support's pixels, and the list is sorted.
+// says what the next digit is. Six ends (three quantiles) are found in the same passes. As soon as few keys are left
+// between the ends, they are listed and sorted, and the support is a stretch of that list; two digits are enough but
+// for equal values, where the passes go on to the pixel's digits.
 //
 // The pieces work on a plane in shared memory (one block a sample) and on one in global memory (many blocks a sample).
 #pragma once
@@ -78,23 +79,33 @@ SIB_HOST_DEVICE inline Digit pixel_digit(uint32_t pixels, int i) {
   return {true, found > kDigit ? found - kDigit : 0, found};
 }
 
-// One end of a support: the digits of its key that are known, and its rank among the keys that share them.
+// Digit i of a key, from the top.
+template <class T>
+SIB_HOST_DEVICE Digit key_digit(uint32_t pixels, int i) {
+  return i < value_digits<T>() ? value_digit<T>(i) : pixel_digit(pixels, i - value_digits<T>());
+}
+
+// One end of a support: its key (digits not yet known are the lowest of a first end, the highest of a last one), its
+// rank among the keys that share the known digits, and their count.
 template <class T>
 struct End {
   Word<T> value;
   uint32_t pixel, rank, count;
-  bool open;  // false once the end is settled
 };
 
 // Ends 2q and 2q + 1 are the first and the last of quantile q's support.
 template <class T, int Q>
 struct alignas(16) Selection {
   static constexpr int kEnds = 2 * Q;
-  static constexpr int kWords = kEnds * kHistogram;
-  uint32_t histograms[kWords];
+  static constexpr int kWords = kEnds * kHistogram;  // of the histograms: ends with the same digits share one
   End<T> ends[kEnds];
-  int leader[kEnds];  // the first end with the same digits, whose histogram serves both; -1 where settled
-  uint32_t filled[Q];
+  int histogram[kEnds];  // that each end reads
+  int leader[kEnds];     // an end that reads each histogram
+  int histograms;
+  uint32_t filled[Q];  // of the lists
+  uint32_t candidates;
+
+  __device__ int words() const { return histograms * kHistogram; }
 };
 
 // ------------------------------------------------------------------------- pieces, called by whole blocks
@@ -104,56 +115,102 @@ __device__ void start_selection(Selection<T, Q>& s, const SoftQuantile* quantile
   const int i = threadIdx.x;
   if (i < 2 * Q) {
     const SoftQuantile& q = quantiles[i / 2];
-    s.ends[i] = {0, 0, static_cast<uint32_t>(q.start + (i % 2 ? q.size - 1 : 0)), pixels, true};
+    const bool last = i % 2;
+    s.ends[i] = {last ? ~Word<T>(0) >> 1 : Word<T>(0), last ? (1u << pixel_bits(pixels)) - 1 : 0,
+                 static_cast<uint32_t>(q.start + (last ? q.size - 1 : 0)), pixels};
+    s.histogram[i] = 0;
   }
   if (i < Q) s.filled[i] = 0;
+  if (i == 0) s.histograms = 2;  // the room of the first digit's only one
 }
 
-// Which histogram each end reads; all histograms empty.
+__device__ inline void clear(uint32_t* histograms, int words) {
+  for (int word = threadIdx.x; word < words; word += blockDim.x) histograms[word] = 0;
+}
+
+// Keys between a support's ends, themselves included, as far as they are known.
 template <class T, int Q>
-__device__ void prepare_count(Selection<T, Q>& s) {
+__device__ uint32_t between(const Selection<T, Q>& s, int q, int64_t size) {
+  const End<T>&first = s.ends[2 * q], &last = s.ends[2 * q + 1];
+  return static_cast<uint32_t>(size) - 1 + first.rank + last.count - last.rank;
+}
+
+template <class T, int Q>
+__device__ uint32_t most_between(const Selection<T, Q>& s, int64_t size) {
+  uint32_t most = 0;
+  for (int q = 0; q < Q; ++q) most = between(s, q, size) > most ? between(s, q, size) : most;
+  return most;
+}
+
+// Which histogram each end reads: called before its digit is counted.
+template <class T, int Q>
+__device__ void share_histograms(Selection<T, Q>& s, Digit digit) {
+  if (threadIdx.x >= kWarp) return;
   const int i = threadIdx.x;
-  if (i < 2 * Q) {
-    int leader = i;
-    for (int j = i - 1; j >= 0; --j) {
-      if (s.ends[j].open && s.ends[j].value == s.ends[i].value && s.ends[j].pixel == s.ends[i].pixel) leader = j;
-    }
-    s.leader[i] = s.ends[i].open ? leader : -1;
+  const bool is_end = i < 2 * Q;
+  int leader = i;
+  for (int j = i - 1; is_end && j >= 0; --j) {
+    const End<T>&end = s.ends[i], &other = s.ends[j];
+    const int known = digit.of_pixel ? 0 : digit.found;
+    const bool same = end.value >> known == other.value >> known;
+    const bool same_pixel = end.pixel >> digit.found % 32 == other.pixel >> digit.found % 32;
+    if (same && (same_pixel || !digit.of_pixel)) leader = j;
   }
-  for (int word = threadIdx.x; word < s.kWords; word += blockDim.x) s.histograms[word] = 0;
+  const unsigned leaders = __ballot_sync(kAllLanes, is_end && leader == i);
+  const int histogram = __popc(leaders & ((1u << leader) - 1));
+  if (is_end) s.histogram[i] = histogram;
+  if (is_end && leader == i) s.leader[histogram] = i;
+  if (i == 0) s.histograms = __popc(leaders);
 }
 
-template <class T, int Q>
-__device__ bool any_open(const Selection<T, Q>& s) {
-  bool open = false;
-  for (int i = 0; i < 2 * Q; ++i) open |= s.ends[i].open;
-  return open;
+template <class T>
+__device__ int first_bin(T v) {
+  return static_cast<int>(ordered(v) >> value_digit<T>(0).shift);
 }
 
-// Counts one thread's run of pixels; neighbours that fall into the same bin are added together.
-template <class T, int Q>
-__device__ void count_run(const T* plane, uint32_t first, uint32_t last, const Selection<T, Q>& s, Digit digit,
-                          uint32_t* histograms) {
+// Counts the first digit of one thread's pixels at(0), ..., at(count - 1); those that follow each other into the same
+// bin are added together.
+template <class T, class At>
+__device__ void count_first(const T* plane, uint32_t count, At at, uint32_t* histogram) {
+  int bin = 0;
+  uint32_t length = 0;
+  for (uint32_t k = 0; k < count; ++k) {
+    const int next = first_bin(plane[at(k)]);
+    if (next != bin) {
+      if (length) atomicAdd(&histogram[bin_word(bin)], length);
+      bin = next;
+      length = 0;
+    }
+    ++length;
+  }
+  if (length) atomicAdd(&histogram[bin_word(bin)], length);
+}
+
+// Counts a later digit likewise, of the pixels that share what is known of an end.
+template <class T, int Q, class At>
+__device__ void count_next(const T* plane, uint32_t count, At at, const Selection<T, Q>& s, Digit digit,
+                           uint32_t* histograms) {
   constexpr int kEnds = 2 * Q;
   Word<T> known[kEnds];
   uint32_t known_pixel[kEnds], bins[kEnds], lengths[kEnds];
-  bool leads[kEnds];
+  const int used = s.histograms;
 #pragma unroll
   for (int i = 0; i < kEnds; ++i) {
-    leads[i] = s.leader[i] == i;
-    known[i] = digit.of_pixel ? s.ends[i].value : s.ends[i].value >> digit.found;
-    known_pixel[i] = s.ends[i].pixel >> digit.found % 32;
+    const End<T>& end = s.ends[i < used ? s.leader[i] : 0];
+    known[i] = digit.of_pixel ? end.value : end.value >> digit.found;
+    known_pixel[i] = end.pixel >> digit.found % 32;
     bins[i] = lengths[i] = 0;
   }
   const uint32_t mask = digit.bins() - 1;
-  for (uint32_t p = first; p < last; ++p) {
+  for (uint32_t k = 0; k < count; ++k) {
+    const uint32_t p = at(k);
     const Word<T> bits = ordered(plane[p]);
     const Word<T> prefix = digit.of_pixel ? bits : bits >> digit.found;
     const uint32_t bin = (digit.of_pixel ? p >> digit.shift : static_cast<uint32_t>(bits >> digit.shift)) & mask;
 #pragma unroll
     for (int i = 0; i < kEnds; ++i) {
-      if (!leads[i] || prefix != known[i]) continue;
-      if (digit.of_pixel && p >> digit.found % 32 != known_pixel[i]) continue;
+      if (i >= used) break;
+      if (prefix != known[i] || (digit.of_pixel && p >> digit.found % 32 != known_pixel[i])) continue;
       if (bin != bins[i]) {
         if (lengths[i]) atomicAdd(&histograms[i * kHistogram + bin_word(bins[i])], lengths[i]);
         bins[i] = bin;
@@ -186,42 +243,61 @@ __device__ void descend(End<T>& end, const uint32_t* histogram, Digit digit) {
     for (uint32_t count; below + (count = histogram[bin_word(bin)]) <= rank; ++bin) below += count;
     end.rank = rank - below;
     end.count = histogram[bin_word(bin)];
+    const uint32_t mask = bins - 1;
     if (digit.of_pixel) {
-      end.pixel |= static_cast<uint32_t>(bin) << digit.shift;
+      end.pixel = (end.pixel & ~(mask << digit.shift)) | static_cast<uint32_t>(bin) << digit.shift;
     } else {
-      end.value |= static_cast<Word<T>>(bin) << digit.shift;
+      end.value = (end.value & ~(Word<T>(mask) << digit.shift)) | Word<T>(bin) << digit.shift;
     }
   }
 }
 
 template <class T, int Q>
-__device__ void descend_all(Selection<T, Q>& s, Digit digit) {
+__device__ void descend_all(Selection<T, Q>& s, Digit digit, const uint32_t* histograms) {
   for (int i = threadIdx.x / kWarp; i < 2 * Q; i += blockDim.x / kWarp)
-    if (s.ends[i].open) descend(s.ends[i], s.histograms + s.leader[i] * kHistogram, digit);
+    descend(s.ends[i], histograms + s.histogram[i] * kHistogram, digit);
 }
 
-// Once all values are known: an end stays open only where it cuts through equal values.
+// Lists, downwards from top, the pixels of one thread's run that may lie in a support, in any order. Few do: bits say
+// which, so that a warp comes to the list once in 32 pixels.
 template <class T, int Q>
-__device__ void settle_values(Selection<T, Q>& s) {
-  const int i = threadIdx.x;
-  if (i < 2 * Q) {
-    End<T>& end = s.ends[i];
-    end.open = i % 2 ? end.rank + 1 != end.count : end.rank != 0;
-    end.pixel = end.open || i % 2 == 0 ? 0 : UINT32_MAX;
+__device__ void gather_candidates(const T* plane, uint32_t first, uint32_t last, Selection<T, Q>& s, uint16_t* top) {
+  Word<T> low[Q], span[Q];
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    low[q] = s.ends[2 * q].value;
+    span[q] = s.ends[2 * q + 1].value - low[q];
+  }
+  for (uint32_t start = first; start < last; start += 32) {
+    const uint32_t end = last - start < 32 ? last : start + 32;
+    uint32_t found = 0;
+#pragma unroll 4
+    for (uint32_t p = start; p < end; ++p) {
+      const Word<T> bits = ordered(plane[p]);
+      bool inside = false;
+#pragma unroll
+      for (int q = 0; q < Q; ++q) inside |= bits - low[q] <= span[q];
+      found = 2 * found + inside;
+    }
+    if (found == 0) continue;
+    uint32_t place = atomicAdd(&s.candidates, static_cast<uint32_t>(__popc(found)));
+    for (; found != 0; found &= found - 1)
+      top[-1 - static_cast<int>(place++)] = static_cast<uint16_t>(end - __ffs(found));
   }
 }
 
-// Lists one thread's pixels that lie in a support, in any order.
-template <class T, int Q>
-__device__ void collect_run(const T* plane, uint32_t first, uint32_t last, const Selection<T, Q>& s, uint32_t* filled,
-                            uint32_t* lists, int64_t length) {
+// Lists those of one thread's pixels that lie between the ends of a support, in any order.
+template <class T, int Q, class At>
+__device__ void collect(const T* plane, uint32_t count, At at, const Selection<T, Q>& s, uint32_t* filled,
+                        uint32_t* lists, int64_t length) {
   Word<T> low[Q], high[Q];
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
     low[q] = s.ends[2 * q].value;
     high[q] = s.ends[2 * q + 1].value;
   }
-  for (uint32_t p = first; p < last; ++p) {
+  for (uint32_t k = 0; k < count; ++k) {
+    const uint32_t p = at(k);
     const Word<T> bits = ordered(plane[p]);
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -233,19 +309,21 @@ __device__ void collect_run(const T* plane, uint32_t first, uint32_t last, const
   }
 }
 
-// The smallest power of two that holds a support: the length of its list.
+// The smallest power of two that is not below size: the length of a list that can be sorted.
 SIB_HOST_DEVICE inline int64_t list_length(int64_t size) {
   int64_t length = 1;
   while (length < size) length *= 2;
   return length;
 }
 
+constexpr int64_t kFewKeys = 128;  // so many are sorted at least, rather than told apart by another pass
 constexpr uint32_t kNoPixel = UINT32_MAX;
 
-// Fills what the lists hold beyond the support.
-__device__ inline void pad_lists(uint32_t* lists, int count, int64_t length, int64_t size) {
-  for (int q = 0; q < count; ++q)
-    for (int64_t k = size + threadIdx.x; k < length; k += blockDim.x) lists[q * length + k] = kNoPixel;
+// Fills what the lists hold beyond the keys between the ends.
+template <class T, int Q>
+__device__ void pad_lists(const Selection<T, Q>& s, uint32_t* lists, int64_t length, int64_t size) {
+  for (int q = 0; q < Q; ++q)
+    for (int64_t k = between(s, q, size) + threadIdx.x; k < length; k += blockDim.x) lists[q * length + k] = kNoPixel;
 }
 
 template <class T>

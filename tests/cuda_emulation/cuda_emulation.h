@@ -330,6 +330,16 @@ T __shfl_sync(unsigned, T value, int source) {
   return emulation::from_words<T>(emulation::exchange(value, 4)[source % emulation::kWarpSize]);
 }
 
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const emulation::Words* all = emulation::exchange(predicate, 6);
+  unsigned lanes = 0;
+  for (int i = 0; i < emulation::kWarpSize; ++i) lanes |= (emulation::from_words<int>(all[i]) != 0 ? 1u : 0u) << i;
+  return lanes;
+}
+
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
+
 template <class T>
 T __ldg(const T* at) {
   return *at;
