@@ -23,6 +23,7 @@ SAMPLES = (
     Sample("plain", (35, 3, 40, 37), {"window": 5}),
     Sample("multiples of 16, channels last", (16, 32, 16, 32), {"padding": "exclude"}, layout="channels_last"),
     Sample("ones", (1, 1, 1, 1), {"window": 1}),
+    Sample("a training's batch", (128, 3, 64, 64), {"window": 5}),
 )
 
 
@@ -64,12 +65,13 @@ def compiled(kernel, arguments, options, target):
     return triton.compile(source, target=target, options=options)
 
 
-def registers(cubin: bytes, folder: Path) -> int:
-    """Registers of a thread, from cuobjdump, which ships with triton."""
+def usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers of a thread and its bytes of stack and local memory, from cuobjdump, which ships with triton."""
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
     tool = triton.knobs.nvidia.cuobjdump.path
-    return int(re.search(r"REG:(\d+)", subprocess.check_output([tool, "-res-usage", str(file)], text=True))[1])
+    report = subprocess.check_output([tool, "-res-usage", str(file)], text=True)
+    return {name: int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL")}
 
 
 def combinations():
@@ -88,8 +90,10 @@ def test_every_launch_compiles_within_the_resources_of_the_gpu(capability, dtype
         binary = compiled(kernel, arguments, options, GPUTarget("cuda", capability, 32))
         names.add(binary.metadata.name)
         assert binary.metadata.shared <= SHARED_MEMORY[capability], kernel
-        used = registers(binary.asm["cubin"], tmp_path) * 32 * binary.metadata.num_warps
-        assert used <= REGISTERS, f"{binary.metadata.name} needs {used} registers a block"
+        used = usage(binary.asm["cubin"], tmp_path)
+        block = used["REG"] * 32 * binary.metadata.num_warps
+        assert block <= REGISTERS, f"{binary.metadata.name} needs {block} registers a block"
+        assert not used["STACK"] and not used["LOCAL"], f"{binary.metadata.name} spills: {used}"
     assert len(names) == 17, sorted(names)
 
 

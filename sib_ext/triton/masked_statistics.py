@@ -14,10 +14,11 @@ from .. import reference
 from ..ops import dispatch
 from .common import INTERPRETED, PARTIALS, canonical, is_channels_last, strides, sum_of_partials, tile
 
-# None of the sizes here is tuned: they were never measured on a GPU.
-DEPTH = 512 if INTERPRETED else 64  # elements of C*H*W that a product of tiles takes at once
+# None of the sizes here is tuned: they were never measured on a GPU. Products keep their operands in registers: deeper
+# ones, larger tiles or longer pipelines of the backward spill in one type or another.
+DEPTH = 512 if INTERPRETED else 16  # elements of C*H*W, or samples, that a product of tiles takes at once
 BACKWARD_PIXELS = 512 if INTERPRETED else 32
-BACKWARD_WARPS = 8
+BACKWARD_WARPS, BACKWARD_STAGES = 8, 2
 GRAM_PROGRAMS, FEWEST_SPLITS = 512, 8
 SAMPLE_PROGRAMS = 64  # programs a sample is cut into where its plane alone is cut into fewer
 BACKWARD_PROGRAMS = 512
@@ -145,12 +146,12 @@ def _gram_kernel(
 
 
 @triton.jit
-def _add_products(total, gram, field, mask, rows, batch, pixels, n, offset, batch_stride, ROWS: tl.constexpr):
+def _add_products(total, gram, field, mask, rows, batch, pixels, n, offset, batch_stride, DEPTH: tl.constexpr):
     """total + (gram rows) @ (field*mask) for one channel: [rows, pixels]."""
     T: tl.constexpr = total.dtype
     inside = (pixels < n)[None, :]
-    for first in range(0, batch, 16):
-        others = first + tl.arange(0, 16).to(tl.int64)
+    for first in range(0, batch, DEPTH):
+        others = first + tl.arange(0, DEPTH).to(tl.int64)
         exists = (others < batch)[:, None] & inside
         values = tl.load(field + others[:, None] * batch_stride + offset[None, :], mask=exists, other=0).to(T)
         values *= tl.load(mask + others[:, None] * n + pixels[None, :], mask=exists, other=0).to(T)
@@ -187,6 +188,7 @@ def _backward_kernel(
     GRAM_INPUT: tl.constexpr,
     NEED_X: tl.constexpr,
     NEED_MASK: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
@@ -211,7 +213,7 @@ def _backward_kernel(
         # R's gradient and x's one after the other, and what they look at loaded after the products: fewer registers.
         grad_a = tl.zeros([ROWS, PIXELS], T)
         if GRAM_VJP:
-            grad_a = _add_products(grad_a, gram_vjp, vjp, mask, rows, batch, pixels, n, vjp_offset, vjp_batch, ROWS)
+            grad_a = _add_products(grad_a, gram_vjp, vjp, mask, rows, batch, pixels, n, vjp_offset, vjp_batch, DEPTH)
         r = tl.load(vjp + at_vjp, mask=exists, other=0).to(T)
         v = tl.load(x + at_x, mask=exists, other=0).to(T)
         m = tl.load(mask + at_mask, mask=exists, other=0).to(T)
@@ -230,7 +232,7 @@ def _backward_kernel(
         if NEED_X or NEED_MASK:
             grad_b = tl.zeros([ROWS, PIXELS], T)
             if GRAM_INPUT:
-                grad_b = _add_products(grad_b, gram_input, x, mask, rows, batch, pixels, n, x_offset, x_batch, ROWS)
+                grad_b = _add_products(grad_b, gram_input, x, mask, rows, batch, pixels, n, x_offset, x_batch, DEPTH)
                 r = tl.load(vjp + at_vjp, mask=exists, other=0).to(T)
                 v = tl.load(x + at_x, mask=exists, other=0).to(T)
                 m = tl.load(mask + at_mask, mask=exists, other=0).to(T)
@@ -359,10 +361,11 @@ def backward(
             grams[1] is not None,
             need_x,
             need_mask,
+            DEPTH,
             rows,
             pixels,
             num_warps=BACKWARD_WARPS,
-            num_stages=2,
+            num_stages=BACKWARD_STAGES,
         )
         if need_mask:
             partials = partials[0] if groups == 1 else partials.sum(0)
