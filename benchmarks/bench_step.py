@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from sib_ext import SIBStep, SpatialIBLoss  # noqa: E402
 from sib_ext.layers import last_feature_map  # noqa: E402
+from sib_ext.ops import dispatch  # noqa: E402
 
 CLASSES = 100
 SMALL = 64  # px, and two images: where gradients are compared in float64
@@ -144,22 +145,37 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(arguments, engines: dict, model: nn.Module) -> dict[str, dict]:
+@contextlib.contextmanager
+def kept_apart(failed: dict[str, str], what: str):
+    """An engine that fails (it needs too much memory, say) leaves the others' figures; ``failed`` tells why."""
+    try:
+        yield
+    except Exception as error:
+        print(f"FAILED: {what}: {error}", file=sys.stderr, flush=True)
+        failed[what] = str(error)
+
+
+def seconds(arguments, engines: dict, model: nn.Module, failed: dict[str, str]) -> dict[str, dict]:
     """Every engine in turn, round by round, so that what else the machine does falls on all alike."""
     x, y = batch(arguments)
     samples: dict[str, list[float]] = {engine: [] for engine in engines}
     for number in range(arguments.rounds + 1):
         for engine, step in engines.items():
-            repeats = EVERY if engine.startswith("every") else 1
-            synchronise(arguments.device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                run(model, step, x, y, arguments.precision)
-            synchronise(arguments.device)
-            if number:  # the first round warms up
-                samples[engine].append((time.perf_counter() - start) / repeats)
+            if engine in failed:
+                continue
+            with kept_apart(failed, engine):
+                repeats = EVERY if engine.startswith("every") else 1
+                synchronise(arguments.device)
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    run(model, step, x, y, arguments.precision)
+                synchronise(arguments.device)
+                if number:  # the first round warms up
+                    samples[engine].append((time.perf_counter() - start) / repeats)
     return {
-        engine: {"median_s": statistics.median(s), "least_s": min(s), "most_s": max(s)} for engine, s in samples.items()
+        engine: {"median_s": statistics.median(s), "least_s": min(s), "most_s": max(s)}
+        for engine, s in samples.items()
+        if s
     }
 
 
@@ -176,16 +192,17 @@ def peak(arguments, engine: str, name: str) -> int:
     return measure.peak_extra_bytes(lambda: run(model, step, x, y, arguments.precision), arguments.device)
 
 
-def peaks(arguments, engines: dict, name: str) -> dict[str, int]:
+def peaks(arguments, engines: dict, name: str, failed: dict[str, str]) -> dict[str, int]:
     found = {}
     for engine in engines:
-        if arguments.device == "cuda":
-            own = copy.copy(arguments)
-            own.engines = engine
-            found[engine] = peak(own, engine, name)
-        else:
-            child = [*sys.argv[1:], "--peak", engine, "--networks", name]
-            found[engine] = measure.in_fresh_process(__file__, *child)["bytes"]
+        with kept_apart(failed, f"{engine}, memory"):
+            if arguments.device == "cuda":
+                own = copy.copy(arguments)
+                own.engines = engine
+                found[engine] = peak(own, engine, name)
+            else:
+                child = [*sys.argv[1:], "--peak", engine, "--networks", name]
+                found[engine] = measure.in_fresh_process(__file__, *child)["bytes"]
     return found
 
 
@@ -230,23 +247,27 @@ def gradient_errors(arguments, name: str) -> dict[str, float]:
     return found
 
 
-def measured(arguments, name: str) -> dict:
-    """Times, memory and errors of one network."""
+def measured(arguments, name: str, failed: dict[str, str]) -> Iterator[dict]:
+    """Times, memory and errors of one network: the rows, after each thing that is measured."""
     engines, model = prepared(arguments, name)
-    times = seconds(arguments, engines, model)
-    errors = gradient_errors(arguments, name)
+    rows = seconds(arguments, engines, model, failed)
+    for engine, row in rows.items():
+        if of := rows.get(baseline(engine)):
+            row["time_ratio"] = row["median_s"] / of["median_s"]
+    yield rows
     del model
-    memory = peaks(arguments, engines, name)
-    rows = {}
-    for engine, row in times.items():
-        of = baseline(engine)
-        rows[engine] = row | {"peak_bytes": memory[engine], "gradient_error": errors.get(engine)}
-        if of in times:
-            rows[engine] |= {
-                "time_ratio": row["median_s"] / times[of]["median_s"],
-                "memory_ratio": memory[engine] / memory[of],
-            }
-    return rows
+    memory = peaks(arguments, {engine: engines[engine] for engine in rows}, name, failed)
+    for engine, row in rows.items():
+        row["peak_bytes"] = memory.get(engine)
+        if engine in memory and baseline(engine) in memory:
+            row["memory_ratio"] = memory[engine] / memory[baseline(engine)]
+    yield rows
+    errors = {}
+    with kept_apart(failed, "gradient errors"):
+        errors = gradient_errors(arguments, name)
+    for engine, row in rows.items():
+        row["gradient_error"] = errors.get(engine)
+    yield rows
 
 
 def table(results: dict) -> str:
@@ -257,9 +278,10 @@ def table(results: dict) -> str:
     for name, rows in results["networks"].items():
         for engine, r in rows.items():
             error = "" if r["gradient_error"] is None else f"{r['gradient_error']:.1e}"
+            megabytes = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e6:.0f}"
             lines.append(
                 f"| {name} | {engine} | {r['median_s']:.3f} ({r['least_s']:.3f}-{r['most_s']:.3f}) | "
-                f"{r.get('time_ratio', float('nan')):.2f} | {r['peak_bytes'] / 1e6:.0f} | "
+                f"{r.get('time_ratio', float('nan')):.2f} | {megabytes} | "
                 f"{r.get('memory_ratio', float('nan')):.2f} | {error} |"
             )
     return "\n".join(lines)
@@ -304,8 +326,13 @@ def main() -> None:
     parser.add_argument("--name", default="bench_step", help="of the result files")
     parser.add_argument("--out", type=Path, default=measure.RESULTS, help="folder; results go to OUT/<device>/")
     parser.add_argument("--tiny", action="store_true", help="a small size, to see that it runs")
+    parser.add_argument("--no-plot", action="store_true", help="write only the numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the plot of a result; measure nothing")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.plot:
+        plot(json.loads(arguments.plot.read_text()), arguments.plot.with_suffix(".png"))
+        return
     if arguments.tiny:
         arguments.size, arguments.batch, arguments.rounds = SMALL, 2, 1
         arguments.networks = arguments.networks or "resnet18"
@@ -319,16 +346,23 @@ def main() -> None:
         "machine": measure.machine(),
         "batch": [arguments.batch, 3, arguments.size, arguments.size],
         "precision": str(arguments.precision or torch.float32),
+        "implementation of the ops": dispatch.resolve(None, arguments.device),
         "networks": {},
+        "failed": {},
     }
     for name in arguments.networks.split(","):
         print(name, file=sys.stderr, flush=True)
-        results["networks"][name] = measured(arguments, name)
-        path = measure.save(arguments.name, arguments.device, results, arguments.out)
-    if importlib.util.find_spec("matplotlib"):
+        failed: dict[str, str] = {}
+        for rows in measured(arguments, name, failed):
+            results["networks"][name] = rows
+            results["failed"] |= {f"{name}, {what}": why for what, why in failed.items()}
+            path = measure.save(arguments.name, arguments.device, results, arguments.out)
+    if not arguments.no_plot and importlib.util.find_spec("matplotlib"):
         plot(results, path.with_suffix(".png"))
     print(table(results))
     print(f"saved {path}")
+    if results["failed"]:
+        raise SystemExit(f"failed: {'; '.join(results['failed'])}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
     compute-sanitizer --tool memcheck python -m tests.gpu.exercise
     python -m tests.gpu.exercise --device cpu      # what it does, without a GPU
 
-Inputs are made on the CPU, so that hardly any other kernel runs; results are compared with the formulas.
+Inputs are made on the CPU, so that hardly any other kernel runs; results are compared with the formulas. Every case
+runs, and what differs is listed at the end; only an error that outlasts its cause, as CUDA's do, ends the process.
 """
 
 import argparse
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -32,14 +34,15 @@ STATISTICS_SAMPLES = (
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def check(name: str, value: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 2e-2)
-    error = float((value.cpu().double() - truth).norm() / (truth.norm() + 1e-30))
-    if not error < tolerance:
-        raise RuntimeError(f"{name} in {dtype}: relative error {error:.1e}")
+# What was computed, its value and the formula's.
+Results = Iterator[tuple[str, torch.Tensor, torch.Tensor]]
 
 
-def density_mask(sample: Sample, dtype: torch.dtype, device: str, ties: bool) -> None:
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.cpu().double() - truth).norm() / (truth.norm() + 1e-30))
+
+
+def density_mask(sample: Sample, dtype: torch.dtype, device: str, ties: bool = False) -> Results:
     vjp, options = sample.fields(dtype).vjp, sample.positional_options
     if ties:
         vjp = (vjp * 2).round()
@@ -49,13 +52,13 @@ def density_mask(sample: Sample, dtype: torch.dtype, device: str, ties: bool) ->
     backward = dispatch.overload("density_mask_backward", "native")
     gradient = backward(cotangent.to(device), on_device, mask, support, *options)
     wide = vjp.double()
-    check("mask", mask, reference.density_mask(wide, *options), dtype)
+    yield "mask", mask, reference.density_mask(wide, *options)
     # From the mask and support at hand: rounding may swap ranks.
     truth = reference.density_mask_backward(cotangent.double(), wide, mask.cpu().double(), support.cpu(), *options)
-    check("gradient of the mask", gradient, truth, dtype)
+    yield "gradient of the mask", gradient, truth
 
 
-def masked_statistics(sample: Sample, dtype: torch.dtype, device: str) -> None:
+def masked_statistics(sample: Sample, dtype: torch.dtype, device: str) -> Results:
     vjp, x, mask = sample.fields(dtype)
     mask = mask.to(reference.accumulation_dtype(dtype))
     cotangents = [c.to(mask.dtype) for c in sample.cotangents_of_statistics()]
@@ -68,16 +71,43 @@ def masked_statistics(sample: Sample, dtype: torch.dtype, device: str) -> None:
         *reference.masked_statistics(*wide),
         *reference.masked_statistics_backward(*(c.double() for c in cotangents), *wide),
     )
-    for value, truth in zip((*outputs, *grads), truths, strict=True):
-        check("statistics", value, truth, dtype)
+    names = ("moments", "Gram of R", "Gram of x", "gradient of R", "gradient of x", "gradient of M")
+    yield from zip(names, (*outputs, *grads), truths, strict=True)
 
 
-def norm_double_backward(name: str, dtype: torch.dtype, device: str) -> None:
+def norm_double_backward(name: str, dtype: torch.dtype, device: str) -> Results:
     arguments = normalisation.arguments(name, dtype)
     op = dispatch.overload("norm_double_backward", "native")
     results = op(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments))
-    for value, truth in zip(results, reference.norm_double_backward(*(t.double() for t in arguments[:6])), strict=True):
-        check(f"norm_double_backward, {name}", value, truth, dtype)
+    truths = reference.norm_double_backward(*(t.double() for t in arguments[:6]))
+    yield from zip(("derivative by g", "by x", "by the weight"), results, truths, strict=True)
+
+
+def cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Results]]:
+    for sample in MASK_SAMPLES:
+        yield f"density_mask, {sample.name}", density_mask(sample, dtype, device)
+    yield f"density_mask, {LARGE.name}, ties", density_mask(LARGE, dtype, device, ties=True)
+    for sample in STATISTICS_SAMPLES:
+        yield f"masked_statistics, {sample.name}", masked_statistics(sample, dtype, device)
+    for name in normalisation.CASES:
+        yield f"norm_double_backward, {name}", norm_double_backward(name, dtype, device)
+
+
+def mismatches(name: str, results: Results, tolerance: float, synchronise: Callable[[], None]) -> list[str]:
+    """What is wrong in a case. SystemExit if the device takes no more work: all that followed would fail with it."""
+    found = []
+    try:
+        for what, value, truth in results:
+            error = relative_error(value, truth)
+            if not error < tolerance:
+                found.append(f"{name}: {what}: relative error {error:.1e}")
+    except Exception as error:
+        found.append(f"{name}: {type(error).__name__}: {error}")
+    try:
+        synchronise()  # a fault of the device belongs to this case
+    except RuntimeError as error:
+        raise SystemExit(f"{name}: the device failed, and nothing after this case ran: {error}") from error
+    return found
 
 
 def main() -> None:
@@ -86,15 +116,18 @@ def main() -> None:
     device = parser.parse_args().device
     if problem := dispatch.native_problem(device):
         raise SystemExit(f"no native kernels for {device}: {problem}")
+    synchronise = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    count, wrong = 0, []
     for dtype in DTYPES:
-        for sample in MASK_SAMPLES:
-            density_mask(sample, dtype, device, ties=False)
-        density_mask(LARGE, dtype, device, ties=True)
-        for sample in STATISTICS_SAMPLES:
-            masked_statistics(sample, dtype, device)
-        for name in normalisation.CASES:
-            norm_double_backward(name, dtype, device)
-    print(f"every native kernel of {device} ran and gave the formula's results")
+        tolerance = {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 2e-2)
+        for name, results in cases(dtype, device):
+            found = mismatches(f"{dtype}, {name}", results, tolerance, synchronise)
+            for line in found:
+                print(f"WRONG: {line}", flush=True)
+            count, wrong = count + 1, wrong + found
+    if wrong:
+        raise SystemExit("\n".join([f"{count} cases of native kernels of {device} ran; wrong are:", *wrong]))
+    print(f"{count} cases of native kernels of {device} ran, and all gave the formula's results")
 
 
 if __name__ == "__main__":
