@@ -425,6 +425,66 @@ def test_the_order_of_threads_and_blocks_changes_no_bit_of_the_statistics(emulat
             assert all(torch.equal(value, expected) for value, expected in zip(other, results[0], strict=True))
 
 
+# Batches whose moments and Grams come from one pass, on so many multiprocessors, a split each: fewer elements than a
+# step, tails, channels that end within a step, a last split that is shorter, moments summed more than once.
+ONE_PASS = {
+    "less than a step": ((65, 1, 4, 3), 1),
+    "channels of four pixels": ((128, 9, 1, 4), 1),
+    "two splits": ((70, 3, 2, 10), 2),
+    "a shorter last split": ((100, 2, 4, 11), 4),
+    "many steps": ((97, 2, 9, 12), 1),
+}
+each_one_pass = pytest.mark.parametrize(("shape", "multiprocessors"), ONE_PASS.values(), ids=ONE_PASS)
+
+
+@each_one_pass
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_errors_of_one_pass_are_at_most_those_of_the_formula_in_the_same_dtype(shape, multiprocessors, dtype, emulated):
+    emulated.multiprocessors = multiprocessors
+    vjp, x, mask = Sample("one pass", shape).fields(dtype)
+    fields = Fields(vjp, x, mask.float())
+    truth = reference.masked_statistics(*(t.double() for t in fields))
+    eager = reference.masked_statistics(*map(reference.widen, fields))
+    for value, true, plain in zip(emulated.masked_statistics(*fields), truth, eager, strict=True):
+        assert relative_error(value, true) <= relative_error(plain, true) + 20 * torch.finfo(torch.float32).eps
+
+
+@each_one_pass
+def test_one_pass_and_several_agree(shape, multiprocessors, emulated):
+    emulated.multiprocessors = multiprocessors
+    fields = Sample("one pass", shape).fields(torch.float32)
+    moments, gram_vjp, gram_input = emulated.masked_statistics(*fields)
+    apart = emulated.masked_statistics(*fields, True, False), emulated.masked_statistics(*fields, False, True)
+    for value, other in ((moments, apart[0][0]), (gram_vjp, apart[0][1]), (gram_input, apart[1][2])):
+        assert relative_error(value, other.double()) < 1e-6
+    assert torch.equal(gram_vjp, gram_vjp.mT) and torch.equal(gram_input, gram_input.mT)
+
+
+@pytest.mark.parametrize("name", ["channels of four pixels", "a shorter last split"])
+def test_the_order_of_threads_and_blocks_changes_no_bit_of_one_pass(name, emulated):
+    shape, emulated.multiprocessors = ONE_PASS[name]
+    fields, results = Sample("one pass", shape).fields(torch.float32), []
+    for order in cuda_emulation.ORDERS:
+        emulated.set_order(order)
+        results.append(emulated.masked_statistics(*fields))
+    for other in results[1:]:
+        assert all(torch.equal(value, expected) for value, expected in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoilt", [0, 33, 69])
+def test_in_one_pass_too_a_sample_that_is_not_finite_spoils_nothing_of_the_others(spoilt, bad, emulated):
+    vjp, x, mask = Sample("one pass", (70, 1, 5, 4)).fields(torch.float32)
+    clean = emulated.masked_statistics(vjp, x, mask)
+    vjp[spoilt, 0, 3, 2] = bad
+    moments, gram_vjp, gram_input = emulated.masked_statistics(vjp, x, mask)
+    others = torch.arange(70) != spoilt
+    assert torch.equal(moments[others], clean[0][others]) and torch.equal(gram_input, clean[2])
+    assert torch.equal(gram_vjp[others][:, others], clean[1][others][:, others])
+    assert not moments[spoilt, 0].isfinite()
+    assert not gram_vjp[spoilt].isfinite().any() and not gram_vjp[:, spoilt].isfinite().any()
+
+
 def test_a_sample_that_is_not_finite_spoils_its_own_moments_and_its_own_row_of_the_gram(emulated):
     vjp, x, mask = LARGE.fields(torch.float32)
     clean = emulated.masked_statistics(vjp, x, mask)

@@ -814,11 +814,20 @@ Rows<S> rows_of(const Fields<S>& in, const S* field, const Layout& layout) {
               vectorisable(in.M, in.pixels, sizeof(Accumulate<S>))};
 }
 
+// Both Grams of 65 to 128 samples.
+template <class S>
+void launch_in_one_pass(const Fields<S>& in, const Device& device, float* moments, float* gram_R, float* gram_x);
+
 // A Gram whose pointer is null is not wanted.
 template <class S>
 void statistics_forward(const Fields<S>& in, const Device& device, Accumulate<S>* moments, Accumulate<S>* gram_R,
                         Accumulate<S>* gram_x) {
   if (in.batch == 0) return;
+  if constexpr (!std::is_same_v<S, double>) {
+    const bool in_one_pass = in.batch > 64 && in.batch <= 128 && in.vector && device.tensor_cores &&
+                             in.channels * in.pixels <= INT32_MAX;
+    if (in_one_pass && gram_R && gram_x) return launch_in_one_pass(in, device, moments, gram_R, gram_x);
+  }
   launch_moments(in, device, moments);
   if (gram_R) launch_gram(rows_of(in, in.R, in.layout_R), device, gram_R);
   if (gram_x) launch_gram(rows_of(in, in.x, in.layout_x), device, gram_x);
@@ -906,3 +915,5 @@ void statistics_backward(Fields<S> in, const StatisticsGradients<S>& grad, const
 }
 
 }  // namespace sib_ext::cuda
+
+#include "statistics_in_one_pass.cuh"

@@ -31,6 +31,15 @@ __device__ inline float as_float(uint32_t bits) {
   return v;
 }
 
+// high is v rounded to TF32. (cvt.rna.tf32 does the same, and minds infinities, in twice the instructions.) low goes in
+// as it is: the tensor core cuts off what TF32 does not hold.
+__device__ inline void split(float v, uint32_t& high, uint32_t& low) {
+  memcpy(&high, &v, sizeof v);
+  high = (high + 0x1000u) & kHeld;
+  const float rest = v - as_float(high);
+  memcpy(&low, &rest, sizeof rest);
+}
+
 constexpr int kTensorStride = 64 + 8;  // of a row in shared memory: a warp's reads meet all banks
 constexpr int kTensorRows = 8;         // that are taken at a time
 
@@ -90,15 +99,6 @@ class TensorProduct {
   static_assert(Swizzle == 0 || Swizzle == 8);
   __device__ int line(int k) const { return (k + lane_column_) * kTensorStride; }
   __device__ static constexpr int swizzle(int k) { return Swizzle * (k / 4 % 4); }
-
-  // high is v rounded to TF32. (cvt.rna.tf32 does the same, and minds infinities, in twice the instructions.) low goes in
-  // as it is: the tensor core cuts off what TF32 does not hold.
-  __device__ static void split(float v, uint32_t& high, uint32_t& low) {
-    memcpy(&high, &v, sizeof v);
-    high = (high + 0x1000u) & kHeld;
-    const float rest = v - as_float(high);
-    memcpy(&low, &rest, sizeof rest);
-  }
 
   float sums_[2][2][4] = {};
   int row_, column_, lane_row_, lane_column_;

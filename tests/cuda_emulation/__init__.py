@@ -17,7 +17,6 @@ CSRC = HERE.parents[1] / "csrc"
 TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 HOPPER = 227 * 1024  # bytes of shared memory that a block may have
 ORDERS = {"rising": 0, "falling": 1, "scattered": 2}
-MULTIPROCESSORS = 1
 
 
 def problem() -> str | None:
@@ -84,6 +83,7 @@ class Emulation:
         self.kernels = ctypes.CDLL(os.fspath(library))
         self.shared_bytes = HOPPER
         self.tensor_cores = True
+        self.multiprocessors = 1
 
     def set_order(self, name: str) -> None:
         self.kernels.set_order(ORDERS[name])
@@ -113,7 +113,7 @@ class Emulation:
     def _statistics_arguments(self, vjp, x) -> _Statistics:
         batch, channels, height, width = vjp.shape
         layouts = (channels_last(vjp), channels_last(x))
-        machine = (MULTIPROCESSORS, self.tensor_cores)
+        machine = (self.multiprocessors, self.tensor_cores)
         return _Statistics(TYPES[vjp.dtype], batch, channels, height * width, *layouts, *machine)
 
     def masked_statistics(self, vjp, x, mask, gram_vjp=True, gram_input=True):
