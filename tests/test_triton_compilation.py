@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 # Bytes of shared memory that a block may have, by compute capability; registers of a multiprocessor, by any.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 65536
-# Bytes of stack that a thread may have. Not on Hopper, ptxas rounds some kernels down to 64, 72, 80 or 128 registers, for
-# one more block on a multiprocessor, and parks a few.
+# Bytes of stack that a thread may have. Not on Hopper, ptxas rounds some kernels down to 64, 72, 80 or 128 registers,
+# for one more block on a multiprocessor, and parks a few.
 STACK = {80: 32, 90: 0, 100: 32}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # Sizes of one become constants in a kernel, as does divisibility by 16: other code than that of odd sizes.
