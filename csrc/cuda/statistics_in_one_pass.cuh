@@ -14,8 +14,8 @@ constexpr int kPassItems = kPassDepth / kTensorRows;          // of four element
 constexpr int kPassSum = 8;  // steps whose moments are summed in float: 64 elements a thread
 
 // How eight elements of the rows lie in shared memory: by sixteen rows, first their high parts, then their low ones,
-// both as the lanes of a warp take them: lane l holds two elements of the rows l / 4 and l / 4 + 8, in the order of mma's
-// left operand. Which two elements is the same for all rows, and that is all that a sum of products asks for.
+// both as the lanes of a warp take them: lane l holds two elements of the rows l / 4 and l / 4 + 8, in the order of
+// mma's left operand. Which two elements is the same for all rows: a sum of products asks for no more.
 constexpr int kPassQuad = 4, kPassPart = kWarp * kPassQuad;  // numbers of a lane; of a warp
 constexpr int kPassSixteen = 2 * kPassPart;
 constexpr int kPassEight = kPassRows / 16 * kPassSixteen;
@@ -49,7 +49,7 @@ class PassTile {
   __device__ void add(const float* left, const float* right) {
     constexpr bool kDiagonal = Column >= 0;
     constexpr int kFirst = kDiagonal ? Column / 16 : 0;
-    __syncwarp();  // the store beforehand may have parted the lanes
+    __syncwarp();  // the lanes may have parted where they stored
     uint32_t high_a[4][4], low_a[4][4];
 #pragma unroll
     for (int m = kFirst; m < 4; ++m) load(left + m * kPassSixteen, high_a[m], low_a[m]);
