@@ -60,6 +60,7 @@ STATISTICS_SAMPLES = (
     Sample("many channels", (3, 700, 3, 9)),
     Sample("more pixels than a tile, batch of 33", (33, 1, 10, 14)),
     Sample("four tiles and several splits", (70, 2, 8, 24)),
+    Sample("more samples than one pass takes", (131, 1, 4, 6)),
 )
 
 each_mask_sample = pytest.mark.parametrize("sample", MASK_SAMPLES, ids=lambda s: s.name)

@@ -28,7 +28,8 @@ MASK_SAMPLES = (
 STATISTICS_SAMPLES = (
     LARGE,
     Sample("channels last", (3, 5, 6, 7), layout="channels_last"),
-    Sample("two tiles", (67, 2, 6, 10)),
+    Sample("one pass", (67, 2, 6, 10)),
+    Sample("three tiles", (131, 1, 6, 10)),
     Sample("many channels", (3, 600, 3, 9)),
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -75,6 +76,21 @@ def masked_statistics(sample: Sample, dtype: torch.dtype, device: str) -> Result
     yield from zip(names, (*outputs, *grads), truths, strict=True)
 
 
+def sums_of_one_field(sample: Sample, dtype: torch.dtype, device: str) -> Results:
+    """As the balanced preset takes them: R stands for x, and neither x nor M needs a gradient."""
+    vjp, _, mask = sample.fields(dtype)
+    mask = mask.to(reference.accumulation_dtype(dtype))
+    cotangent = sample.cotangents_of_statistics()[0].to(mask.dtype)
+    on_device = [t.to(device) for t in (vjp, mask)]
+    fields = (on_device[0], *on_device)
+    moments, *_ = dispatch.overload("masked_statistics", "native")(*fields, False, False)
+    backward = dispatch.overload("masked_statistics_backward", "native")
+    gradient, *_ = backward(cotangent.to(device), None, None, *fields, False, False)
+    wide = [t.double() for t in (vjp, vjp, mask)]
+    yield "moments", moments, reference.masked_statistics(*wide, False, False)[0]
+    yield "gradient of R", gradient, reference.masked_statistics_backward(cotangent.double(), None, None, *wide)[0]
+
+
 def norm_double_backward(name: str, dtype: torch.dtype, device: str) -> Results:
     arguments = normalisation.arguments(name, dtype)
     op = dispatch.overload("norm_double_backward", "native")
@@ -89,6 +105,7 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Results]]:
     yield f"density_mask, {LARGE.name}, ties", density_mask(LARGE, dtype, device, ties=True)
     for sample in STATISTICS_SAMPLES:
         yield f"masked_statistics, {sample.name}", masked_statistics(sample, dtype, device)
+        yield f"masked_statistics of one field, {sample.name}", sums_of_one_field(sample, dtype, device)
     for name in normalisation.CASES:
         yield f"norm_double_backward, {name}", norm_double_backward(name, dtype, device)
 
