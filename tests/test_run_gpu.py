@@ -276,7 +276,10 @@ def test_every_mismatch_is_listed_and_every_case_runs(native, monkeypatch, capsy
     lines = str(ended.value).splitlines()
     assert lines[0].startswith(f"{len(list(exercise.cases(torch.float64, 'cpu')))} cases")
     wrong = {line.rpartition(":")[0] for line in lines[1:]}
-    outputs = {"masked_statistics": ("moments", "Gram of R", "Gram of x"), "masked_statistics of one field": ("moments",)}
+    outputs = {
+        "masked_statistics": ("moments", "Gram of R", "Gram of x"),
+        "masked_statistics of one field": ("moments",),
+    }
     assert wrong == {
         f"torch.float64, {case}, {sample.name}: {output}"
         for sample in exercise.STATISTICS_SAMPLES
