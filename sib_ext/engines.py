@@ -26,8 +26,7 @@ from .fused_layers import fused_double_backward
 from .kinks import has_kinks
 from .layers import class_activation_of, last_feature_map
 from .loss import Information, SIBTerms, SpatialIBLoss
-from .passes import Noise, captured, frozen_statistics, recomputed, without_ddp
-from .twin import is_compiled, unwrapped
+from .passes import Noise, captured, frozen_statistics, is_compiled, recomputed, unwrapped, without_ddp
 
 ENGINES = ("auto", "double_backward", "compiled", "finite_difference")
 # Steps of a finite difference, as the root mean square of h u over that of x: those that show its rounding, those that

@@ -12,6 +12,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif is_compiled(module) and isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod
+        else:
+            return module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """torch.compile(module), or module.compile() called on it."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def without_ddp(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel; compiled if it was."""
     while isinstance(model, nn.parallel.DistributedDataParallel):

@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .kinks import has_kinks, kinks_met
+from .passes import is_compiled, unwrapped
 from .probe import FAILS, OK, UNVERIFIED, WRONG, NoPath, NotFinite, Probe, in_float64, to_float64, to_general_position
 from .twin import (
     check_forward,
     check_images,
     check_module,
     first_line,
-    is_compiled,
     reseed,
     twin,
     undisturbed,
-    unwrapped,
 )
 
 __all__ = ["DoubleBackwardReport", "Finding", "check_double_backward", "has_kinks"]

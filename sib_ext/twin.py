@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .checks import check_field
+from .passes import unwrapped
 
 
 def check_module(model) -> None:
@@ -85,18 +86,3 @@ def twin(model: nn.Module) -> nn.Module:
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif is_compiled(module) and isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod
-        else:
-            return module
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """torch.compile(module), or module.compile() called on it."""
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
