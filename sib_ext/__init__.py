@@ -6,7 +6,7 @@ from .fused_layers import fused_double_backward
 from .guard import CollapseWarning
 from .loss import SIBTerms, SpatialIBLoss
 from .ops import MaskedStatistics, density_mask, masked_statistics, use_impl
-from .preflight import DoubleBackwardReport, Finding, check_double_backward, has_kinks
+from .preflight import DoubleBackwardReport, Finding, check_double_backward
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,6 @@ __all__ = [
     "density_mask",
     "functional",
     "fused_double_backward",
-    "has_kinks",
     "masked_statistics",
     "use_impl",
 ]

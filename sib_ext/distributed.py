@@ -220,7 +220,7 @@ def project(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
 # ------------------------------------------------------------------------------------------------- the model's graph
 
 
-def _nodes(roots: Sequence[torch.autograd.graph.Node]) -> Iterator[torch.autograd.graph.Node]:
+def graph_nodes(roots: Sequence[torch.autograd.graph.Node]) -> Iterator[torch.autograd.graph.Node]:
     seen, waiting = set(), list(roots)
     while waiting:
         node = waiting.pop()
@@ -246,7 +246,7 @@ def twice_differentiable(logits: Tensor) -> Iterator[None]:
     """
     sharded = []
     if dist.is_available() and dist.is_initialized():
-        for node in _nodes([logits.grad_fn]):
+        for node in graph_nodes([logits.grad_fn]):
             if node.name() == "SyncBatchNormBackward":
                 raise RuntimeError(
                     "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the "

@@ -8,34 +8,34 @@ the first gives the weight gradient by the ordinary backward convolution, the se
 :func:`sib_ext.ops.norm_double_backward`. Values and first derivatives are those of PyTorch's own kernels.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.utils import checkpoint
 
 from . import reference
 from .ops import dispatch
 from .ops.norm_double_backward import norm_double_backward
 
-# Whether the backward pass under way is that of a VJP: it wants no parameter gradients. Not thread-local, because the
-# autograd engine runs a GPU's backward in a thread of its own.
-_input_only = False
+
+class input_gradients_only(TorchFunctionMode):
+    """Around an ``autograd.grad`` with respect to inputs or feature maps, never parameters.
+
+    A mode, because autograd carries modes into the threads that run a GPU's backward, and into no other thread.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return True if function is _input_only else function(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def input_gradients_only() -> Iterator[None]:
-    """Around an ``autograd.grad`` with respect to inputs or feature maps, never parameters."""
-    global _input_only
-    before, _input_only = _input_only, True
-    try:
-        yield
-    finally:
-        _input_only = before
+def _input_only(grad: Tensor) -> bool:
+    """Whether the backward pass under way is that of a VJP: it wants no parameter gradients."""
+    return has_torch_function((grad,)) and handle_torch_function(_input_only, (grad,), grad)
 
 
 def _from_parameters_alone(*tensors: Tensor | None) -> bool:
@@ -69,7 +69,7 @@ class _Convolution(Function):
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if _input_only:
+        if _input_only(grad):
             grad_x = _ConvolutionInputGradient.apply(grad, x, weight, ctx.convolve, ctx.geometry)
             return grad_x if needed[0] else None, None, None, None, None
         if torch.is_grad_enabled():
@@ -165,7 +165,7 @@ def _norm_gradients(ctx, grad: Tensor, layer: Callable) -> tuple:
     """(dx, dweight, dbias) as the pass under way wants them; ``layer`` is PyTorch's own, (x, weight, bias) -> y."""
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    if _input_only:
+    if _input_only(grad):
         grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
         return grad_x, None, None
     if torch.is_grad_enabled():
@@ -259,6 +259,46 @@ class fused_double_backward(TorchFunctionMode):
     :class:`sib_ext.SIBStep` serves that.
     """
 
+    def __init__(self):
+        super().__init__()
+        self.recomputes = False  #: a checkpoint was met, whose function will run again
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        rule = _RULES.get(function) if torch.is_grad_enabled() else None
+        rule = None
+        if torch.is_grad_enabled():
+            rule = _RULES.get(function)
+            self.recomputes |= _carried_into_recomputation()
         return (rule or function)(*args, **(kwargs or {}))
+
+
+def _carried_into_recomputation() -> bool:
+    """What a non-reentrant checkpoint recomputes must save what it saved at first: it, too, runs inside this mode.
+
+    Its frame is found through the hooks that it has set for saved tensors, as PyTorch offers no other way to it.
+
+    Raises:
+        RuntimeError: checkpoints that look otherwise than those of the torch versions that are known here.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or getattr(hooks[0], "__module__", "") != checkpoint.__name__:
+        return False
+    if hooks[0].__qualname__.startswith(checkpoint._recomputation_hook.__name__):
+        return False  # under way
+    frames = [c.cell_contents for c in hooks[0].__closure__ or () if hasattr(c.cell_contents, "recompute_fn")]
+    if not frames:
+        raise RuntimeError(
+            f"the checkpoints of torch {torch.__version__} are not known to this version of sib_ext: switch them off "
+            "in the model, or use the torch that sib_ext was tested with"
+        )
+    if not isinstance(frames[0].recompute_fn, _Recomputation):
+        frames[0].recompute_fn = _Recomputation(frames[0].recompute_fn)
+    return True
+
+
+class _Recomputation:
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *arguments):
+        with fused_double_backward():
+            return self.function(*arguments)

@@ -37,7 +37,10 @@ class CollapseGuard:
         if self.warned or torch.compiler.is_compiling():
             return
         now = torch.stack([cross_entropy.detach().float(), terms.detach().float()])
-        self.means = now if self.means is None else torch.lerp(now, self.means.to(now.device), SMOOTHING)
+        before = torch.full_like(now, math.nan) if self.means is None else self.means.to(now.device)
+        # A step that is not finite (a GradScaler that looks for its scale) does not count.
+        known = torch.where(before.isfinite().all(), torch.lerp(now, before, SMOOTHING), now)
+        self.means = torch.where(now.isfinite().all(), known, before)
         self.steps += 1
         capturing = now.is_cuda and torch.cuda.is_current_stream_capturing()
         if self.steps % LOOK == 0 and not capturing:

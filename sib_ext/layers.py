@@ -1,7 +1,7 @@
 """Feature maps: which one class-activation maps look at, and its class activation, of planes or of tokens."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -95,3 +95,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def captured(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward pass fills the dictionary with the named modules' outputs.
+
+    Raises:
+        ValueError: an output that is no tensor, or a module that runs twice.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable:
+        def note(module, inputs, output):
+            if not isinstance(output, Tensor):
+                raise ValueError(f"layers: the output of {name!r} is {type(output).__name__}, not a tensor")
+            if name in found:
+                raise ValueError(
+                    f"layers: {name!r} runs more than once in a forward pass: name a module that runs once"
+                )
+            found[name] = output
+
+        return note
+
+    modules = dict(model.named_modules())
+    handles = []
+    try:
+        for name in layers:
+            handles.append(modules[name].register_forward_hook(hook(name)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .kinks import has_kinks, kinks_met
 from .passes import is_compiled, unwrapped
 from .probe import FAILS, OK, UNVERIFIED, WRONG, NoPath, NotFinite, Probe, in_float64, to_float64, to_general_position
 from .twin import (
@@ -28,7 +27,7 @@ from .twin import (
     undisturbed,
 )
 
-__all__ = ["DoubleBackwardReport", "Finding", "check_double_backward", "has_kinks"]
+__all__ = ["DoubleBackwardReport", "Finding", "check_double_backward"]
 
 
 class Cause(NamedTuple):
@@ -208,13 +207,12 @@ def check_double_backward(model: nn.Module, x: Tensor) -> DoubleBackwardReport:
     with undisturbed(x):
         copied = twin(model)
         check_forward(copied, x)
-        kinks = kinks_met(copied, x)
         silent = _has_no_vjp(copied, x)
         to_general_position(copied)
         findings = _merged(_Search(copied, x).findings(), of_type)
     if silent and findings[0].status == OK:
         findings[0] = replace(findings[0], reason=NO_VJP_YET)
-    return DoubleBackwardReport(tuple(findings), tuple(kinks))
+    return DoubleBackwardReport(tuple(findings))
 
 
 def _has_no_vjp(model: nn.Module, x: Tensor) -> bool:

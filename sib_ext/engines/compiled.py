@@ -1,0 +1,231 @@
+"""The compiled engine: R is computed inside torch.compile, which differentiates the whole.
+
+The compiler drops, without a word, what it does not see: a custom autograd Function's own backward, tensor hooks. So
+every graph proves itself before it is used: on the batch that it was made for, its derivatives must be those of the
+exact engine.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import seeds
+from ..outputs import logits_of
+from ..passes import Noise
+from . import double_backward
+from .vjps import Task, VJPs
+
+# A gradient may be off by so many times what rounding does to the exact engine's, and by these shares of its own
+# parameter's and of all parameters' gradient: what is dropped is of the order of the gradient.
+ROUNDINGS, OF_ITS_OWN, OF_ALL = 30, 1e-3, 1e-4
+
+
+class Refused(Exception):
+    """A graph that could not be made, or whose derivatives are not those of the model; the message says why."""
+
+
+class Compiled:
+    """The engine. Where a graph is refused: an error if ``strict``, else the exact engine with one warning.
+
+    Shapes beyond the number that the compiler takes go to the exact engine either way.
+    """
+
+    def __init__(self, strict: bool):
+        self.strict = strict
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graph: Callable | None = None
+        self._proven: dict[tuple, bool] = {}
+        self._full = self._warned = False
+
+    def __getstate__(self) -> dict:
+        return {"strict": self.strict}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    def __call__(self, task: Task, x: Tensor, target: Tensor) -> VJPs:
+        key = _key(task.model, x, target)
+        if key not in self._proven and not self._full:
+            self._proven[key] = self._admitted(task, x, target)
+        if self._proven.get(key):
+            try:
+                return self._vjps(task, dict(task.model.named_parameters()), x, target)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                self._proven[key] = self._filled(x)
+        return double_backward.vjps(task, x, target)
+
+    def _vjps(self, task: Task, parameters: dict[str, Tensor], x: Tensor, target: Tensor, update=True) -> VJPs:
+        if self._graph is None:
+            self._graph = _compiled(task)
+        buffers = dict(task.model.named_buffers())
+        # Apart, because the compiler looks at the names in a dictionary and not at requires_grad.
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        logits, of_x, after = self._graph(trained, frozen, buffers, x, target)
+        if update:
+            with torch.no_grad():
+                for name, buffer in buffers.items():
+                    buffer.copy_(after[name])
+        task.criterion.check_inputs(logits, target, x)
+        return VJPs(logits, of_x, (), ())
+
+    def _admitted(self, task: Task, x: Tensor, target: Tensor) -> bool:
+        """Whether the graph for this key may be used."""
+        noise = Noise(x.device)
+        try:
+            with noise.again():
+                proof = _Proof(task, x, target)  # errors of the model, or in a call's arguments, are raised here
+            try:
+                with noise.again():
+                    proof.compare(lambda parameters: self._vjps(task, parameters, x, target, update=False))
+            except Refused:
+                raise
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                return self._filled(x)
+            except Exception as error:
+                raise Refused(f"torch.compile fails on it ({_first_line(error)})") from error
+        except Refused as refusal:
+            if self.strict:
+                raise RuntimeError(f"engine='compiled' cannot train this model: {refusal}. {WAY_OUT}") from refusal
+            return self._aside(x, str(refusal))
+        return True
+
+    def _filled(self, x: Tensor) -> bool:
+        self._full = True
+        return self._aside(x, "torch.compile takes no more kinds of batches (torch._dynamo.config.recompile_limit)")
+
+    def _aside(self, x: Tensor, reason: str) -> bool:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the compiled engine steps aside, first for batches {list(x.shape)}: {reason}. The exact engine "
+                "double_backward takes these, and all others that it leaves.",
+                stacklevel=2,
+            )
+        return False
+
+
+WAY_OUT = "Use engine='double_backward', which is exact for any model"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _key(model: nn.Module, x: Tensor, target: Tensor) -> tuple:
+    """What a compiled graph depends on, and a training may change."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    modes = tuple(module.training for module in model.modules())
+    trained = tuple(parameter.requires_grad for parameter in model.parameters())
+    return x.shape, x.dtype, x.device, target.dtype, autocast, modes, trained
+
+
+def _compiled(task: Task) -> Callable:
+    """(trained, frozen, buffers, x, target) -> (logits, R, buffers after the pass), without side effects.
+
+    The derivative in x is inside, because what torch.compile has compiled cannot be differentiated twice.
+    """
+    model, output, seed = task.model, task.output, seeds.SEEDS[task.criterion.seed]
+
+    def run(trained, frozen, buffers, x, target):
+        def s(x):
+            after = {name: buffer.clone() for name, buffer in buffers.items()}
+            with sdpa_kernel(SDPBackend.MATH):
+                found = torch.func.functional_call(model, (trained, frozen, after), (x.clone(),))
+            logits = logits_of(found, output)
+            wide = logits.float() if logits.dtype in (torch.half, torch.bfloat16) else logits
+            return seed(wide, target), (logits, after)
+
+        of_x, (logits, after) = torch.func.grad(s, has_aux=True)(x)
+        return logits, of_x, after
+
+    # A graph for each shape: with sizes left open the derivative of the derivative does not trace. Random numbers as
+    # the eager model draws them, or a graph with dropout could not prove itself.
+    return torch.compile(run, fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+
+class _Proof:
+    """d(<v, logits> + <u, R>) for random v and u, by the exact engine, and what rounding does to it."""
+
+    def __init__(self, task: Task, x: Tensor, target: Tensor):
+        self.task, self.x, self.target = task, x, target
+        self.noise = Noise(x.device)
+        self.weights: list[Tensor] = []
+        self.exact = self._exact(x)
+        narrow = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        moved = x + torch.finfo(narrow).eps * x.abs() * (2 * torch.rand_like(x) - 1)
+        self.rounding = [_size(a - b) for a, b in zip(self._exact(moved), self.exact, strict=True)]
+
+    def _leaves(self) -> dict[str, nn.Parameter]:
+        named = self.task.model.named_parameters()
+        return {name: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for name, p in named}
+
+    def _exact(self, x: Tensor) -> list[Tensor]:
+        leaves = self._leaves()
+        buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
+
+        def model(x):
+            return torch.func.functional_call(self.task.model, (leaves, buffers), (x,))
+
+        with self.noise.again():
+            found = double_backward.vjps(self.task, x, self.target, model=model)
+        if not self.weights:
+            self.weights = self._weights(found, leaves)
+        return self._gradients(found, leaves)
+
+    def _weights(self, found: VJPs, leaves: dict[str, Tensor]) -> list[Tensor]:
+        """v and u, such that both terms have gradients of one size and none hides behind the other."""
+        weights = []
+        for value in (found.logits, found.of_x):
+            weight = torch.randn_like(value)
+            wanted = [p for p in leaves.values() if p.requires_grad]
+            gradients = torch.autograd.grad(
+                (value * weight).sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+            ) if value.requires_grad else [torch.zeros(())]  # fmt: skip
+            weights.append(weight / (math.hypot(*map(_size, gradients)) or 1.0))
+        return weights
+
+    def _gradients(self, found: VJPs, leaves: dict[str, Tensor]) -> list[Tensor]:
+        terms = [(t * w).sum() for t, w in zip((found.logits, found.of_x), self.weights, strict=True)]
+        sum(terms).backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves.values()]
+
+    def compare(self, vjps: Callable[[dict[str, Tensor]], VJPs]) -> None:
+        """
+        Raises:
+            Refused: names the parameters whose gradients are wrong.
+        """
+        leaves = self._leaves()
+        with self.noise.again():
+            found = vjps(leaves)
+        gradients = self._gradients(found, leaves)
+        everything = math.hypot(*map(_size, self.exact))
+        wrong = {
+            name: error / (_size(exact) or everything)
+            for name, found, exact, rounding in zip(leaves, gradients, self.exact, self.rounding, strict=True)
+            if (error := _size(found - exact)) > ROUNDINGS * rounding + OF_ITS_OWN * _size(exact) + OF_ALL * everything
+            or math.isnan(error)
+        }
+        if wrong:
+            raise Refused(_named(self.task.model, wrong))
+
+
+def _size(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+
+
+def _named(model: nn.Module, wrong: dict[str, float]) -> str:
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or "(model)" for name in wrong))
+    worst = max(wrong, key=wrong.get)
+    few = ", ".join(modules[:4]) + (f" and {len(modules) - 4} more" if len(modules) > 4 else "")
+    return (
+        f"what torch.compile made of it has wrong gradients in {few} (of {worst} by {100 * wrong[worst]:.2g} %); look "
+        "there, and in what runs before, for custom autograd Functions and tensor hooks, which it drops"
+    )

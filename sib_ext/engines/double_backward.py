@@ -1,0 +1,59 @@
+"""The exact engine: autograd through R's own graph, with layers whose second derivative costs what it must."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import distributed, seeds
+from ..fused_layers import fused_double_backward
+from ..layers import captured
+from ..passes import statistics_kept
+from .vjps import Task, VJPs
+
+
+def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True, model: Callable | None = None) -> VJPs:
+    """Logits, feature maps and VJPs; ``model``: run in place of the task's, whose modules it must call.
+
+    Raises:
+        RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
+    """
+    leaf = x.detach().requires_grad_()
+    with captured(task.model, task.layers) as found, fused_double_backward() as fused:
+        logits = task.logits(leaf, target, model)
+    features = _features(task, found)
+    if not logits.requires_grad:
+        raise RuntimeError(f"the model's logits do not require grad: none of its layers is differentiable in x{CUT}")
+    s = seeds.scalar(logits, target, task.criterion.seed)
+    # What is recomputed on the way counted when it was computed.
+    recomputing = statistics_kept(task.model) if fused.recomputes else contextlib.nullcontext()
+    with distributed.twice_differentiable(logits), recomputing:
+        of_x, *of_features = seeds.vjps(_scaled(task, s), (leaf, *features), create_graph)
+    for name, vjp in zip(("x", *task.layers), (of_x, *of_features), strict=True):
+        if vjp is None:
+            raise RuntimeError(f"the model's logits do not depend on {name!r} in a differentiable way{CUT}")
+    return VJPs(logits, _unscaled(task, of_x), features, tuple(_unscaled(task, r) for r in of_features))
+
+
+CUT = ": look for torch.no_grad, .detach() and .data in its forward pass"
+
+
+def _features(task: Task, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    for name in task.layers:
+        if name not in found:
+            raise ValueError(f"layers: {name!r} did not run in the forward pass: name one that does, in layers=")
+        if not found[name].requires_grad:
+            raise RuntimeError(f"layers: the output of {name!r} does not depend on x in a differentiable way{CUT}")
+    return tuple(found[name] for name in task.layers)
+
+
+def _scaled(task: Task, s: Tensor) -> Tensor:
+    return s if task.scaler is None else task.scaler.scale(s)
+
+
+def _unscaled(task: Task, gradient: Tensor) -> Tensor:
+    if task.scaler is None:
+        return gradient
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return wide / task.scaler.scale(torch.ones((), device=gradient.device))

@@ -1,0 +1,196 @@
+"""SIBStep: S-IB in any training loop. It chooses an engine, checks what it is given, and schedules the terms."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import distributed
+from ..checks import check_choice, describe
+from ..layers import class_activation_of, last_feature_map
+from ..loss import SIBTerms, SpatialIBLoss
+from ..outputs import logits_of
+from ..passes import in_place_of, is_compiled, unwrapped
+from . import double_backward
+from .compiled import Compiled
+from .microbatch import InParts
+from .vjps import Task, VJPs
+
+ENGINES = ("auto", "double_backward", "compiled")
+
+
+class SIBStep:
+    """The S-IB loss of a batch, computed by the engine that suits the model: ``step(x, y).backward()``.
+
+    Args:
+        model: images [B,C,H,W] -> logits [B,K], or an output that holds them (see ``output``); may be wrapped in DDP,
+            FSDP2 or ``torch.compile``.
+        criterion: a :class:`sib_ext.SpatialIBLoss`.
+        layers: names (or one) of modules (``model.named_modules()``) whose output, a feature map [B,C,h,w] or [B,h,w,C]
+            or tokens [B,T,D] of a grid, gets a background term of its own, on its class activation
+            (:func:`sib_ext.functional.class_activation`). ``"auto"``: the last feature map, found in the first step,
+            if the criterion has terms for layers (``layer_weight``), else none.
+        engine: ``"auto"``, ``"double_backward"`` or ``"compiled"``, see docs/engines.md.
+        every: S-IB terms in every k-th step only, k times as strong (lazy regularisation; the first step has them).
+        microbatch: None, or at most how many images a pass takes at once: the memory of a small batch, statistics
+            (HSIC, CKA, noise) of the whole one. BatchNorm sees the parts.
+        scaler: the ``torch.amp.GradScaler`` of a float16 training: VJPs are taken of the scaled seed, so that they do
+            not underflow, and unscaled. Scale the loss as usual: ``scaler.scale(step(x, y)).backward()``.
+        output: None, or a function that takes what the model returns and gives the logits. None: a tensor itself, a
+            tuple's or list's first tensor, or ``logits`` of a mapping or an object.
+
+    Attributes:
+        engine, info: which engine runs, and why.
+        layers: the names; those of ``"auto"`` are known after the first step.
+
+    Raises:
+        ValueError: an argument that is unknown, out of range or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: SpatialIBLoss,
+        layers: Sequence[str] | str = "auto",
+        *,
+        engine: str = "auto",
+        every: int = 1,
+        microbatch: int | None = None,
+        scaler: "torch.amp.GradScaler | None" = None,
+        output: Callable | None = None,
+    ):
+        self.model, self.criterion = model, criterion
+        self.layers = () if layers == "auto" else (layers,) if isinstance(layers, str) else tuple(layers)
+        self._finds_layers = layers == "auto" and getattr(criterion, "has_layer_terms", False)
+        self.every, self.microbatch, self.scaler, self.output = every, microbatch, scaler, output
+        self._check_options(engine)
+        self.engine, self.info = self._chosen(engine)
+        self._check_combinations()
+        self._vjps = self._vjps_of(strict=engine == "compiled")
+        self.steps = 0
+
+    def _check_options(self, engine: str) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
+        if not isinstance(self.criterion, SpatialIBLoss):
+            raise ValueError(f"criterion must be a sib_ext.SpatialIBLoss, got {type(self.criterion).__name__}")
+        check_choice("engine", engine, ENGINES)
+        for name, value in (("every", self.every), ("microbatch", self.microbatch)):
+            if (name, value) != ("microbatch", None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.output is not None and not callable(self.output):
+            raise ValueError(
+                f"output must be None or a function of the model's output that returns logits, got {self.output!r}"
+            )
+        if self.layers and not self.criterion.has_layer_terms:
+            raise ValueError(
+                "layers were given, but the criterion has no term for them (background_weight="
+                f"{self.criterion.background_weight:g}, layer_weight={self.criterion.layer_weight:g}): "
+                "give both weights, or leave layers out"
+            )
+        names = [name for name, _ in unwrapped(self.model).named_modules() if name]
+        for name in self.layers:
+            if name not in names:
+                few = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+                raise ValueError(f"layers: the model has no module {name!r}; it has {few or 'none'}")
+
+    def _chosen(self, engine: str) -> tuple[str, str]:
+        if engine != "auto":
+            return engine, "as asked for"
+        if not is_compiled(self.model):
+            return "double_backward", "exact, for any model that is differentiable twice"
+        if self._knobs():
+            return "double_backward", f"on the model inside torch.compile, because {self._knobs()} needs it"
+        return "compiled", "because the model is wrapped in torch.compile"
+
+    def _knobs(self) -> str:
+        """The argument in use that ``compiled`` cannot serve."""
+        if self._finds_layers:
+            return "layers"
+        return next((n for n in ("layers", "microbatch", "scaler") if getattr(self, n)), "")
+
+    def _check_combinations(self) -> None:
+        if self.engine == "compiled" and self._knobs():
+            without = " (give layers=() for none)" if self._finds_layers else ""
+            raise ValueError(f"engine='compiled' takes no {self._knobs()}{without}: use engine='double_backward'")
+        eager = unwrapped(self.model)
+        if self.microbatch and any(hasattr(m, "set_reshard_after_backward") for m in eager.modules()):
+            raise ValueError(
+                "microbatch runs the model with leaves in place of its parameters, which FSDP2 does not allow: leave "
+                "microbatch out, or use DDP"
+            )
+        inside = [name for name, module in eager.named_modules() if is_compiled(module)]
+        if self.engine == "double_backward" and inside:
+            place = f"its module {inside[0]!r}" if inside[0] else "the model"
+            raise ValueError(
+                f"model.compile() was called on {place}, which has no second derivative then: give SIBStep "
+                "torch.compile(model) of a model that was not compiled in place, or the model itself"
+            )
+
+    def _vjps_of(self, strict: bool) -> Callable[[Task, Tensor, Tensor], VJPs]:
+        if self.microbatch:
+            return InParts(self.microbatch)
+        return Compiled(strict) if self.engine == "compiled" else double_backward.vjps
+
+    def __repr__(self) -> str:
+        return f"SIBStep(engine={self.engine!r} ({self.info}), layers={self.layers}, every={self.every})"
+
+    def state_dict(self) -> dict:
+        """What a resumed training needs beside the model's."""
+        return {"steps": self.steps, "layers": self.layers, "finds_layers": self._finds_layers}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.steps = state["steps"]
+        self.layers, self._finds_layers = tuple(state["layers"]), state["finds_layers"]
+
+    def __call__(self, x: Tensor, target: Tensor, mask=None, annotated: Tensor | None = None) -> Tensor:
+        """The loss, a scalar; all else as in :meth:`terms`."""
+        return self.terms(x, target, mask, annotated).loss
+
+    def terms(self, x: Tensor, target: Tensor, mask=None, annotated: Tensor | None = None) -> SIBTerms:
+        """The loss and its parts, named; S-IB parts are None in a step without them (``every``).
+
+        Args:
+            x: images [B,C,H,W], floating point; it is left as it is and gets no gradient.
+            target, mask, annotated: as in :meth:`sib_ext.SpatialIBLoss.terms`.
+
+        Raises:
+            ValueError: an argument of the wrong type, size, range or device; a layer without a feature map; an output
+                of the model without logits.
+            RuntimeError: gradients are switched off, or the logits do not depend on x.
+        """
+        if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape or not x.is_floating_point():
+            raise ValueError(f"x must be a non-empty floating-point batch of images [B,C,H,W], got {describe(x)}")
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "SIBStep needs gradients, but they are switched off here (torch.no_grad or inference_mode): "
+                "for a validation loss use criterion.cross_entropy(model(x), target)"
+            )
+        given, annotated = self.criterion.given(mask, x, annotated)
+        x = x.detach()
+        due = self.criterion.has_terms and self.steps % self.every == 0
+        self.steps += 1
+        if not due:
+            # A copy, as the model may write into its input.
+            logits = logits_of(self.model(x.clone()), self.output)
+            self.criterion.check_inputs(logits, target, x)
+            cross_entropy = self._cross_entropy(logits, target, x)
+            return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
+        task = self._task(x)
+        joined = self.criterion.joined(x)
+        found = in_place_of(self.model, lambda x: self._vjps(task, x, target), x)
+        fields = [class_activation_of(*f) for f in zip(task.layers, found.features, found.of_features, strict=True)]
+        layers = dict(zip(task.layers, fields, strict=True))
+        information = self.criterion.information(found.of_x, x, given, annotated, joined, layers)
+        return self.criterion.together(information, self._cross_entropy(found.logits, target, x), self.every)
+
+    def _task(self, x: Tensor) -> Task:
+        eager = unwrapped(self.model)
+        if self._finds_layers:
+            name = last_feature_map(eager, x)
+            self.layers, self._finds_layers = (name,) if name else (), False
+        return Task(eager, self.criterion, self.layers, self.output, self.scaler)
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor, x: Tensor) -> Tensor:
+        joined = distributed.JoinedBatch(x, self.criterion.process_group)
+        return self.criterion.joined_cross_entropy(logits, target, joined)

@@ -1,0 +1,64 @@
+"""What goes into an engine and what comes out of it: every engine is a function (task, x, target) -> VJPs."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..loss import SpatialIBLoss
+from ..outputs import logits_of
+
+
+class Task(NamedTuple):
+    """What the steps of a training have in common."""
+
+    model: nn.Module  #: eager, without what it was wrapped in
+    criterion: SpatialIBLoss
+    layers: tuple[str, ...]
+    output: Callable | None  #: the model's output -> logits
+    scaler: "torch.amp.GradScaler | None"
+
+    def logits(self, x: Tensor, target: Tensor, model: Callable | None = None) -> Tensor:
+        """Of a forward pass, checked. The model may write into its input: it gets a copy."""
+        try:
+            output = (model or self.model)(x.clone())
+        except TypeError as error:
+            self._check_signature(error)
+            raise
+        logits = logits_of(output, self.output)
+        self.criterion.check_inputs(logits, target, x)
+        return logits
+
+    def _check_signature(self, error: TypeError) -> None:
+        try:
+            inspect.signature(self.model.forward).bind(None)
+            misses = re.search(r"missing \d+ required", str(error))
+        except TypeError:
+            misses = True
+        if misses:
+            raise TypeError(
+                f"the model cannot be called with the images alone, as SIBStep does ({error}): give SIBStep a module "
+                "that calls it with all that it needs, or take the loss itself, criterion(logits, y, x)"
+            ) from error
+
+
+class VJPs(NamedTuple):
+    """What the loss is a function of; differentiable with respect to the parameters."""
+
+    logits: Tensor  #: [B,K]
+    of_x: Tensor  #: R [B,C,H,W]
+    features: tuple[Tensor, ...]  #: of each layer its feature map
+    of_features: tuple[Tensor, ...]  #: and ds/d(feature map)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.logits, self.of_x, *self.features, *self.of_features)
+
+    @staticmethod
+    def of(tensors) -> "VJPs":
+        """The inverse of :meth:`tensors`."""
+        logits, of_x, *others = tensors
+        count = len(others) // 2
+        return VJPs(logits, of_x, tuple(others[:count]), tuple(others[count:]))
