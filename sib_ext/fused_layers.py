@@ -8,7 +8,7 @@ the first gives the weight gradient by the ordinary backward convolution, the se
 :func:`sib_ext.ops.norm_double_backward`. Values and first derivatives are those of PyTorch's own kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,19 @@ from .ops import dispatch
 from .ops.norm_double_backward import norm_double_backward
 
 
-class input_gradients_only(TorchFunctionMode):
-    """Around an ``autograd.grad`` with respect to inputs or feature maps, never parameters.
+def input_gradients(
+    output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = None, create_graph: bool = True
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` with respect to inputs or feature maps, never parameters; None: no dependence."""
+    cotangent = torch.ones_like(output) if cotangent is None else cotangent
+    # torch.autograd.grad itself would leave the mode before its engine starts.
+    engine = torch.autograd.Variable._execution_engine
+    with _InputGradients():
+        return engine.run_backward((output,), (cotangent,), True, create_graph, tuple(inputs), True, False)
+
+
+class _InputGradients(TorchFunctionMode):
+    """Says to the backward passes inside that they are those of a VJP.
 
     A mode, because autograd carries modes into the threads that run a GPU's backward, and into no other thread.
     """

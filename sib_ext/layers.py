@@ -11,7 +11,7 @@ from .checks import describe
 from .estimators import class_activation
 
 
-def class_activation_of(name: str, features: Tensor, vjp: Tensor | None) -> Tensor:
+def class_activation_of(name: str, features: Tensor, vjp: Tensor | None, size: Sequence[int]) -> Tensor:
     """:func:`sib_ext.functional.class_activation` [B,1,h,w] of a feature map or of tokens [B,T,D], named for errors.
 
     Raises:

@@ -272,7 +272,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             R, *of_features = seeds.vjps(seeds.scalar(logits, target, self.seed), (x, *features.values()))
         seeds.check_vjp(R)
         fields = {
-            name: class_activation_of(name, A, R_A)
+            name: class_activation_of(name, A, R_A, x.shape[2:])
             for (name, A), R_A in zip(features.items(), of_features, strict=True)
         }
         return self.together(self.information(R, x, given, annotated, joined, fields), cross_entropy)

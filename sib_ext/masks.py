@@ -196,7 +196,7 @@ def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_value
     if annotated is not None:
         mask = torch.where(annotated[:, None, None, None], mask, torch.zeros_like(mask))
     if (check_values or mask.device.type == "cpu") and mask.dtype != torch.bool:
-        least, most = (float(v) for v in mask.aminmax())
+        least, most = (float(v) for v in mask.detach().aminmax())
         if not (least >= 0 and most <= 1):
             raise ValueError(
                 f"mask must lie in [0,1], got values from {least:g} to {most:g}: divide by 255, or compare"

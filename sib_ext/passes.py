@@ -5,11 +5,11 @@ Every context here puts the model back as it was, also after an exception.
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -43,7 +43,19 @@ def in_place_of(model: nn.Module, function: Callable, *arguments):
         model.module = module
 
 
+def with_state(model: nn.Module, state: Mapping[str, Tensor], function: Callable):
+    """``function()`` while the parameters and buffers of the model that ``state`` names are those of ``state``.
+
+    Also in backward passes inside, which may recompute activations.
+    """
+    around = _Module(function)
+    around.model = model
+    return torch.func.functional_call(around, {f"model.{name}": tensor for name, tensor in state.items()}, ())
+
+
 class _Module(nn.Module):
+    """A function as a module."""
+
     def __init__(self, function: Callable):
         super().__init__()
         self.forward = function

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_choice
-from .fused_layers import input_gradients_only
+from .fused_layers import input_gradients
 from .ops.dispatch import without_autocast
 
 
@@ -89,8 +89,7 @@ def scalar(logits: Tensor, target: Tensor, seed: str) -> Tensor:
 
 def vjps(s: Tensor, inputs: Sequence[Tensor], create_graph: bool = True) -> tuple[Tensor | None, ...]:
     """ds/d(input) for each of the inputs (images or feature maps, not parameters); None where s does not depend."""
-    with input_gradients_only():
-        return torch.autograd.grad(s, inputs, create_graph=create_graph, retain_graph=True, allow_unused=True)
+    return input_gradients(s, inputs, create_graph=create_graph)
 
 
 def check_graph(logits: Tensor, x: Tensor) -> None:

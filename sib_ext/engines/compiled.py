@@ -5,7 +5,9 @@ every graph proves itself before it is used: on the batch that it was made for, 
 exact engine.
 """
 
+import functools
 import math
+import types
 import warnings
 from collections.abc import Callable
 
@@ -15,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import seeds
 from ..outputs import logits_of
-from ..passes import Noise
+from ..passes import Noise, with_state
 from . import double_backward
 from .vjps import Task, VJPs
 
@@ -148,7 +150,12 @@ def _compiled(task: Task) -> Callable:
 
     # A graph for each shape: with sizes left open the derivative of the derivative does not trace. Random numbers as
     # the eager model draws them, or a graph with dropout could not prove itself.
-    return torch.compile(run, fullgraph=True, dynamic=False, options={"fallback_random": True})
+    return torch.compile(_of_its_own(run), fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+
+def _of_its_own(function: Callable) -> Callable:
+    """With a code object of its own: the compiler counts the graphs of each against its limit."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
 
 
 class _Proof:
@@ -170,12 +177,11 @@ class _Proof:
     def _exact(self, x: Tensor) -> list[Tensor]:
         leaves = self._leaves()
         buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
+        return with_state(self.task.model, leaves | buffers, functools.partial(self._exact_with, leaves, x))
 
-        def model(x):
-            return torch.func.functional_call(self.task.model, (leaves, buffers), (x,))
-
+    def _exact_with(self, leaves: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         with self.noise.again():
-            found = double_backward.vjps(self.task, x, self.target, model=model)
+            found = double_backward.vjps(self.task, x, self.target)
         if not self.weights:
             self.weights = self._weights(found, leaves)
         return self._gradients(found, leaves)

@@ -1,7 +1,6 @@
 """The exact engine: autograd through R's own graph, with layers whose second derivative costs what it must."""
 
 import contextlib
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,15 +12,15 @@ from ..passes import statistics_kept
 from .vjps import Task, VJPs
 
 
-def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True, model: Callable | None = None) -> VJPs:
-    """Logits, feature maps and VJPs; ``model``: run in place of the task's, whose modules it must call.
+def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJPs:
+    """Logits, feature maps and VJPs; with ``create_graph`` these can be differentiated by the parameters.
 
     Raises:
         RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
     """
     leaf = x.detach().requires_grad_()
     with captured(task.model, task.layers) as found, fused_double_backward() as fused:
-        logits = task.logits(leaf, target, model)
+        logits = task.logits(leaf, target)
     features = _features(task, found)
     if not logits.requires_grad:
         raise RuntimeError(f"the model's logits do not require grad: none of its layers is differentiable in x{CUT}")

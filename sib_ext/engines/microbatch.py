@@ -6,6 +6,7 @@ exact engine: a checkpoint over the batch. A part's backward is a real one, into
 memory; their sum then reaches the parameters once a step, like any gradient.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from ..distributed import graph_nodes
-from ..passes import Autocast, Noise
+from ..passes import Autocast, Noise, with_state
 from . import double_backward
 from .vjps import Task, VJPs
 
@@ -82,17 +83,18 @@ class _Again(NamedTuple):
         for part in self.parts:
             rows = slice(start, start + len(part.x))
             start = rows.stop
-            with torch.enable_grad(), self.autocast.again(), part.noise.again():
-                found = double_backward.vjps(self.task, part.x, part.target, model=self._model(part, leaves))
-            _check_repeated(found.logits.detach(), part.logits)
-            pairs = zip(found.tensors(), cotangents, strict=True)
-            pairs = [(t, g[rows].to(t.dtype)) for t, g in pairs if g is not None and t.requires_grad]
-            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+            state = dict(zip(self.names, leaves, strict=True)) | {n: b.clone() for n, b in part.buffers.items()}
+            with_state(self.task.model, state, functools.partial(self._add, part, cotangents, rows))
         return [leaf.grad for leaf in leaves]
 
-    def _model(self, part: _Part, leaves: Sequence[Tensor]):
-        state = dict(zip(self.names, leaves, strict=True)) | {n: b.clone() for n, b in part.buffers.items()}
-        return lambda x: torch.func.functional_call(self.task.model, state, (x,))
+    def _add(self, part: _Part, cotangents: Sequence[Tensor | None], rows: slice) -> None:
+        """The part's derivatives, into the leaves that stand in for the parameters."""
+        with torch.enable_grad(), self.autocast.again(), part.noise.again():
+            found = double_backward.vjps(self.task, part.x, part.target)
+        _check_repeated(found.logits.detach(), part.logits)
+        pairs = zip(found.tensors(), cotangents, strict=True)
+        pairs = [(t, g[rows].to(t.dtype)) for t, g in pairs if g is not None and t.requires_grad]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
 
 
 def _check_repeated(logits: Tensor, first: Tensor) -> None:

@@ -179,8 +179,10 @@ class SIBStep:
         task = self._task(x)
         joined = self.criterion.joined(x)
         found = in_place_of(self.model, lambda x: self._vjps(task, x, target), x)
-        fields = [class_activation_of(*f) for f in zip(task.layers, found.features, found.of_features, strict=True)]
-        layers = dict(zip(task.layers, fields, strict=True))
+        layers = {
+            name: class_activation_of(name, features, vjp, x.shape[2:])
+            for name, features, vjp in zip(task.layers, found.features, found.of_features, strict=True)
+        }
         information = self.criterion.information(found.of_x, x, given, annotated, joined, layers)
         return self.criterion.together(information, self._cross_entropy(found.logits, target, x), self.every)
 

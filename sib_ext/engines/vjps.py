@@ -21,10 +21,10 @@ class Task(NamedTuple):
     output: Callable | None  #: the model's output -> logits
     scaler: "torch.amp.GradScaler | None"
 
-    def logits(self, x: Tensor, target: Tensor, model: Callable | None = None) -> Tensor:
+    def logits(self, x: Tensor, target: Tensor) -> Tensor:
         """Of a forward pass, checked. The model may write into its input: it gets a copy."""
         try:
-            output = (model or self.model)(x.clone())
+            output = self.model(x.clone())
         except TypeError as error:
             self._check_signature(error)
             raise

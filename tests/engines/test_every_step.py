@@ -1,0 +1,118 @@
+"""Every engine and option of a step, over every kind of network: one check, step_check.py."""
+
+import functools
+
+import pytest
+import torch
+
+from sib_ext import SpatialIBLoss
+
+from .networks import CLASSES, IMAGES, NETWORKS, SIDE, Network, per_sample
+from .step_check import check_step, fixed
+
+#: Draws from generators of the process, which two threads would take from each other.
+NOISY = {"dropout", "depth by random", "depth by numpy", "checkpoints"}
+OPTIONS = {
+    "double_backward": {},
+    "parts of two": {"microbatch": 2},
+    "unequal parts": {"microbatch": 4},
+    "every second step": {"every": 2},
+}
+
+
+def batch():
+    x = torch.randn(IMAGES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    mask = torch.zeros(IMAGES, 1, SIDE, SIDE)
+    mask[:, :, 3:8, 4:10] = 1
+    return x, torch.arange(IMAGES) % CLASSES, mask
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_step_is_right_and_a_good_guest(network, options, threads):
+    threads(1)
+    check_step(NETWORKS[network], *batch(), noisy=network in NOISY, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"microbatch": IMAGES}], ids=str)
+@pytest.mark.parametrize("layers", [("body",), ("stem", "body"), "auto"], ids=str)
+def test_with_terms_for_feature_maps(layers, options, threads):
+    threads(1)
+    step = check_step(functools.partial(Network, norm=per_sample), *batch(), layers, **options)
+    assert step.layers == (("body",) if layers == "auto" else layers)
+
+
+@pytest.mark.parametrize("network", ["checkpoints", "checkpointed transformer", "spectral norm", "frozen stem"])
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_the_last_feature_map_of_others_models(network, options, threads):
+    threads(1)
+    assert check_step(NETWORKS[network], *batch(), "auto", noisy=network in NOISY, **options).layers
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 4}], ids=str)
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        fixed("paper", background_weight=1e5, foreground_weight=1.0, transform="expm1"),
+        fixed(foreground="hsic_unbiased", foreground_weight=1.0, background="gaussian"),
+        fixed(foreground="gaussian", foreground_weight=0.1, background="energy_ratio", mask_source="vjp"),
+    ],
+    ids=["paper", "unbiased HSIC", "gaussian"],
+)
+def test_with_other_objectives(criterion, options, threads):
+    threads(1)
+    check_step(functools.partial(Network, norm=per_sample), *batch(), criterion=criterion, **options)
+
+
+@pytest.mark.parametrize("network", ["BatchNorm", "transformer", "checkpoints", "weight norm"])
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_in_float32(network, options, threads):
+    threads(1)
+    check_step(NETWORKS[network], *batch(), dtype=torch.float32, noisy=network in NOISY, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_with_a_grad_scaler(options, threads):
+    """The loss is not scaled here: what the scaler does to the VJP must not show."""
+    threads(1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    check_step(functools.partial(Network, norm=per_sample), *batch(), scaler=scaler, **options)
+
+
+def test_with_logits_taken_out_by_a_function(threads):
+    threads(1)
+    network = functools.partial(NETWORKS["mapping"])
+    check_step(network, *batch(), output=logits_under_their_name)
+
+
+def logits_under_their_name(output):
+    return output["logits"]
+
+
+# A gradient that must not pass: the check itself has to fail where it should.
+
+
+class HalfTheTerms(SpatialIBLoss):
+    def information(self, R, *arguments, **options):
+        halved = R.detach() if self.impl != "reference" else R
+        return super().information(halved, *arguments, **options)
+
+
+def test_the_check_finds_a_derivative_that_is_left_out(threads):
+    threads(1)
+    criterion = HalfTheTerms(seed="target_logit", background_weight=5.0)
+    with pytest.raises((AssertionError, RuntimeError), match="gradients are off"):
+        check_step(NETWORKS["GroupNorm"], *batch(), criterion=criterion)
+
+
+def test_the_check_finds_a_hook_left_behind(threads, monkeypatch):
+    from sib_ext.engines import step as module
+
+    def leave(model, *_):
+        model.register_forward_hook(lambda *_: None)
+        return model
+
+    threads(1)
+    monkeypatch.setattr(module, "unwrapped", leave)
+    with pytest.raises(AssertionError, match="hooks of the model have changed"):
+        check_step(NETWORKS["GroupNorm"], *batch())

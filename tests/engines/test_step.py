@@ -1,0 +1,385 @@
+"""What SIBStep chooses, checks and schedules; its errors and warnings."""
+
+import copy
+import gc
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sib_ext import SIBStep, SpatialIBLoss
+from sib_ext.functional import class_activation, vjp
+
+from ..compare import assert_near
+from ..samples import FIXED
+from .networks import CLASSES, IMAGES, Network, Wrapped, as_tuple, per_sample, subtract_in_place
+from .step_check import error, flat
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(IMAGES, 3, 12, 12, generator=generator)
+    mask = torch.zeros(IMAGES, 1, 12, 12)
+    mask[:, :, 3:8, 4:10] = 1
+    return x, torch.arange(IMAGES) % CLASSES, mask
+
+
+def loss_of(preset="balanced", **options):
+    """Without chance, so that a step can be compared with another."""
+    return SpatialIBLoss(preset, **FIXED | options)
+
+
+def step_of(model, criterion, layers=(), **options):
+    """Of the layers that a test names."""
+    return SIBStep(model, criterion, layers, **options)
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return flat(model)
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+
+
+def test_layers_add_the_background_share_of_their_contribution(batch):
+    """By hand, from the formula."""
+    model, criterion = Network().double(), loss_of(layer_weight=0.5)
+    x, y, mask = batch[0].double(), *batch[1:]
+    terms = step_of(model, criterion, ("body",)).terms(x, y, mask)
+    kept = []
+    handle = model.body.register_forward_hook(lambda m, i, o: kept.append(o))
+    logits = model(x)
+    handle.remove()
+    field = class_activation(kept[0], vjp(logits, kept[0], y, criterion.seed))
+    small = nn.functional.adaptive_avg_pool2d(mask, field.shape[2:])
+    energy = field.square()
+    share = ((1 - small) ** 2 * energy).sum((1, 2, 3)) / (((1 - small) ** 2 + small**2) * energy).sum((1, 2, 3))
+    assert_near(terms.layers["body"], share.mean(), 1e-6)
+
+
+def test_the_last_feature_map_is_found_in_the_first_step(batch):
+    model = Network()
+    step = SIBStep(model, loss_of())
+    assert step.layers == ()
+    terms = step.terms(*batch)
+    assert step.layers == tuple(terms.layers) == ("body",) and model.training
+    named = SIBStep(copy.deepcopy(model), loss_of(), ("body",)).terms(*batch)
+    assert_near(terms.layers["body"], named.layers["body"], 1e-6)
+
+
+def test_a_network_without_a_feature_map_has_the_input_term_alone_and_says_so_once(batch):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, CLASSES))
+    step = SIBStep(flat, loss_of())
+    with pytest.warns(UserWarning, match="layers="):
+        assert not step.terms(*batch).layers and step.layers == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(*batch)
+
+
+@pytest.mark.parametrize("criterion", [loss_of("paper"), loss_of(layer_weight=0)], ids=["paper", "no layer weight"])
+def test_no_layer_is_looked_for_where_none_has_a_term(criterion, batch):
+    assert not SIBStep(Network(), criterion).terms(*batch).layers
+
+
+def test_a_resumed_training_has_the_layers_that_were_found(batch):
+    step = SIBStep(Network(), loss_of())
+    step(*batch)
+    resumed = SIBStep(Network(), loss_of())
+    resumed.load_state_dict(pickle.loads(pickle.dumps(step.state_dict())))
+    assert resumed.layers == ("body",)
+
+
+# ------------------------------------------------------------------------------------------------- schedule
+
+
+def test_every_kth_step_has_terms_k_times_as_strong(batch):
+    model, criterion = Network(norm=per_sample), loss_of()
+    step, full = step_of(model, criterion, every=3), step_of(model, criterion)
+    terms = full.terms(*batch)
+    found = [step.terms(*batch) for _ in range(7)]
+    assert [t.background is not None for t in found] == [True, False, False, True, False, False, True]
+    assert_near(found[0].loss - terms.cross_entropy, 3 * (terms.loss - terms.cross_entropy), 1e-5)
+    assert_near(found[1].loss, terms.cross_entropy, 1e-6)
+    total = sum(gradient(model, step(*batch)) for _ in range(3))
+    assert error(total, 3 * gradient(model, full(*batch))) < 1e-5
+
+
+def test_the_place_in_the_cycle_survives_a_checkpoint(batch):
+    step = step_of(Network(), loss_of(), every=3)
+    step(*batch)
+    resumed = step_of(Network(), loss_of(), every=3)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(step.state_dict())))
+    assert [resumed.terms(*batch).background is None for _ in range(3)] == [True, True, False]
+
+
+def test_without_terms_it_is_cross_entropy(batch):
+    terms = step_of(Network(), loss_of(background_weight=0, foreground_weight=0)).terms(*batch)
+    assert terms.vjp is None and torch.equal(terms.loss, terms.cross_entropy)
+    terms.loss.backward()
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": IMAGES}], ids=str)
+def test_one_draw_of_a_random_seed_serves_the_whole_step(options, batch):
+    """The balanced preset as it is, self-made masks included: all its passes look at the same logits."""
+    x, y, mask = batch[0].double(), *batch[1:]
+    known, model = torch.arange(IMAGES) < 2, Network(dropout=0.3).double()
+    found = []
+    for chosen in ({}, options):
+        torch.manual_seed(3)
+        copied = copy.deepcopy(model)
+        terms = SIBStep(copied, SpatialIBLoss(window=3), **chosen).terms(x, y, mask, known)
+        found.append((terms.loss.detach(), gradient(copied, terms.loss)))
+    assert_near(found[1][0], found[0][0], 1e-12)
+    assert error(found[1][1], found[0][1]) < 1e-11
+
+
+# ------------------------------------------------------------------------------------------ a good guest
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_a_learned_mask_gets_its_gradient(options, batch):
+    """As with any loss: what made the mask may be trained by it."""
+    x, y, mask = batch[0].double(), batch[1], batch[2].double()
+    criterion, found = loss_of(), []
+    for chosen in ({}, options):
+        soft = (0.8 * mask + 0.1).requires_grad_()
+        torch.manual_seed(0)
+        step_of(Network(norm=per_sample).double(), criterion, ("body",), **chosen)(x, y, soft).backward()
+        found.append(soft.grad)
+    assert found[0].any() and error(found[1], found[0]) < 1e-11
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"every": 2}], ids=str)
+def test_a_model_may_write_into_its_input(options, batch):
+    x, y, mask = batch
+    before = x.clone()
+    step = SIBStep(Wrapped(before=subtract_in_place), loss_of(), **options)
+    for _ in range(2):
+        step(x, y, mask).backward()
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_the_model_is_left_as_it_was_even_after_an_error(options, batch):
+    model = Network()
+    step = step_of(model, loss_of(), ("body",), **options)
+
+    def traces():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+    names = list(vars(model.stem))
+    with pytest.raises((RuntimeError, ValueError)):
+        step(batch[0][:, :2], batch[1])
+    assert traces() == 0 and list(vars(model.stem)) == names
+    step(*batch).backward()
+    assert traces() == 0
+
+
+def test_a_training_does_not_grow(batch):
+    """The tensors alive after a step are those alive after the steps before."""
+    for options in ({}, {"microbatch": 2}):
+        model = Network()
+        step = step_of(model, loss_of(), ("body",), **options)
+        counts = []
+        for _ in range(4):
+            gradient(model, step(*batch))
+            gc.collect()
+            counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+        assert counts[-1] == counts[-2] == counts[1], options
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_do_not_grow(batch):
+    """The resident memory of the process, for every engine that runs without a compiler."""
+
+    def resident():
+        gc.collect()
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    for options in ({}, {"microbatch": 3}, {"every": 4}):
+        model = Network()
+        step = step_of(model, loss_of(), ("body",), **options)
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for count in range(1000):
+            optimizer.zero_grad()
+            step(*batch).backward()
+            optimizer.step()
+            if count == 199:
+                before = resident()
+        assert resident() - before < 8, options  # MB
+
+
+# ------------------------------------------------------------------------------------------------- choices
+
+
+def test_auto_says_what_it_chose_and_why():
+    model = Network()
+    assert step_of(model, loss_of()).engine == "double_backward"
+    compiled = torch.compile(model, backend="aot_eager")
+    step = step_of(compiled, loss_of())
+    assert step.engine == "compiled" and "torch.compile" in step.info
+    step = step_of(compiled, loss_of(), ("body",))
+    assert step.engine == "double_backward" and "layers" in step.info
+    assert "because layers needs it" in SIBStep(compiled, loss_of()).info
+    assert SIBStep(compiled, loss_of(), layers=()).engine == "compiled"
+    with pytest.raises(ValueError, match=r"takes no layers \(give layers=\(\) for none\)"):
+        SIBStep(compiled, loss_of(), engine="compiled")
+
+
+@pytest.mark.parametrize("where", [None, "body"])
+def test_a_model_compiled_in_place_is_refused_with_the_way_out(where):
+    model = Network()
+    (model if where is None else getattr(model, where)).compile(backend="aot_eager")
+    with pytest.raises(ValueError, match=f"model.compile\\(\\) was called on {'its module' if where else 'the model'}"):
+        step_of(model, loss_of(), ("body",))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "magic"}, "engine is 'magic'; choose one of 'auto', 'double_backward', 'compiled'"),
+        ({"every": 0}, "every must be an integer >= 1, got 0"),
+        ({"microbatch": 1.5}, "microbatch must be an integer >= 1, got 1.5"),
+        ({"layers": ("nowhere",)}, "layers: the model has no module 'nowhere'; it has stem"),
+        ({"output": "logits"}, "output must be None or a function"),
+        ({"engine": "compiled", "layers": ("body",)}, "engine='compiled' takes no layers"),
+        ({"engine": "compiled", "microbatch": 2}, "engine='compiled' takes no microbatch"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        step_of(Network(), loss_of(), **options)
+
+
+def test_wrong_objects_are_named():
+    with pytest.raises(ValueError, match="model must be a torch.nn.Module, got function"):
+        step_of(lambda x: x, loss_of())
+    with pytest.raises(ValueError, match="criterion must be a sib_ext.SpatialIBLoss, got CrossEntropyLoss"):
+        step_of(Network(), nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="layers were given, but.*no term for them.*background_weight=0"):
+        step_of(Network(), loss_of(background_weight=0), ("body",))
+
+
+def test_wrong_calls_are_named(batch):
+    x, y, mask = batch
+    step = step_of(Network(), loss_of())
+    with pytest.raises(ValueError, match="x must be"):
+        step(x[0], y)
+    with pytest.raises(ValueError, match="target must lie in"):
+        step(x, y + 3)
+    with pytest.raises(ValueError, match="mask must be"):
+        step(x, y, mask[:2])
+    with pytest.raises(ValueError, match="annotated was given without mask"):
+        step(x, y, annotated=torch.ones(IMAGES, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="switched off"), torch.no_grad():
+        step(x, y)
+    with pytest.raises(ValueError, match=r"'head' must be a feature map"):
+        step_of(Network(), loss_of(), ("head",))(x, y)
+
+
+# ------------------------------------------------------------------------ models that cannot, and what they hear
+
+
+class Odd(Network):
+    """A forward pass of its own."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.extra, self.run = nn.Conv2d(8, 8, 3), run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def under_no_grad(net, x):
+    with torch.no_grad():
+        h = net.body(net.stem(x))
+    return net.head(h.mean((2, 3)))
+
+
+def a_copy_of_x(net, x):
+    return Network.forward(net, x.detach())
+
+
+def everything_detached(net, x):
+    return Network.forward(net, x).detach()
+
+
+def as_an_object(net, x):
+    return object()
+
+
+@pytest.mark.parametrize(
+    ("run", "layers", "kind", "message"),
+    [
+        (under_no_grad, (), RuntimeError, "do not depend on 'x' in a differentiable way: look for torch.no_grad"),
+        (under_no_grad, ("body",), RuntimeError, "output of 'body' does not depend on x in a differentiable way"),
+        (a_copy_of_x, (), RuntimeError, "do not depend on 'x' in a differentiable way"),
+        (everything_detached, (), RuntimeError, "do not require grad"),
+        (as_an_object, (), ValueError, "the model returned object with no logits in it: give output="),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_a_model_that_cannot_be_trained_is_told_why(run, layers, kind, message, options, batch):
+    with pytest.raises(kind, match=re.escape(message) if kind is RuntimeError else message):
+        step_of(Odd(run), loss_of(), layers, **options)(*batch[:2])
+
+
+def test_a_model_with_a_second_input_is_told_so(batch):
+    class Second(Network):
+        def forward(self, x, meta):
+            return super().forward(x)
+
+    with pytest.raises(TypeError, match="cannot be called with the images alone.*meta"):
+        step_of(Second(), loss_of())(*batch)
+
+
+def test_the_loss_alone_takes_logits_and_says_so_of_anything_else(batch):
+    x, y, mask = batch[0].requires_grad_(), *batch[1:]
+    model = Wrapped(after=as_tuple)
+    with pytest.raises(ValueError, match="logits must be a tensor, got tuple"):
+        loss_of()(model(x), y, x, mask)
+    loss_of()(model(x)[0], y, x, mask).backward()
+
+
+def test_a_once_differentiable_function_is_an_error_in_every_engine(batch):
+    class Swish(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * x.sigmoid()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            s = ctx.saved_tensors[0].sigmoid()
+            return g * s * (1 + ctx.saved_tensors[0] * (1 - s))
+
+    for options in ({}, {"microbatch": 2}):
+        loss = step_of(Wrapped(middle=Swish.apply), loss_of(), **options)(*batch)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            loss.backward()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_guard_watching(batch):
+    """A GradScaler that looks for its scale begins with such a step."""
+    model, criterion = Network(), loss_of()
+    step = step_of(model, criterion, scaler=torch.amp.GradScaler("cpu"))
+    with torch.no_grad():
+        model.head.weight.mul_(1e30)
+    with torch.autocast("cpu", torch.float16):
+        assert not step(*batch).isfinite()
+    with torch.no_grad():
+        model.head.weight.mul_(1e-30)
+    step(*batch)
+    assert criterion.guard.means.isfinite().all()
