@@ -578,32 +578,60 @@ def test_a_loss_with_the_world_as_its_group_can_be_copied():
 # ----------------------------------------------------------------------------------------------------------- SIBStep
 
 
-def engine_step(rank, sizes, dtype, more):
-    """One backward of SIBStep around a DistributedDataParallel model."""
-    problem = problem_of(sizes, dtype)
+def engine_step(rank, sizes, more, of_ddp=None, wrap="ddp"):
+    """Two backward passes of SIBStep around a DistributedDataParallel model: the second one's gradients."""
+    problem = problem_of(sizes)
     x, y = part(problem, sizes, rank)
-    criterion = loss_of(LOSSES["balanced"], dtype, process_group="world" if "microbatch" not in more else None)
-    step = SIBStep(DistributedDataParallel(problem.model), criterion, layers=(), **more)
-    terms = step.terms(x, y)
-    terms.loss.backward()
-    return {"loss": terms.loss.detach()}, [p.grad for p in problem.parameters]
+    model, parameters = problem.model, list(problem.parameters)
+    if (of_ddp or {}).get("find_unused_parameters"):
+        model.unused = nn.Linear(2, 2).double()
+    if wrap == "compiled inside":
+        model = torch.compile(model, backend="aot_eager")
+    model = DistributedDataParallel(model, **(of_ddp or {}))
+    if wrap == "compiled outside":
+        model = torch.compile(model, backend="aot_eager")
+    step = SIBStep(model, loss_of(LOSSES["balanced"], process_group="world"), layers=(), **more)
+    for _ in range(2):  # DDP takes another way in its second iteration
+        model.zero_grad()
+        terms = step.terms(x, y)
+        terms.loss.backward()
+    if (of_ddp or {}).get("find_unused_parameters"):
+        assert problem.model.unused.weight.grad is None
+    return {"loss": terms.loss.detach()}, [p.grad for p in parameters]
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 2)], ids=["equal batches", "unequal batches"])
-@pytest.mark.parametrize(("engine", "tolerance"), [("double_backward", 1e-12), ("finite_difference", 1e-5)])
-def test_an_engine_on_two_processes_equals_the_loss_on_the_joined_batch(on_ranks, engine, tolerance, sizes):
-    ranks = on_ranks(engine_step, sizes, torch.float64, {"engine": engine})
-    assert_same_step(ranks, joined_step(sizes, LOSSES["balanced"], torch.float64), tolerance)
+@pytest.mark.parametrize("more", [{}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize("of_ddp", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_a_step_on_two_processes_equals_the_loss_on_the_joined_batch(on_ranks, of_ddp, more, sizes):
+    """DDP sees one forward pass and one backward pass a step, whatever the engine does in them."""
+    ranks = on_ranks(engine_step, sizes, more, of_ddp)
+    assert_same_step(ranks, joined_step(sizes, LOSSES["balanced"], torch.float64), 1e-12)
 
 
-def test_microbatches_are_averaged_over_the_ranks(on_ranks):
-    cut, whole = (on_ranks(engine_step, (4, 4), torch.float64, {"microbatch": size}) for size in (2, 4))
-    for (_, one), (_, other) in zip(cut, whole, strict=True):
-        assert_near(flat(one), flat(other), 1e-11)
-    assert_near(flat(cut[0][1]), flat(cut[1][1]), 1e-12)
+@pytest.mark.parametrize(
+    "more", [{"engine": "double_backward"}, {"microbatch": 2, "engine": "double_backward"}], ids=str
+)
+@pytest.mark.parametrize("wrap", ["compiled inside", "compiled outside"])
+def test_a_compiled_model_in_ddp_is_averaged_over_the_ranks(on_ranks, wrap, more):
+    ranks = on_ranks(engine_step, (4, 4), {"engine": "double_backward"} | more, None, wrap)
+    assert_same_step(ranks, joined_step((4, 4), LOSSES["balanced"], torch.float64), 1e-12)
 
 
-def test_a_step_knows_what_does_not_go_together():
+def unused_step(rank, more):
+    """A parameter that no logit needs, and DDP not told of it: an error in the second step, as with any loss."""
     problem = problem_of((4, 4))
-    with pytest.raises(ValueError, match="microbatch does not go together"):
-        SIBStep(problem.model, SpatialIBLoss(process_group="world"), microbatch=2)
+    problem.model.unused = nn.Linear(2, 2).double()
+    step = SIBStep(DistributedDataParallel(problem.model), loss_of(LOSSES["balanced"]), layers=(), **more)
+    x, y = part(problem, (4, 4), rank)
+    try:
+        for _ in range(2):
+            step(x, y).backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("more", [{}, {"microbatch": 2}], ids=str)
+def test_ddp_complains_of_unused_parameters_as_ever(on_ranks, more):
+    assert all("find_unused_parameters" in message for message in on_ranks(unused_step, more))

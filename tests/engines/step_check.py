@@ -39,7 +39,8 @@ def seed(number: int = 3) -> None:
 
 def noise() -> tuple:
     name, keys, *rest = numpy.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), (name, keys.tolist(), *rest)
+    cuda = [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    return torch.get_rng_state().tolist(), cuda, random.getstate(), (name, keys.tolist(), *rest)
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -37,7 +37,7 @@ slow = pytest.mark.slow
 TAKEN = ["BatchNorm", "mapping", *(pytest.param(n, marks=slow) for n in ("GroupNorm", "dropout", "transformer"))]
 TAKEN += [pytest.param(n, marks=slow) for n in ("spectral norm", "weight norm", "tied weights", "frozen stem")]
 TAKEN += [pytest.param(n, marks=slow) for n in ("unused layer", "computed weights", "input changed in place", "tuple")]
-REFUSED = ["custom Function", "tensor hook", "checkpoints", "recurrent", "depth by random", "depth by numpy"]
+REFUSED = ["custom Function", "tensor hook", "recurrent", "depth by random", "depth by numpy"]
 
 
 @pytest.mark.parametrize("network", TAKEN)
