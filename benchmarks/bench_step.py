@@ -26,6 +26,7 @@ import measure  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from sib_ext import SIBStep, SpatialIBLoss  # noqa: E402
 from sib_ext.layers import last_feature_map  # noqa: E402
@@ -41,14 +42,22 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(32, channels)
 
 
-def smooth(model: nn.Module) -> nn.Module:
-    """ReLU replaced by GELU and max pooling by average pooling."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.ReLU):
-                setattr(module, name, nn.GELU())
-            elif isinstance(child, nn.MaxPool2d):
-                setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+class Checkpointed(nn.Module):
+    """A block that is recomputed in every backward pass."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """A ResNet with a checkpoint around every residual block."""
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for name, block in list(stage.named_children()):
+            setattr(stage, name, Checkpointed(block))
     return model
 
 
@@ -58,17 +67,16 @@ def network(name: str, size: int) -> nn.Module:
     torch.manual_seed(0)
     if name == "resnet18_groupnorm":
         return models.resnet18(num_classes=CLASSES, norm_layer=group_norm)
-    if name == "resnet18_gelu":
-        return smooth(models.resnet18(num_classes=CLASSES))
+    if name == "resnet50_checkpointed":
+        return checkpointed(models.resnet50(num_classes=CLASSES))
     if name == "vit_b_32":
         return models.vit_b_32(num_classes=CLASSES, image_size=size)
     return models.get_model(name, num_classes=CLASSES)
 
 
 BATCH = {"cpu": 8, "cuda": 128}
-NETWORKS = ("resnet18", "resnet50", "densenet121", "vit_b_32", "resnet18_groupnorm", "resnet18_gelu")
+NETWORKS = ("resnet18", "resnet50", "densenet121", "vit_b_32", "resnet18_groupnorm", "resnet50_checkpointed")
 ON_A_GPU = ("resnet50", "resnet18")
-SMOOTH = ("vit_b_32", "resnet18_gelu")
 
 
 #: Without a term at the last feature map; every other S-IB step has one.
@@ -101,8 +109,6 @@ def steps(model: nn.Module, name: str, compiled: bool) -> dict[str, Callable[[Te
         f"every={EVERY}": SIBStep(model, criterion, engine="double_backward", every=EVERY),
         "microbatch": None,
     }
-    if name in SMOOTH:
-        found["finite_difference"] = SIBStep(model, criterion, engine="finite_difference")
     if compiled:
         plain = torch.compile(model)
         found["plain, compiled"] = lambda x, y: cross_entropy(plain(x), y)
@@ -236,12 +242,12 @@ def gradient_errors(arguments, name: str) -> dict[str, float]:
 
     truths = {features: gradients(double, exactly(features), x.double()) for features in (True, False)}
     found = {}
-    for engine in ("loss alone", "double_backward", "microbatch", "finite_difference", "compiled"):
+    for engine in ("loss alone", "double_backward", "microbatch", "compiled"):
         if engine not in engines:
             continue
         step = engines[engine]
-        if engine == "microbatch":
-            step.microbatch = len(x)  # BatchNorm sees the parts: only one part is comparable
+        if engine == "microbatch":  # BatchNorm sees the parts: only one part is comparable
+            step = SIBStep(model, balanced(), microbatch=len(x))
         truth = truths[engine not in INPUT_ALONE]
         found[engine] = float((gradients(model, step, x) - truth).norm() / truth.norm())
     return found

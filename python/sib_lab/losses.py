@@ -27,7 +27,7 @@ from .networks import token_grid
 STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
 #: Loss options that are not SpatialIBLoss's but SIBStep's.
-STEP_OPTIONS = ("layers", "engine", "every", "share", "microbatch", "recompute", "force")
+STEP_OPTIONS = ("layers", "engine", "every", "microbatch")
 TINY = 1e-20  # keeps 0/0 at 0
 
 
@@ -113,7 +113,7 @@ class SpatialIB(TrainingLoss):
         criterion: with all its constants.
         given: use the given masks where there are any (self-made ones elsewhere); False: self-made ones always.
         layers: names of modules of the network that get background terms of their own; ``auto``, as SIBStep has it.
-        options: of :class:`sib_ext.SIBStep`: engine, every, share, microbatch, recompute, force.
+        options: of :class:`sib_ext.SIBStep`: engine, every, microbatch.
     """
 
     def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] | str = "auto", **options):
