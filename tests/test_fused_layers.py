@@ -20,6 +20,9 @@ def conv(cls=nn.Conv2d, *arguments, **options):
 LAYERS = {
     "conv": (conv(nn.Conv2d, 4, 6, 3), (2, 4, 7, 8)),
     "conv with stride, padding, dilation": (conv(nn.Conv2d, 4, 6, (3, 2), 2, (1, 2), 2), (2, 4, 9, 8)),
+    "first conv": (conv(nn.Conv2d, 3, 6, 7, 2, 3), (2, 3, 13, 12)),
+    "first conv of patches": (conv(nn.Conv2d, 3, 6, 4, 4), (2, 3, 12, 8)),
+    "first conv that leaves a border": (conv(nn.Conv2d, 1, 6, (2, 3), 3, (0, 1)), (2, 1, 10, 12)),
     "depthwise conv": (conv(nn.Conv2d, 4, 4, 3, padding=1, groups=4, bias=False), (2, 4, 6, 6)),
     "conv with same padding": (conv(nn.Conv2d, 4, 6, 3, padding="same"), (2, 4, 6, 6)),
     "conv with reflected padding": (conv(nn.Conv2d, 4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 6, 6)),
