@@ -1,0 +1,169 @@
+"""Places: the outputs of modules, by name, and of functions such as ``F.relu``, by name and the module that calls them.
+
+``"block3.relu()"`` is the last feature map that ``relu`` returns to the forward of the module ``block3`` itself;
+``"relu()"``, to that of the model.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_JOINING = {"cat", "concat", "concatenate"}
+_FUNCTION = re.compile(r"(?:(?P<module>.+)\.)?(?P<function>\w+)\(\)")
+See = Callable[[str, Tensor], Tensor]
+
+
+def place_of(module: str, function: str) -> str:
+    return f"{module}.{function}()" if module else f"{function}()"
+
+
+def check_places(model: nn.Module, names: Sequence[str], argument: str = "layers") -> None:
+    """Raises a ValueError for a name that is neither a module's nor one of a function in a module."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        function = _FUNCTION.fullmatch(name)
+        module = name if function is None else function["module"]
+        if module is not None and module not in modules:
+            few = ", ".join(modules[:12]) + (", ..." if len(modules) > 12 else "")
+            raise ValueError(f"{argument}: the model has no module {module!r}; it has {few or 'none'}")
+
+
+@contextmanager
+def captured(
+    model: nn.Module, names: Sequence[str], shifts: Sequence[Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward pass fills the dictionary with the tensors at the named places, to which ``shifts`` are added.
+
+    Of a tuple or list it is the first tensor. A place in a checkpoint is recomputed with its shift as long as the
+    context is open.
+
+    Raises:
+        ValueError: an output that is no tensor, or a module that runs twice.
+    """
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    of_functions: dict[str, Tensor | None] = {}
+    with ExitStack() as stack:
+        for name, shift in zip(names, shifts or [None] * len(names), strict=True):
+            if _FUNCTION.fullmatch(name):
+                of_functions[name] = shift
+            else:
+                stack.callback(modules[name].register_forward_hook(_of_module(name, shift, found)).remove)
+        if of_functions:
+            stack.enter_context(functions_seen(model, _of_function(of_functions, found)))
+        yield found
+
+
+def _of_module(name: str, shift: Tensor | None, found: dict[str, Tensor]) -> Callable:
+    def hook(module, inputs, output):
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise ValueError(
+                f"layers: the output of {name!r} is {type(output).__name__}, not a tensor: name a module inside it"
+            )
+        if not _recomputing():
+            if name in found:
+                raise ValueError(
+                    f"layers: {name!r} runs more than once in a forward pass: name a module that runs once"
+                )
+            found[name] = tensor if shift is None else tensor + shift
+            tensor = found[name]
+        elif shift is not None:
+            tensor = tensor + shift
+        return None if shift is None else _with_first(output, tensor)
+
+    return hook
+
+
+def _of_function(shifts: dict[str, Tensor | None], found: dict[str, Tensor]) -> See:
+    def see(place: str, tensor: Tensor) -> Tensor:
+        if place not in shifts:
+            return tensor
+        if shifts[place] is not None:
+            if place in found and not _recomputing():
+                raise ValueError(
+                    f"layers: {place!r} runs more than once in a forward pass, so that finite differences cannot shift "
+                    "it: name a place that runs once, e.g. make the function a module (nn.GELU, nn.SiLU)"
+                )
+            tensor = tensor + shifts[place]
+        if not _recomputing():
+            found[place] = tensor
+        return tensor
+
+    return see
+
+
+def _recomputing() -> bool:
+    """Whether this forward is a checkpoint's, inside a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def first_tensor(output) -> Tensor | None:
+    if isinstance(output, (tuple, list)):
+        return next((part for part in output if isinstance(part, Tensor)), None)
+    return output if isinstance(output, Tensor) else None
+
+
+def _with_first(output, tensor: Tensor):
+    """A module's output with another first tensor."""
+    if isinstance(output, Tensor):
+        return tensor
+    number = next(i for i, part in enumerate(output) if isinstance(part, Tensor))
+    parts = [*output[:number], tensor, *output[number + 1 :]]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+
+
+@contextmanager
+def functions_seen(model: nn.Module, see: See) -> Iterator[None]:
+    """``see(place, map)`` for every feature map that a function returns inside; what it returns takes its place."""
+    running = [""]  # the modules whose forwards run, the innermost last
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name:
+                stack.callback(module.register_forward_pre_hook(_entering(running, name)).remove)
+                stack.callback(module.register_forward_hook(lambda *_: _leave(running), always_call=True).remove)
+        stack.enter_context(_Functions(running, see))
+        yield
+
+
+def _entering(running: list[str], name: str) -> Callable:
+    def enter(module, inputs) -> None:
+        running.append(name)
+
+    return enter
+
+
+def _leave(running: list[str]) -> None:
+    running.pop()
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, running: list[str], see: See):
+        super().__init__()
+        self.running, self.see = running, see
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        version = None if first is None or first.is_inference() else first._version
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "").strip("_")
+        if not _may_be_map(result) or name == "get" or (result is first and result._version == version):
+            return result
+        if name in _JOINING or (first is not None and result.shape == first.shape and not result._is_view()):
+            return self.see(place_of(self.running[-1], name), result)
+        return result
+
+
+def _may_be_map(result) -> bool:
+    """Planes or tokens of more than one value a channel; not what follows the pooling."""
+    return (
+        isinstance(result, Tensor)
+        and result.is_floating_point()
+        and result.dim() in (3, 4)
+        and result[:1].numel() > result.shape[1]
+    )
