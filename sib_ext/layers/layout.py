@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     prefix: int  #: tokens before those of the grid
     height: int
     width: int
-    proportional: bool = True  #: h:w = H:W
+    proportional: bool = True  #: h:w = H:W, to within a row or a column
 
     @property
     def positions(self) -> int:
@@ -36,29 +36,25 @@ def layout_of(shape: Sequence[int], size: Sequence[int]) -> Layout | None:
     """The layout of a feature map of that shape, None where it cannot be one.
 
     Four dimensions are planes [B,C,h,w], unless those have other proportions than the images and [B,h,w,C] is a grid
-    as a patch size would cut it from them. Three are tokens, row by row, of such a grid after the least possible
+    as a patch size would cut it from the images. Three are tokens, row by row, of such a grid after the least possible
     number of others.
 
     Args:
         size: (H, W) of the images.
     """
     if len(shape) == 4:
-        as_planes = _proportional(shape[2:], size)
-        if not as_planes and _grids(*size).get(shape[1] * shape[2]) == tuple(shape[1:3]):
+        (height, width), (H, W) = shape[2:], size
+        grids = _grids(H, W)
+        exact = height * W == width * H or grids.get(height * width) == (height, width)
+        if not exact and grids.get(shape[1] * shape[2]) == tuple(shape[1:3]):
             return Layout(4, True, 0, *shape[1:3])
-        return Layout(4, False, 0, *shape[2:], as_planes)
+        return Layout(4, False, 0, height, width, exact or abs(height * W - width * H) <= max(H, W))
     if len(shape) == 3:
         grids = _grids(*size)
         for prefix in range(MOST_PREFIX_TOKENS + 1):
             if shape[1] - prefix in grids:
                 return Layout(3, True, prefix, *grids[shape[1] - prefix])
     return None
-
-
-def _proportional(grid: Sequence[int], size: Sequence[int]) -> bool:
-    """h:w = H:W, to within a row or a column."""
-    (height, width), (H, W) = grid, size
-    return abs(height * W - width * H) <= max(H, W)
 
 
 def _grids(height: int, width: int) -> dict[int, tuple[int, int]]:

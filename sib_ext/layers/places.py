@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 _JOINING = {"cat", "concat", "concatenate"}
@@ -117,15 +118,19 @@ def _with_first(output, tensor: Tensor):
     return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
 
+def hooked(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules inside the model that take hooks; scripted ones do not."""
+    return [(name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule)]
+
+
 @contextmanager
 def functions_seen(model: nn.Module, see: See) -> Iterator[None]:
     """``see(place, map)`` for every feature map that a function returns inside; what it returns takes its place."""
     running = [""]  # the modules whose forwards run, the innermost last
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name:
-                stack.callback(module.register_forward_pre_hook(_entering(running, name)).remove)
-                stack.callback(module.register_forward_hook(lambda *_: _leave(running), always_call=True).remove)
+        for name, module in hooked(model):
+            stack.callback(module.register_forward_pre_hook(_entering(running, name)).remove)
+            stack.callback(module.register_forward_hook(lambda *_: _leave(running), always_call=True).remove)
         stack.enter_context(_Functions(running, see))
         yield
 
@@ -149,6 +154,8 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if is_lazy(first):
+            return function(*args, **kwargs)
         version = None if first is None or first.is_inference() else first._version
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "").strip("_")

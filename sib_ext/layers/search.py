@@ -19,7 +19,7 @@ from ..outputs import logits_of
 from ..twin import undisturbed
 from .graph import bottlenecks
 from .layout import Layout, layout_of
-from .places import first_tensor, functions_seen
+from .places import first_tensor, functions_seen, hooked
 
 IMAGES = 3  # of two, a BatchNorm over the batch alone lets no gradient through
 LARGE = 1024.0  # keeps the VJP of a float16 pass from underflowing
@@ -162,9 +162,8 @@ class _Log:
     def recording(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(functions_seen(model, self._of_function))
-            for name, module in model.named_modules():
-                if name:
-                    stack.callback(module.register_forward_hook(self._of_module(name)).remove)
+            for name, module in hooked(model):
+                stack.callback(module.register_forward_hook(self._of_module(name)).remove)
             yield
 
     def maps(self) -> list[_Map]:
