@@ -424,6 +424,16 @@ def test_the_search_leaves_no_trace(run, fails):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_model_that_takes_batches_of_one_size_gets_the_whole():
+    def in_pairs(net, x):
+        return net.pooled(net.body(x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)))
+
+    model = Network(in_pairs)
+    assert find_feature_map(model, torch.randn(4, 3, 16, 16)) == "body"
+    with pytest.raises(RuntimeError, match="unflatten"):
+        find_feature_map(model, torch.randn(5, 3, 16, 16))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_modules_that_are_lazy_or_scripted_are_searched():
     x = torch.randn(4, 3, 16, 16)

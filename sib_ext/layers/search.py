@@ -37,7 +37,7 @@ def last_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None
     """As :func:`find_feature_map`, with a warning where there is none."""
     name = find_feature_map(model, x, output)
     if name is None:
-        warnings.warn(NOTHING_FOUND, stacklevel=2)
+        warnings.warn(NOTHING_FOUND, stacklevel=4)  # of step(x, y)
     return name
 
 
@@ -52,14 +52,23 @@ def find_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None
 
     Args:
         model: x -> logits [B,K], not wrapped in DDP or ``torch.compile``.
-        x: images [B,C,H,W], of which the first three are used; left as it is.
+        x: images [B,C,H,W], of which the first three are used, or all if the model fails on those; left as it is.
         output: as in :func:`sib_ext.outputs.logits_of`.
         functions: False leaves out the outputs of functions, which have no module.
     """
     search = _Search(model, output, functions)
+    try:
+        return _searched(search, x[:IMAGES])
+    except Exception:
+        if len(x) <= IMAGES:
+            raise
+    return _searched(search, x)  # a model may take batches of certain sizes alone
+
+
+def _searched(search: "_Search", x: Tensor) -> str | None:
     with undisturbed(x):
-        image = x[:IMAGES].detach().clone().requires_grad_()
-        if _runs_as_it_is(model):
+        image = x.detach().clone().requires_grad_()
+        if _runs_as_it_is(search):
             return _with_buffers_put_back(search, image)
         parameters = {name: _visible(p.detach(), seed) for seed, (name, p) in enumerate(search.named_parameters())}
         buffers = {name: buffer.clone() for name, buffer in search.named_buffers()}
@@ -102,7 +111,7 @@ class _Search(nn.Module):
 
     def forward(self, image: Tensor) -> str | None:
         x = image.clone()  # no leaf, so that the model may overwrite it
-        log = _Log(x)
+        log, start = _Log(x), x.grad_fn
         with log.recording(self.model):
             result = self.model(x)
         logits = logits_of(result, self.output)
@@ -112,7 +121,7 @@ class _Search(nn.Module):
         generator = torch.Generator().manual_seed(0)
         projection = LARGE * torch.randn(logits.shape, generator=generator).to(logits)
         s = (projection * logits).sum()
-        necks = bottlenecks(s.grad_fn, x.grad_fn)
+        necks = bottlenecks(s.grad_fn, start)
         gradients = torch.autograd.grad(s, [m.tensor for m in maps], allow_unused=True)
         found = []
         for m, gradient in zip(maps, gradients, strict=True):
