@@ -424,6 +424,84 @@ def test_the_search_leaves_no_trace(run, fails):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["timm vit", "timm cait", "timm swin"])
+def test_the_search_sees_through_half_types(name, dtype):
+    make, side, place = (CLASS_TOKEN | POOLED)[name]
+    model, x = make(), torch.randn(3, 3, side, side)
+    with torch.autocast("cpu", dtype):
+        assert find_feature_map(model, x) == place
+    assert find_feature_map(model.to(dtype), x.to(dtype)) == place
+
+
+@pytest.mark.parametrize("name", ["timm vit", "timm vit, mean", "huggingface vit"])
+def test_the_search_sees_through_the_checkpoints_of_libraries(name):
+    make, side, place = (CLASS_TOKEN | POOLED)[name]
+    model, x = make(), torch.randn(3, 3, side, side)
+    if name.startswith("timm"):
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable()
+    found = find_feature_map(model, x)
+    assert found == ("blocks.1" if place == "blocks" else place)  # timm runs them one by one then
+    seen = Looked(without_zeros(model), x, found)
+    assert seen.share > 0.9 and not torch.allclose(seen.emptied, seen.logits)
+
+
+@pytest.mark.parametrize(("norm_first", "place"), [(True, "2.layers.1.norm1"), (False, "2.layers.0")])
+def test_transformers_that_normalise_before_or_after(norm_first, place):
+    class WithToken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+        def forward(self, x):
+            return torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).mT], 1)
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), WithToken(), encoder, nn.LayerNorm(8))
+    x = torch.randn(3, 3, 16, 32)
+    assert find_feature_map(model, x, output=lambda tokens: tokens[:, 0]) == place
+    assert find_feature_map(model, x, output=lambda tokens: tokens.mean(1)) == "3"
+
+
+@pytest.mark.parametrize("queries", [4, 6, 12, 20])
+@pytest.mark.parametrize("planes", [False, True])
+def test_queries_and_latents_are_no_grid(queries, planes):
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 4, 4)
+            self.norm, self.last = nn.LayerNorm(8), nn.LayerNorm(8)
+            self.queries = nn.Parameter(torch.randn(1, queries, 8))
+            self.decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+
+        def forward(self, x):
+            tokens = self.body(x).flatten(2).mT
+            tokens = tokens if planes else self.norm(tokens)
+            return self.last(self.decoder(self.queries.expand(len(x), -1, -1), tokens)).mean(2)
+
+    assert find_feature_map(Decoder(), torch.randn(3, 3, 28, 28)) == ("body" if planes else "norm")
+
+
+def test_tokens_may_be_unfolded_and_merged():
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 16, 8)
+            self.norm, self.merge, self.last = nn.LayerNorm(8), nn.Linear(32, 16), nn.LayerNorm(16)
+            self.head = nn.Linear(16, CLASSES)
+
+        def forward(self, x):
+            tokens = self.norm(self.second(F.unfold(self.first(x), 4, stride=4).mT))
+            h, w = x.shape[2] // 8, x.shape[3] // 8
+            tokens = tokens.view(len(x), h, 2, w, 2, 8).permute(0, 1, 3, 2, 4, 5).reshape(len(x), h * w, 32)
+            return self.head(self.last(self.merge(tokens)).mean(1))
+
+    assert find_feature_map(Merging(), torch.randn(3, 3, 32, 64)) == "last"
+
+
 def test_a_model_that_takes_batches_of_one_size_gets_the_whole():
     def in_pairs(net, x):
         return net.pooled(net.body(x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)))

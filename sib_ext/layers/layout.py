@@ -1,5 +1,6 @@
 """Where the channels and the positions of a feature map are: planes, channels last, or tokens."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,22 +36,21 @@ class Layout(NamedTuple):
 def layout_of(shape: Sequence[int], size: Sequence[int]) -> Layout | None:
     """The layout of a feature map of that shape, None where it cannot be one.
 
-    Four dimensions are planes [B,C,h,w], unless those have other proportions than the images and [B,h,w,C] is a grid
-    as a patch size would cut it from the images. Three are tokens, row by row, of such a grid after the least possible
-    number of others.
+    Four dimensions are planes [B,C,h,w], unless those have other proportions than the images and [B,h,w,C] has
+    theirs, exactly or as a patch size would cut them. Three are tokens, row by row, of such a grid after the least
+    possible number of others.
 
     Args:
         size: (H, W) of the images.
     """
+    grids = _grids(*size)
     if len(shape) == 4:
         (height, width), (H, W) = shape[2:], size
-        grids = _grids(H, W)
-        exact = height * W == width * H or grids.get(height * width) == (height, width)
+        exact = grids.get(height * width) == (height, width)
         if not exact and grids.get(shape[1] * shape[2]) == tuple(shape[1:3]):
             return Layout(4, True, 0, *shape[1:3])
         return Layout(4, False, 0, height, width, exact or abs(height * W - width * H) <= max(H, W))
     if len(shape) == 3:
-        grids = _grids(*size)
         for prefix in range(MOST_PREFIX_TOKENS + 1):
             if shape[1] - prefix in grids:
                 return Layout(3, True, prefix, *grids[shape[1] - prefix])
@@ -58,12 +58,12 @@ def layout_of(shape: Sequence[int], size: Sequence[int]) -> Layout | None:
 
 
 def _grids(height: int, width: int) -> dict[int, tuple[int, int]]:
-    """Number of positions -> (h, w), for every patch size, with and without a rest at the border."""
-    found: dict[int, tuple[int, int]] = {}
+    """Number of positions -> (h, w): exact proportions, and those of every patch size, with or without a rest."""
+    common = math.gcd(height, width)
+    grids = [(height // common * i, width // common * i) for i in range(1, common + 1)]
     for patch in range(1, min(height, width) + 1):
-        for h, w in ((height // patch, width // patch), (-(-height // patch), -(-width // patch))):
-            found.setdefault(h * w, (h, w))
-    return found
+        grids += (height // patch, width // patch), (-(-height // patch), -(-width // patch))
+    return {h * w: (h, w) for h, w in reversed(grids)}
 
 
 def class_activation_of(name: str, features: Tensor, vjp: Tensor | None, size: Sequence[int]) -> Tensor:

@@ -156,14 +156,18 @@ class _Functions(TorchFunctionMode):
         first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         if is_lazy(first):
             return function(*args, **kwargs)
-        version = None if first is None or first.is_inference() else first._version
+        version = _version(first)
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "").strip("_")
-        if not _may_be_map(result) or name == "get" or (result is first and result._version == version):
+        untouched = result is first and _version(result) == version  # by .contiguous(), .to()
+        if not _may_be_map(result) or untouched or name == "get":  # an attribute
             return result
-        if name in _JOINING or (first is not None and result.shape == first.shape and not result._is_view()):
-            return self.see(place_of(self.running[-1], name), result)
-        return result
+        elementwise = first is not None and result.shape == first.shape and not result._is_view()
+        return self.see(place_of(self.running[-1], name), result) if elementwise or name in _JOINING else result
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _may_be_map(result) -> bool:
