@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _JOINING = {"cat", "concat", "concatenate"}
 _FUNCTION = re.compile(r"(?:(?P<module>.+)\.)?(?P<function>\w+)\(\)")
-See = Callable[[str, Tensor], Tensor]
+See = Callable[[str, Tensor], None]
 
 
 def place_of(module: str, function: str) -> str:
@@ -34,88 +34,49 @@ def check_places(model: nn.Module, names: Sequence[str], argument: str = "layers
 
 
 @contextmanager
-def captured(
-    model: nn.Module, names: Sequence[str], shifts: Sequence[Tensor] | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Inside, a forward pass fills the dictionary with the tensors at the named places, to which ``shifts`` are added.
+def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Inside, a forward pass fills the dictionary with the tensors at the named places.
 
-    Of a tuple or list it is the first tensor. A place in a checkpoint is recomputed with its shift as long as the
-    context is open.
+    Of a tuple or list it is the first tensor. Close it before the backward pass, in which checkpoints run again.
 
     Raises:
         ValueError: an output that is no tensor, or a module that runs twice.
     """
     found: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
-    of_functions: dict[str, Tensor | None] = {}
+    functions = {name for name in names if _FUNCTION.fullmatch(name)}
+
+    def keep(place: str, tensor: Tensor) -> None:
+        if place in functions:
+            found[place] = tensor
+
     with ExitStack() as stack:
-        for name, shift in zip(names, shifts or [None] * len(names), strict=True):
-            if _FUNCTION.fullmatch(name):
-                of_functions[name] = shift
-            else:
-                stack.callback(modules[name].register_forward_hook(_of_module(name, shift, found)).remove)
-        if of_functions:
-            stack.enter_context(functions_seen(model, _of_function(of_functions, found)))
+        for name in names:
+            if name not in functions:
+                stack.callback(modules[name].register_forward_hook(_of_module(name, found)).remove)
+        if functions:
+            stack.enter_context(functions_seen(model, keep))
         yield found
 
 
-def _of_module(name: str, shift: Tensor | None, found: dict[str, Tensor]) -> Callable:
-    def hook(module, inputs, output):
+def _of_module(name: str, found: dict[str, Tensor]) -> Callable:
+    def hook(module, inputs, output) -> None:
         tensor = first_tensor(output)
         if tensor is None:
             raise ValueError(
                 f"layers: the output of {name!r} is {type(output).__name__}, not a tensor: name a module inside it"
             )
-        if not _recomputing():
-            if name in found:
-                raise ValueError(
-                    f"layers: {name!r} runs more than once in a forward pass: name a module that runs once"
-                )
-            found[name] = tensor if shift is None else tensor + shift
-            tensor = found[name]
-        elif shift is not None:
-            tensor = tensor + shift
-        return None if shift is None else _with_first(output, tensor)
+        if name in found:
+            raise ValueError(f"layers: {name!r} runs more than once in a forward pass: name a module that runs once")
+        found[name] = tensor
 
     return hook
-
-
-def _of_function(shifts: dict[str, Tensor | None], found: dict[str, Tensor]) -> See:
-    def see(place: str, tensor: Tensor) -> Tensor:
-        if place not in shifts:
-            return tensor
-        if shifts[place] is not None:
-            if place in found and not _recomputing():
-                raise ValueError(
-                    f"layers: {place!r} runs more than once in a forward pass, so that finite differences cannot shift "
-                    "it: name a place that runs once, e.g. make the function a module (nn.GELU, nn.SiLU)"
-                )
-            tensor = tensor + shifts[place]
-        if not _recomputing():
-            found[place] = tensor
-        return tensor
-
-    return see
-
-
-def _recomputing() -> bool:
-    """Whether this forward is a checkpoint's, inside a backward pass."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def first_tensor(output) -> Tensor | None:
     if isinstance(output, (tuple, list)):
         return next((part for part in output if isinstance(part, Tensor)), None)
     return output if isinstance(output, Tensor) else None
-
-
-def _with_first(output, tensor: Tensor):
-    """A module's output with another first tensor."""
-    if isinstance(output, Tensor):
-        return tensor
-    number = next(i for i, part in enumerate(output) if isinstance(part, Tensor))
-    parts = [*output[:number], tensor, *output[number + 1 :]]
-    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
 
 
 def hooked(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -125,7 +86,7 @@ def hooked(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @contextmanager
 def functions_seen(model: nn.Module, see: See) -> Iterator[None]:
-    """``see(place, map)`` for every feature map that a function returns inside; what it returns takes its place."""
+    """``see(place, map)`` for every feature map that a function returns inside."""
     running = [""]  # the modules whose forwards run, the innermost last
     with ExitStack() as stack:
         for name, module in hooked(model):
@@ -163,7 +124,9 @@ class _Functions(TorchFunctionMode):
         if not _may_be_map(result) or untouched or name == "get":  # an attribute
             return result
         elementwise = first is not None and result.shape == first.shape and not result._is_view()
-        return self.see(place_of(self.running[-1], name), result) if elementwise or name in _JOINING else result
+        if elementwise or name in _JOINING:
+            self.see(place_of(self.running[-1], name), result)
+        return result
 
 
 def _version(tensor: Tensor | None) -> int | None:

@@ -56,13 +56,12 @@ class Log:
         places = [p for p in found.functions if self.last[p] is found.tensor and (neck or self.runs[p] == 1)]
         return (modules or (places if functions else []) or [None])[-1]
 
-    def _of_function(self, place: str, tensor: Tensor) -> Tensor:
+    def _of_function(self, place: str, tensor: Tensor) -> None:
         self.runs[place] += 1
         self.last[place] = tensor
         if found := self._noted(tensor):
             found.functions.append(place)
             found.normalised |= "norm" in place.rpartition(".")[2]
-        return tensor
 
     def _of_module(self, name: str) -> Callable:
         def hook(module, inputs, output) -> None:

@@ -6,14 +6,15 @@ graph for *bottlenecks*, tensors that all of x goes through on its way to the lo
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..outputs import logits_of
-from ..twin import undisturbed
+from ..passes import Noise, with_state
 from .choice import Candidate, chosen
 from .graph import bottlenecks
 from .layout import Layout
@@ -54,23 +55,23 @@ def find_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None
         output: as in :func:`sib_ext.outputs.logits_of`.
         functions: False leaves out the outputs of functions, which have no module.
     """
-    search = _Search(model, output, functions)
     try:
-        return _searched(search, x[:IMAGES])
+        return _searched(model, x[:IMAGES], output, functions)
     except Exception:
         if len(x) <= IMAGES:
             raise
-    return _searched(search, x)  # a model may take batches of certain sizes alone
+    return _searched(model, x, output, functions)  # a model may take batches of certain sizes alone
 
 
-def _searched(search: "_Search", x: Tensor) -> str | None:
-    with undisturbed(x):
-        image = x.detach().clone().requires_grad_()
-        if _runs_as_it_is(search):
-            return _with_buffers_put_back(search, image)
-        parameters = {name: _visible(p.detach(), seed) for seed, (name, p) in enumerate(search.named_parameters())}
-        buffers = {name: buffer.clone() for name, buffer in search.named_buffers()}
-        return torch.func.functional_call(search, (parameters, buffers), (image,))
+def _searched(model: nn.Module, x: Tensor, output: Callable | None, functions: bool) -> str | None:
+    with Noise(x.device).again(), torch.inference_mode(False), torch.enable_grad():
+        image = x.detach().clone()
+        if _runs_as_it_is(model):
+            with _put_back(model):
+                return _found(model, image, output, functions)
+        state = {name: _visible(p.detach(), seed) for seed, (name, p) in enumerate(model.named_parameters())}
+        state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+        return with_state(model, state, lambda: _found(model, image, output, functions))
 
 
 def _runs_as_it_is(model: nn.Module) -> bool:
@@ -79,15 +80,16 @@ def _runs_as_it_is(model: nn.Module) -> bool:
     return sharded or any(is_lazy(t) for t in (*model.parameters(), *model.buffers()))
 
 
-def _with_buffers_put_back(search: "_Search", image: Tensor) -> str | None:
-    kept = [(buffer, buffer.clone()) for buffer in search.buffers() if not is_lazy(buffer)]
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
-        return search(image)
+        yield
     finally:
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
-        for module in search.modules():
+        for module in model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
 
@@ -100,34 +102,28 @@ def _visible(parameter: Tensor, seed: int) -> Tensor:
     return torch.empty(parameter.shape).normal_(0, SMALL, generator=generator).to(parameter)
 
 
-class _Search(nn.Module):
-    """A pass and its VJP as one forward, so that checkpoints, too, are recomputed with the replaced parameters."""
-
-    def __init__(self, model: nn.Module, output: Callable | None, functions: bool):
-        super().__init__()
-        self.model, self.output, self.functions = model, output, functions
-
-    def forward(self, image: Tensor) -> str | None:
-        x = image.clone()  # no leaf, so that the model may overwrite it
-        log, start = Log(x), x.grad_fn
-        with log.recording(self.model):
-            result = self.model(x)
-        logits = logits_of(result, self.output)
-        maps = [m for m in log.maps() if m.tensor.requires_grad]
-        if not maps or not logits.requires_grad:
-            return None
-        generator = torch.Generator().manual_seed(0)
-        projection = LARGE * torch.randn(logits.shape, generator=generator).to(logits)
-        s = (projection * logits).sum()
-        necks = bottlenecks(s.grad_fn, start)
-        gradients = torch.autograd.grad(s, [m.tensor for m in maps], allow_unused=True)
-        found = []
-        for m, gradient in zip(maps, gradients, strict=True):
-            neck = necks.get(m.tensor.grad_fn) == {m.tensor.output_nr}
-            name = log.name_of(m, neck, self.functions)
-            if name is not None and gradient is not None:
-                found.append(Candidate(name, m, neck, *_reached(gradient, m.layout)))
-        return chosen(found)
+def _found(model: nn.Module, image: Tensor, output: Callable | None, functions: bool) -> str | None:
+    """By a pass and its VJP, in which checkpoints run again."""
+    x = image.requires_grad_().clone()  # no leaf, so that the model may overwrite it
+    log, start = Log(x), x.grad_fn
+    with log.recording(model):
+        result = model(x)
+    logits = logits_of(result, output)
+    maps = [m for m in log.maps() if m.tensor.requires_grad]
+    if not maps or not logits.requires_grad:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    projection = LARGE * torch.randn(logits.shape, generator=generator).to(logits)
+    s = (projection * logits).sum()
+    necks = bottlenecks(s.grad_fn, start)
+    gradients = torch.autograd.grad(s, [m.tensor for m in maps], allow_unused=True)
+    found = []
+    for m, gradient in zip(maps, gradients, strict=True):
+        neck = necks.get(m.tensor.grad_fn) == {m.tensor.output_nr}
+        name = log.name_of(m, neck, functions)
+        if name is not None and gradient is not None:
+            found.append(Candidate(name, m, neck, *_reached(gradient, m.layout)))
+    return chosen(found)
 
 
 def _reached(gradient: Tensor, layout: Layout) -> tuple[bool, bool]:
