@@ -393,6 +393,7 @@ def test_where_nothing_fits_one_warning_names_the_argument(run, normalised):
             step(x, torch.arange(4))
     assert step.layers == ()
     (message,) = [str(w.message) for w in caught]
+    assert caught[0].filename == __file__
     assert 'layers=["block4.relu()"]' in message and "no layer gets a background term" in message
 
 

@@ -5,6 +5,7 @@ the head, attention matrices and the inside of an attention pooling run late, to
 graph for *bottlenecks*, tensors that all of x goes through on its way to the logits, and starts from the last of them.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,16 @@ def last_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None
     """As :func:`find_feature_map`, with a warning where there is none."""
     name = find_feature_map(model, x, output)
     if name is None:
-        warnings.warn(NOTHING_FOUND, stacklevel=4)  # of step(x, y)
+        warnings.warn(NOTHING_FOUND, stacklevel=_levels_to_the_caller())
     return name
+
+
+def _levels_to_the_caller() -> int:
+    """The ``stacklevel``, for a warning of the function that calls this, of the first line outside the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(f"{__package__.partition('.')[0]}."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def find_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None, functions: bool = True) -> str | None:
