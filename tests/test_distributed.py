@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sib_ext import SIBStep, SpatialIBLoss
 from sib_ext import functional as sib
 from sib_ext.distributed import JoinedBatch, project, twice_differentiable
+from sib_ext.layers import last_feature_map
 
 from .compare import assert_near, gradients, relative_error
 from .samples import FIXED, tiny_problem
@@ -288,6 +289,32 @@ def test_in_float32_a_step_of_fsdp2_agrees_to_a_millionth(on_ranks, preset):
     expected, *_ = train(blocks(torch.float32), x.requires_grad_(), y, loss_of({"preset": preset}))
     for found, *_ in on_ranks(fsdp_training, (4, 4), {"preset": preset}, torch.float32):
         assert_near(flat(found), flat(expected), 1e-6)
+
+
+def fsdp_engine_training(rank):
+    """SIBStep finds its layer on the sharded model: the name, whether the search left it sharded, and the gradients."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = blocks(torch.float64)
+    for module in (model[0], model[1], model):
+        fully_shard(module, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    x, y = images(8, torch.float64)
+    own = slice(4 * rank, 4 * rank + 4)
+    name = last_feature_map(model, x[own])
+    sharded = all(isinstance(p, dist.tensor.DTensor) and p.grad is None for p in model.parameters())
+    step = SIBStep(model, loss_of(LOSSES["balanced"], process_group="world"))
+    kept = train(model, x[own], y[own], lambda logits, y, x: step(x, y))
+    return name, step.layers, sharded, kept
+
+
+def test_the_last_feature_map_of_a_sharded_model_is_found_and_trained(on_ranks):
+    model, (x, y) = blocks(torch.float64), images(8, torch.float64)
+    step = SIBStep(model, loss_of(LOSSES["balanced"]), ("1",))
+    expected = train(model, x, y, lambda logits, y, x: step(x, y))
+    for name, layers, sharded, found in on_ranks(fsdp_engine_training):
+        assert (name, layers, sharded) == ("1", ("1",), True)
+        for gradients_found, truth in zip(found, expected, strict=True):
+            assert_near(flat(gradients_found), flat(truth), 1e-11)
 
 
 def reshard_flags(rank, wanted):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sib_ext.layers import evaluating, last_feature_map
+from sib_ext.layers import find_feature_map
 
 NETWORKS = ("small_cnn", "gap_cnn", "resnet18", "resnet50", "densenet121", "vit_b_32")
 ALSO = "module:function of your own, or timm:<name> where timm is installed"
@@ -223,7 +223,19 @@ def _first_line(error: BaseException) -> str:
 
 def _probe(model: nn.Module, size: int) -> Tensor:
     like = next(model.parameters(), torch.zeros(()))
-    return torch.zeros(2, 3, size, size, device=like.device, dtype=like.dtype)
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -346,7 +358,7 @@ _REPLACEMENTS = {nn.Hardsigmoid: Hardsigmoid}
 
 
 def cam_layer(model: nn.Module, size: int | None = None) -> str:
-    """Name of the module whose output class-activation maps look at (:func:`sib_ext.layers.last_feature_map`).
+    """Name of the module whose output class-activation maps look at (:func:`sib_ext.layers.find_feature_map`).
 
     That of a vision transformer gives tokens [B,N,D] (see :func:`token_grid`), any other a feature map [B,C,h,w].
 
@@ -359,7 +371,8 @@ def cam_layer(model: nn.Module, size: int | None = None) -> str:
     size = size or getattr(model, "image_size", None) or 224
     size = size[0] if isinstance(size, tuple) else size
     try:
-        name = last_feature_map(model, _probe(model, size))
+        with evaluating(model):
+            name = find_feature_map(model, _probe(model, size), functions=False)
     except Exception as error:  # whatever a user's network raises
         raise NetworkError(
             f"{type(model).__name__} fails on images [2,3,{size},{size}]: {_first_line(error)}."
