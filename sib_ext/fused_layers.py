@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 from torch.utils import checkpoint
 
@@ -264,14 +263,25 @@ def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
 # --------------------------------------------------------------------------------------------- attention
 
 
-def _math_attention(function: Callable) -> Callable:
-    """Attention by the one kernel that has a second derivative; the fused ones fail in ``loss.backward()``."""
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """By the one kernel that has a second derivative; the fused ones fail in ``loss.backward()``.
 
-    def run(*arguments, **options):
-        with sdpa_kernel(SDPBackend.MATH):
-            return function(*arguments, **options)
+    Called by its name, as torch.nn.attention.sdpa_kernel would switch the kernels of every thread.
+    """
+    if _autocast_enabled(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(dtype) for t in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
 
-    return run
+
+def _multi_head_attention(*arguments, need_weights=True, average_attn_weights=True, **options):
+    """With its weights, which PyTorch then computes without a fused kernel."""
+    output, weights = F.multi_head_attention_forward(
+        *arguments, need_weights=True, average_attn_weights=average_attn_weights and need_weights, **options
+    )
+    return output, weights if need_weights else None
 
 
 # -------------------------------------------------------------------------------------------------- mode
@@ -282,8 +292,8 @@ _RULES = {
     torch.conv3d: lambda *a, **k: _convolution(torch.conv3d, 3, *a, **k),
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
-    F.scaled_dot_product_attention: _math_attention(F.scaled_dot_product_attention),
-    F.multi_head_attention_forward: _math_attention(F.multi_head_attention_forward),
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
 }
 
 

@@ -19,7 +19,7 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
         RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
     """
     leaf = x.detach().requires_grad_()
-    with captured(task.model, task.layers) as found, fused_double_backward() as fused:
+    with fused_double_backward() as fused, captured(task.model, task.layers) as found:
         logits = task.logits(leaf, target)
     features = _features(task, found)
     if not logits.requires_grad:

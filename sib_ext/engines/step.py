@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..checks import check_choice, describe
-from ..layers import class_activation_of, last_feature_map
+from ..layers import check_places, class_activation_of, last_feature_map
 from ..loss import SIBTerms, SpatialIBLoss
 from ..outputs import logits_of
 from ..passes import in_place_of, is_compiled, unwrapped
@@ -26,8 +26,9 @@ class SIBStep:
         model: images [B,C,H,W] -> logits [B,K], or an output that holds them (see ``output``); may be wrapped in DDP,
             FSDP2 or ``torch.compile``.
         criterion: a :class:`sib_ext.SpatialIBLoss`.
-        layers: names (or one) of modules (``model.named_modules()``) whose output, a feature map [B,C,h,w] or [B,h,w,C]
-            or tokens [B,T,D] of a grid, gets a background term of its own, on its class activation
+        layers: names (or one) of modules (``model.named_modules()``), or of functions in their forwards
+            (``"block3.relu()"``, ``"relu()"``), whose output, a feature map [B,C,h,w] or [B,h,w,C] or tokens [B,T,D] of
+            a grid, gets a background term of its own, on its class activation
             (:func:`sib_ext.functional.class_activation`). ``"auto"``: the last feature map, found in the first step,
             if the criterion has terms for layers (``layer_weight``), else none.
         engine: ``"auto"``, ``"double_backward"`` or ``"compiled"``, see docs/engines.md.
@@ -88,11 +89,7 @@ class SIBStep:
                 f"{self.criterion.background_weight:g}, layer_weight={self.criterion.layer_weight:g}): "
                 "give both weights, or leave layers out"
             )
-        names = [name for name, _ in unwrapped(self.model).named_modules() if name]
-        for name in self.layers:
-            if name not in names:
-                few = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-                raise ValueError(f"layers: the model has no module {name!r}; it has {few or 'none'}")
+        check_places(unwrapped(self.model), self.layers)
 
     def _chosen(self, engine: str) -> tuple[str, str]:
         if engine != "auto":
@@ -189,7 +186,7 @@ class SIBStep:
     def _task(self, x: Tensor) -> Task:
         eager = unwrapped(self.model)
         if self._finds_layers:
-            name = last_feature_map(eager, x)
+            name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
         return Task(eager, self.criterion, self.layers, self.output, self.scaler)
 

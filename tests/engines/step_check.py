@@ -67,15 +67,15 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
         s = sum(_seeded(z, t, criterion.seed) for z, t in zip(logits, labels, strict=True))
         inputs = [*parts, *(f for name in layers for f in features[name])]
         vjps = torch.autograd.grad(s, inputs, create_graph=True)
-    R, rest = torch.cat(vjps[: len(parts)]), list(vjps[len(parts) :])
-    fields = {}
-    for i, name in enumerate(layers):
-        of_layer = torch.cat(rest[i * len(parts) : (i + 1) * len(parts)])
-        fields[name] = class_activation_of(name, torch.cat(features[name]), of_layer, x.shape[2:])
-    joined = criterion.joined(x)
-    information = criterion.information(R, x, mask, None, joined, fields)
-    loss = F.cross_entropy(torch.cat(logits), y) + scale * information.loss
-    loss.backward()
+        R, rest = torch.cat(vjps[: len(parts)]), list(vjps[len(parts) :])
+        fields = {}
+        for i, name in enumerate(layers):
+            of_layer = torch.cat(rest[i * len(parts) : (i + 1) * len(parts)])
+            fields[name] = class_activation_of(name, torch.cat(features[name]), of_layer, x.shape[2:])
+        joined = criterion.joined(x)
+        information = criterion.information(R, x, mask, None, joined, fields)
+        loss = F.cross_entropy(torch.cat(logits), y) + scale * information.loss
+        loss.backward()
     return loss.detach(), flat(model)
 
 
@@ -242,15 +242,22 @@ def pickle_fails_alone(step: SIBStep) -> None:
     raise AssertionError("the model can be pickled, but the step cannot")
 
 
+def kernels() -> tuple[bool, ...]:
+    of = torch.backends.cuda
+    return of.flash_sdp_enabled(), of.mem_efficient_sdp_enabled(), of.math_sdp_enabled(), of.cudnn_sdp_enabled()
+
+
 def in_threads(steps: list[SIBStep], gradient_of: Callable, truth: Tensor, tolerance: float) -> None:
     """Two trainings at once, and one afterwards."""
     found: list[Tensor] = []
+    before = kernels()
     threads = [threading.Thread(target=lambda step=step: found.append(gradient_of(step))) for step in steps[:2]]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     found.append(gradient_of(steps[2]))
+    assert kernels() == before, "attention kernels of the process were switched"
     assert len(found) == 3, "a thread failed"
     for of_thread in found:
         assert error(of_thread, truth) < tolerance, "two threads disturb each other"
