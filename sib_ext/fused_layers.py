@@ -271,6 +271,10 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     if _autocast_enabled(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype)
     return torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]

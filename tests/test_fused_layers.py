@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sib_ext import SpatialIBLoss
 from sib_ext.fused_layers import _Convolution, fused_double_backward, input_gradients
@@ -213,3 +214,60 @@ def test_errors_are_those_of_pytorch():
             torch.nn.functional.group_norm(x.expand(2, 4, 2, 2), 3)
         with pytest.raises(RuntimeError, match="channels"):
             nn.Conv2d(3, 4, 1)(x)
+
+
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "boolean mask": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()},
+    "additive mask": {"attn_mask": torch.linspace(-1, 1, 25).view(5, 5).double()},
+    "scaled": {"scale": 0.3},
+    "grouped": {"enable_gqa": True},
+    "dropout": {"dropout_p": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_that_of_pytorchs_math_kernel(name):
+    heads = 2 if name == "grouped" else 4
+    q, k, v = (torch.randn(2, h, 5, 3, dtype=torch.float64, requires_grad=True) for h in (4, heads, heads))
+    found = []
+    for context in (fused_double_backward(), sdpa_kernel(SDPBackend.MATH)):
+        torch.manual_seed(1)
+        with context:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, **ATTENTION[name])
+        (R,) = torch.autograd.grad(y.sin().sum(), q, create_graph=True)
+        found.append((y, R, *torch.autograd.grad((R**3).sum(), (q, k, v))))
+    for value, truth in zip(*found, strict=True):
+        assert_near(value, truth, 1e-12)
+
+
+def test_attention_under_autocast_has_the_type_that_pytorch_gives_it():
+    q = torch.randn(2, 4, 5, 3)
+    mask = torch.randn(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = nn.functional.scaled_dot_product_attention(q, q, q, mask)
+        with fused_double_backward():
+            ours = nn.functional.scaled_dot_product_attention(q, q, q, mask)
+    assert ours.dtype == plain.dtype == torch.bfloat16
+    assert_near(ours, plain, 1e-2)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masked", [None, "padding", "causal"])
+def test_multi_head_attention_is_pytorchs(need_weights, masked):
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    options = {"need_weights": need_weights}
+    if masked == "padding":
+        options["key_padding_mask"] = torch.arange(5).expand(3, 5) > 3
+    if masked == "causal":
+        options |= {"attn_mask": nn.Transformer.generate_square_subsequent_mask(5).double(), "is_causal": True}
+    with sdpa_kernel(SDPBackend.MATH):
+        y, weights = layer(x, x, x, **options)
+    with fused_double_backward():
+        ours, of_ours = layer(x, x, x, **options)
+    assert_near(ours, y, 1e-12)
+    assert (of_ours is None) == (weights is None) == (not need_weights)
+    if need_weights:
+        assert_near(of_ours, weights, 1e-12)
