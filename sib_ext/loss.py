@@ -252,8 +252,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
                 (x1, y1, x2, y2 in pixels); or a sequence of B items [H,W], [1,H,W] or [4], None where unknown.
             annotated: bool [B]: which samples' ``mask`` counts; the others get the self-made mask.
             features: what the logits were computed from on the way from ``x`` and gets a background term of its own:
-                a feature map [B,C,h,w] or tokens [B,T,D] of a square grid, or several of them by name. Best the one
-                that class-activation maps look at (:class:`sib_ext.SIBStep` finds it).
+                a feature map [B,C,h,w] or [B,h,w,C] or tokens [B,T,D] of a grid, or several of them by name. Best the
+                one that class-activation maps look at (:class:`sib_ext.SIBStep` finds it).
 
         Raises:
             ValueError: an argument of the wrong type, rank, size, range or device.

@@ -1,6 +1,7 @@
 """The usual image classifiers: checked, trained with the S-IB loss for two steps, and their gradient verified."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sib_ext import SpatialIBLoss, check_double_backward
+
+from .engines.step_check import check_step
 
 models = pytest.importorskip("torchvision.models")
 
@@ -56,8 +59,13 @@ ZOO = {
     "convnext_tiny": (lambda: models.convnext_tiny(num_classes=CLASSES), 32),
     "vit": (vision_transformer, 64),
     "swin_t": (lambda: models.swin_t(num_classes=CLASSES), 64),
+    "densenet with checkpoints": (
+        lambda: models.DenseNet(8, (2, 2), 8, memory_efficient=True, num_classes=CLASSES),
+        32,
+    ),
 }
-FAST = {"resnet18", "mobilenet_v3_small", "vit"}
+STEADY = {"resnet18", "densenet121", "vit", "densenet with checkpoints"}  # no dropout, no stochastic depth
+FAST = {"resnet18", "mobilenet_v3_small", "vit", "densenet with checkpoints"}
 NAMES = [name if name in FAST else pytest.param(name, marks=slow) for name in ZOO]
 
 
@@ -124,6 +132,19 @@ def test_the_gradient_of_the_information_terms_is_their_finite_difference(name):
         quotients = [(moved(h) - moved(-h)) / (2 * h) for h in (1e-7, 1e-8)]
     assert abs(found) > 1e-3
     assert min(abs(found - q) for q in quotients) < 1e-5 * abs(found), (found, quotients)
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"microbatch": 2}, marks=slow)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_right_and_a_good_guest(name, options, threads):
+    """With its last feature map, as found; the transformers without any context of the user's."""
+    threads(1)
+    make, side = ZOO[name]
+    mask = torch.zeros(4, 1, side, side)
+    mask[:, :, 6:25, 4:20] = 1
+    x = torch.randn(4, 3, side, side)
+    step = check_step(make, x, torch.arange(4) % CLASSES, mask, "auto", noisy=name not in STEADY, **options)
+    assert step.layers
 
 
 def test_mobilenet_and_the_transformer_as_they_come_are_caught_with_their_fixes():

@@ -4,6 +4,8 @@ import copy
 import gc
 import pickle
 import re
+import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -181,6 +183,36 @@ def test_the_model_is_left_as_it_was_even_after_an_error(options, batch):
     assert traces() == 0 and list(vars(model.stem)) == names
     step(*batch).backward()
     assert traces() == 0
+
+
+def test_two_trainings_in_two_threads_do_not_disturb_each_other(batch, threads):
+    """Nor what comes after them: nothing of a step is the process's. (A study with two jobs.)"""
+    threads(1)
+
+    def made():
+        torch.manual_seed(0)
+        return step_of(Network(norm=per_sample), loss_of(), ("body",))
+
+    def run(step, steps=1):
+        for _ in range(steps):
+            last = gradient(step.model, step(*batch))
+        found.append(last)
+
+    found, steps, interval = [], [made() for _ in range(4)], sys.getswitchinterval()
+    run(steps[0])
+    sys.setswitchinterval(1e-5)  # threads change often, as on a busy machine
+    try:
+        work = [threading.Thread(target=run, args=(step, 60)) for step in steps[1:3]]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    run(steps[3])
+    assert len(found) == 4
+    for later in found[1:]:
+        assert error(later, found[0]) < 1e-5
 
 
 def test_a_training_does_not_grow(batch):
