@@ -169,7 +169,7 @@ class _BatchNorm(Function):
         y, mean, rstd = torch.ops.aten.native_batch_norm(
             x, weight, bias, running_mean, running_var, True, momentum, eps
         )
-        ctx.eps = eps
+        ctx.eps, ctx.impl = eps, dispatch.default_impl()
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
@@ -185,7 +185,7 @@ class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *_extents(x), groups, eps)
-        ctx.groups, ctx.eps = groups, eps
+        ctx.groups, ctx.eps, ctx.impl = groups, eps, dispatch.default_impl()
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
@@ -202,7 +202,7 @@ def _norm_gradients(ctx, grad: Tensor, layer: Callable) -> tuple:
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needed = ctx.needs_input_grad
     if _input_only(grad):
-        grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps) if needed[0] else None
+        grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps, ctx.impl) if needed[0] else None
         return grad_x, None, None
     if torch.is_grad_enabled():
         return _plain_derivatives(layer, (x, weight, bias), grad, needed)
@@ -213,8 +213,8 @@ class _NormInputGradient(Function):
     """(g, x, weight) -> dx of a batch (statistics [C]) or group (statistics [B,G]) normalisation."""
 
     @staticmethod
-    def forward(ctx, grad, x, weight, mean, rstd, eps):
-        ctx.eps = eps
+    def forward(ctx, grad, x, weight, mean, rstd, eps, impl):
+        ctx.eps, ctx.impl = eps, impl  # of the forward pass: a GPU's backward runs in another thread
         ctx.save_for_backward(grad, x, weight, mean, rstd)
         return _norm_backward(grad, x, weight, mean, rstd, eps, [True, False, False])[0]
 
@@ -224,10 +224,10 @@ class _NormInputGradient(Function):
         dtype = reference.accumulation_dtype(x.dtype)
         mean, rstd, scale = (t if t is None else t.to(dtype) for t in (mean, rstd, weight))
         for_grad, for_x, for_weight = norm_double_backward(
-            grad_grad.to(x.dtype), grad.to(x.dtype), x, mean, rstd, scale, ctx.eps
+            grad_grad.to(x.dtype), grad.to(x.dtype), x, mean, rstd, scale, ctx.eps, ctx.impl
         )
         for_weight = for_weight.to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return for_grad.to(grad.dtype), for_x, for_weight, None, None, None
+        return for_grad.to(grad.dtype), for_x, for_weight, None, None, None, None
 
 
 def _extents(x: Tensor) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,16 @@ def test_use_impl_is_undone_by_an_exception(with_native):
     with pytest.raises(KeyError), use_impl("reference"):
         raise KeyError
     assert dispatch.resolve(None, "cpu") == "native"
+
+
+def test_use_impl_is_a_threads_own():
+    seen = []
+    with use_impl("reference"):
+        other = threading.Thread(target=lambda: seen.append(dispatch.default_impl()))
+        other.start()
+        other.join()
+        assert dispatch.default_impl() == "reference"
+    assert seen == [dispatch.default_impl()]
 
 
 def test_an_argument_goes_before_use_impl(without_native):

@@ -8,6 +8,7 @@ Triton kernels, on a GPU or, under ``TRITON_INTERPRET=1``, in Triton's interpret
 """
 
 import contextlib
+import contextvars
 import importlib
 import importlib.util
 import json
@@ -86,26 +87,31 @@ def _checked(impl: str, name: str) -> str:
     return impl
 
 
-_default = _checked(os.environ.get("SIB_EXT_IMPL", "auto"), "the environment variable SIB_EXT_IMPL")
+_FROM_ENVIRONMENT = _checked(os.environ.get("SIB_EXT_IMPL", "auto"), "the environment variable SIB_EXT_IMPL")
+_in_use = contextvars.ContextVar("sib_ext implementation", default=_FROM_ENVIRONMENT)
+
+
+def default_impl() -> str:
+    """What ``impl=None`` stands for here: :func:`use_impl`'s choice, or the environment's."""
+    return _in_use.get()
 
 
 @contextlib.contextmanager
 def use_impl(impl: str) -> Iterator[None]:
     """Makes ``impl`` (``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``) the default inside a ``with`` block.
 
-    The default is one per process, shared by its threads; an ``impl=`` argument goes before it.
+    In this thread alone; an ``impl=`` argument goes before it.
     """
-    global _default
-    before, _default = _default, _checked(impl, "impl")
+    token = _in_use.set(_checked(impl, "impl"))
     try:
         yield
     finally:
-        _default = before
+        _in_use.reset(token)
 
 
 def resolve(impl: str | None, device_type: str) -> str:
     """The implementation that will run: an explicit choice that cannot run raises and says why."""
-    impl = _default if impl is None else _checked(impl, "impl")
+    impl = default_impl() if impl is None else _checked(impl, "impl")
     if impl == "auto":
         proven = device_type in AUTO_TAKES_NATIVE and native_problem(device_type) is None
         return "native" if proven else "reference"
