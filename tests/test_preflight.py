@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from sib_ext import check_double_backward, has_kinks
+from sib_ext import check_double_backward
 
 from .compare import snapshot
 
@@ -305,7 +305,13 @@ def test_any_precision_and_mode_can_be_checked(mode, dtype, x):
 
 def test_autocast_is_respected_and_does_not_disturb_the_comparison(x):
     seen = []
-    model = Network(Do(lambda x: seen.append(torch.is_autocast_enabled("cpu")) or x))
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return x
+
+    model = Network(Noting())
     with torch.autocast("cpu", torch.bfloat16):
         assert check_double_backward(model, x).verified
     assert set(seen) == {True, False}
@@ -340,21 +346,21 @@ TRAPS = {
     "Function with a saved constant": (
         lambda: Do(CubeWithConstant.apply),
         "silently wrong",
-        "CubeWithConstant.*constants saved",
+        "CubeWithConstant.*kept on ctx",
         "gradgradcheck",
     ),
     "Function outside of torch": (lambda: Do(CubeInNumpy.apply), "silently wrong", "CubeInNumpy", "gradgradcheck"),
     "detach in the forward": (
         lambda: Do(lambda x: x * x.detach().sigmoid()),
         "silently wrong",
-        "dropped",
+        "not the derivative of its forward.*detached",
         "detach",
     ),
-    "detach in a hook": (detaching_hook, "silently wrong", "dropped", "hooks"),
+    "detach in a hook": (detaching_hook, "silently wrong", "not the derivative of its forward.*detached", "hooks"),
     "straight-through rounding": (
         lambda: Do(lambda x: x + (x.round() - x).detach()),
         "silently wrong",
-        "not that of the forward",
+        "not the derivative of its forward.*rounded",
         "straight-through",
     ),
     "in-place change of a saved result": (
@@ -596,7 +602,6 @@ def test_the_model_and_the_world_stay_as_they_were(trap, x):
     states = random_states()
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
     check_double_backward(model, x)
-    has_kinks(model, x)
     unchanged()
     assert random_states() == states
     assert [m.training for m in model.modules()] == modes
@@ -694,7 +699,7 @@ def test_the_table_reads_well(x):
     assert lines[2] == "    why: because of trap.0, trap.1"
     assert [line.split() for line in lines[3:5]] == [[f"trap.{i}", "Hardsigmoid", "fails"] for i in (0, 1)]
     assert lines[5].startswith("    why: ") and lines[6].startswith("    fix: ")
-    assert lines[7:] == ["3 other modules: ok", "2 modules with kinks, for finite differences: trap.0, trap.1"]
+    assert lines[7:] == ["3 other modules: ok"]
     assert "why" not in str(check_double_backward(Network(nn.Identity()), x))
 
 
@@ -705,81 +710,3 @@ def test_an_output_of_several_tensors_is_checked_as_a_whole(x):
 
     assert check_double_backward(Two(nn.Tanh()), x).verified
     assert blamed(check_double_backward(Two(nn.Hardsigmoid()), x)) == ["trap"]
-
-
-# ------------------------------------------------------------------------------------------------------------ kinks
-
-KINKED = [
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.SELU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
-    *(nn.Hardshrink, nn.Softshrink, lambda: nn.Threshold(0.1, 0.2), lambda: nn.ELU(0.5), lambda: nn.ReLU(inplace=True)),
-    *(lambda: nn.MaxPool2d(2), lambda: nn.AdaptiveMaxPool2d(4), lambda: nn.FractionalMaxPool2d(2, 4)),
-]
-SMOOTH = [nn.Identity, nn.GELU, nn.SiLU, nn.Softplus, nn.Tanh, nn.ELU, nn.CELU, nn.Mish, nn.Sigmoid, nn.Softsign]
-
-
-@pytest.mark.parametrize("module", KINKED, ids=lambda m: str(m()))
-def test_kinks_are_known_by_type_and_by_what_runs(module, x):
-    assert has_kinks(Network(module())) == has_kinks(Network(module()), x) == ["trap"]
-
-
-@pytest.mark.parametrize(
-    "module", [*SMOOTH, lambda: nn.AvgPool2d(2), lambda: nn.GroupNorm(1, 4)], ids=lambda m: str(m())
-)
-def test_smooth_modules_have_no_kinks(module, x):
-    assert has_kinks(Network(module())) == has_kinks(Network(module()), x) == []
-    assert check_double_backward(Network(module()), x).kinks == ()
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        F.relu,
-        torch.relu_,
-        torch.abs,
-        lambda x: x.clamp(-0.1, 0.1),
-        lambda x: x.amax(1, True) * x,
-        lambda x: x.clamp_(0),
-    ],
-)
-def test_kinks_in_a_forward_need_images_to_be_seen(function, x):
-    model = Network(Do(function))
-    assert has_kinks(model) == [] and has_kinks(model, x) == ["trap"]
-    assert check_double_backward(model, x).kinks == ("trap",)
-
-
-@pytest.mark.parametrize("function", [F.normalize, lambda x: x.clamp(-100, 100), lambda x: x * x.detach().abs()])
-def test_a_clamp_that_does_not_bind_and_what_carries_no_gradient_are_no_kinks(function, x):
-    assert has_kinks(Network(Do(function)), x) == []
-
-
-def test_kinks_of_parameters_alone_do_not_count(x):
-    class Scaled(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) * self.weight.abs().mean()
-
-    assert has_kinks(Network(Scaled(WIDTH, WIDTH, 1)), x) == []
-
-
-def test_the_difference_quotient_across_kinks_is_the_reason_to_ask(x):
-    """With kinks, the quotient of parameter gradients over a finite step of x is far off; without, it is not."""
-    errors = {}
-    for activation in (nn.ReLU, nn.SiLU):
-        model = nn.Sequential(nn.Conv2d(3, 16, 3), activation(), nn.Conv2d(16, 16, 3), activation(), nn.Flatten())
-        model = nn.Sequential(model, nn.Linear(256, 1)).double()
-        images = x.double().requires_grad_()
-        u = torch.randn_like(images) / images[0].numel() ** 0.5
-        (R,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
-        exact = torch.autograd.grad((R * u).sum(), model[0][0].weight)[0]
-        around = [torch.autograd.grad(model(images + s * 0.03 * u).sum(), model[0][0].weight)[0] for s in (1, -1)]
-        quotient = (around[0] - around[1]) / 0.06
-        errors[activation] = float((quotient - exact).norm() / exact.norm())
-        assert bool(has_kinks(model)) == (activation is nn.ReLU)
-    assert errors[nn.SiLU] < 1e-3 and errors[nn.ReLU] > 0.1
-
-
-@pytest.mark.parametrize("images, message", [(IMAGES[0], "four dimensions"), (IMAGES[:, :2], r"model\(x\) raised")])
-def test_has_kinks_refuses_wrong_arguments(images, message):
-    with pytest.raises(ValueError, match=message):
-        has_kinks(Network(nn.Identity()), images)
-    with pytest.raises(ValueError, match="torch.nn.Module"):
-        has_kinks(None)

@@ -1,0 +1,151 @@
+"""Deep copies of a model with all that is attached to it: hooks, patched methods and what they hold.
+
+``copy.deepcopy`` refuses results of an earlier forward, and shares functions: a hook that fills a list of features
+would fill the user's list from the copy, too, and a patched ``forward`` would run the original.
+"""
+
+import copy
+import dis
+import functools
+import threading
+import weakref
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# One for both is fine: they have no contents, or none that a check changes.
+SHARED = (ModuleType, type(threading.Lock()), type(threading.RLock()))
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """
+    Raises:
+        ValueError: something in it cannot be copied, or a hook or method holds such a thing.
+    """
+    memo = {id(a): a for m in model.modules() for a in vars(m).values() if isinstance(a, SHARED)}
+    with _CopiesOfResults():
+        try:
+            twin = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise ValueError(
+                f"model cannot be copied for the check: {_culprit(model)}{_said(error)}; take that away for the check, "
+                "or check the model before it is wrapped or sharded"
+            ) from error
+        for name, module in twin.named_modules():
+            _own_functions(name, module, memo)
+    return twin
+
+
+class _CopiesOfResults(TorchFunctionMode):
+    """Results of an operation are copied as constants."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = result = tensor.detach().clone()
+            return result
+        return function(*args, **(kwargs or {}))
+
+
+def _own_functions(name: str, module: nn.Module, memo: dict) -> None:
+    """The module's hooks, and its attributes that are functions or weak references, become the copy's own."""
+    for holder in (vars(module), *(vars(module)[kind] for kind in HOOKS)):
+        for key, value in holder.items():
+            try:
+                holder[key] = _own(value, memo)
+            except Exception as error:
+                what = getattr(value, "__qualname__", repr(value))
+                raise ValueError(
+                    f"model cannot be copied for the check: the function {what}, attached to "
+                    f"{_place(name)}, holds what cannot be copied{_said(error)}; detach it for the check"
+                ) from error
+
+
+def _own(value, memo: dict):
+    """``value`` with copies of what it holds, if it is a function or a weak reference; else as it is."""
+    if isinstance(value, FunctionType):
+        return memo[id(value)] if id(value) in memo else _own_function(value, memo)
+    if isinstance(value, MethodType):  # whose object has been copied
+        function = _own(value.__func__, memo)
+        return value if function is value.__func__ else MethodType(function, value.__self__)
+    if type(value) is functools.partial:
+        arguments = [_own(a, memo) for a in value.args]
+        return functools.partial(_own(value.func, memo), *arguments, **value.keywords)
+    if type(value) is weakref.ref and id(value()) in memo:
+        return weakref.ref(memo[id(value())])
+    return value
+
+
+def _own_function(function: FunctionType, memo: dict) -> FunctionType:
+    names = [name for name in _globals_of(function.__code__) if name in function.__globals__]
+    own = {name: _copied_global(function.__globals__[name], memo) for name in names}
+    own = {name: value for name, value in own.items() if value is not function.__globals__[name]}
+    given = function.__closure__, function.__defaults__, function.__kwdefaults__
+    if not own and not any(given):
+        return function
+    cells = tuple(memo.setdefault(id(cell), CellType()) for cell in function.__closure__ or ())
+    result = FunctionType(function.__code__, {**function.__globals__, **own}, function.__name__, None, cells or None)
+    functools.update_wrapper(result, function, updated=("__dict__",))
+    memo[id(function)] = result
+    result.__defaults__ = _deep(function.__defaults__, memo)
+    result.__kwdefaults__ = _deep(function.__kwdefaults__, memo)
+    for cell, original in zip(cells, function.__closure__ or (), strict=True):
+        if _is_empty(cell) and not _is_empty(original):
+            cell.cell_contents = _own(_deep(original.cell_contents, memo), memo)
+    return result
+
+
+def _deep(value, memo: dict):
+    """A deep copy that shares what may be shared, at the first level, too."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
+    memo.update({id(part): part for part in parts if isinstance(part, SHARED)})
+    return copy.deepcopy(value, memo)
+
+
+def _copied_global(value, memo: dict):
+    """What cannot be copied stays shared: a library's loggers and registries, not the hook's own."""
+    try:
+        return _deep(value, memo)
+    except Exception:
+        return value
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _globals_of(code: CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _globals_of(constant)
+
+
+def _culprit(model: nn.Module) -> str:
+    """The first attribute that resists."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            memo = {id(m): m for m in model.modules()}
+            memo.update({id(a): a for a in vars(module).values() if isinstance(a, SHARED)})
+            try:
+                copy.deepcopy(value, memo)
+            except Exception:
+                return f"{key!r} of {_place(name)}, {type(value).__name__}"
+    return "its own __deepcopy__ fails"
+
+
+def _place(name: str) -> str:
+    return f"module {name!r}" if name else "the model"
+
+
+def _said(error: Exception) -> str:
+    return f" ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"

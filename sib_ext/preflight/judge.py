@@ -1,0 +1,91 @@
+"""The verdict on one module, with reason and fix."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .causes import FIX_CUT, FIX_FUNCTION, explain
+from .finding import FAILS, OK, UNVERIFIED, WRONG, Finding
+from .functions import broken_rules
+from .precision import in_float64, to_float64
+from .probe import NotFinite, Probe
+from .twin import first_line
+
+FIX_RULE = (
+    "put it on a branch that the logits do not depend on, or replace it by a function with its true derivative; or "
+    "accept knowingly that the information terms reach the layers before it by that rule"
+)
+FIX_DROPPED = "look for tensor hooks (Tensor.register_hook) that detach, and for operations from outside of PyTorch"
+
+
+def judge(name: str, own: nn.Module, double: nn.Module, inputs: tuple, logits: Callable | None = None) -> Finding:
+    """Does double backward run in the module's own precision, and is it right in float64?
+
+    Args:
+        double: the same module in float64.
+        inputs, logits: as in :class:`Probe`.
+    """
+    finding = Finding(name, type(own).__name__, OK)
+    probe = Probe(own, inputs, logits)
+    try:
+        probe.differentiate()
+    except Exception as error:
+        return _failed(finding, error, probe.functions)
+    own.zero_grad()
+    try:
+        with in_float64(probe.leaves[0].device.type) as mode:
+            probe = Probe(double, to_float64(inputs), logits)
+            status, difference = probe.compare()
+            if status == WRONG and not mode.narrowed:
+                reason, fix = _explain_wrong(probe)
+                return replace(finding, status=WRONG, reason=reason, fix=fix, error=difference)
+    except (NotFinite, torch.OutOfMemoryError) as error:
+        return _failed(finding, error, probe.functions)
+    except Exception as error:
+        return _unverified(finding, f"in float64 it raises {type(error).__name__}: {first_line(error)}")
+    if status == WRONG:
+        return _unverified(finding, "a part of it computes in less than float64 whatever it is given")
+    if status == UNVERIFIED:
+        return _unverified(finding, "central differences are too noisy here", "check with more or larger images")
+    return replace(finding, error=difference)
+
+
+def _unverified(finding: Finding, why: str, fix: str = "") -> Finding:
+    return replace(finding, status=UNVERIFIED, reason=f"runs, but could not be verified: {why}", fix=fix)
+
+
+def _failed(finding: Finding, error: Exception, functions: list[type]) -> Finding:
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    reason, fix = explain(error, functions)
+    return replace(finding, status=FAILS, reason=reason, fix=fix)
+
+
+def _explain_wrong(probe: Probe) -> tuple[str, str]:
+    """Which custom Function is to blame, and of what; without one, whether the gradient itself is wrong."""
+    broken = broken_rules(probe.outputs, probe.functions)
+    reasons, fixes = [], []
+    if untrue := [rule for rule in broken if not rule.of_forward]:
+        reasons.append(
+            f"the backward of {_names(untrue)} is not the derivative of its forward (a gradient reversal, a "
+            "straight-through estimator), and the derivative of the VJP passes through it where that of the forward "
+            "belongs"
+        )
+        fixes.append(FIX_RULE)
+    if dropping := [rule for rule in broken if not rule.differentiable]:
+        reasons.append(
+            f"the derivative of the backward of {_names(dropping)} is wrong: it detaches, leaves torch, or uses "
+            "results of the forward that are kept on ctx"
+        )
+        fixes.append(FIX_FUNCTION)
+    if broken:
+        return "; ".join(reasons), "; ".join(fixes)
+    if probe.compare_gradient()[0] == WRONG:
+        return "its gradient is not the derivative of its forward: something in it is detached or rounded", FIX_CUT
+    return "its gradient is right, but a part of the gradient's own derivative is dropped", FIX_DROPPED
+
+
+def _names(rules: list) -> str:
+    return f"the custom autograd Function {' and '.join(rule.function.__name__ for rule in rules)}"
