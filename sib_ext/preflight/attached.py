@@ -5,11 +5,13 @@ would fill the user's list from the copy, too, and a patched ``forward`` would r
 """
 
 import copy
+import copyreg
 import dis
 import functools
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from torch import Tensor, nn
@@ -25,8 +27,8 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: something in it cannot be copied, or a hook or method holds such a thing.
     """
-    memo = {id(a): a for m in model.modules() for a in vars(m).values() if isinstance(a, SHARED)}
-    with _CopiesOfResults():
+    memo: dict = {}
+    with _CopiesOfResults(), _sharing():
         try:
             twin = copy.deepcopy(model, memo)
         except Exception as error:
@@ -48,6 +50,20 @@ class _CopiesOfResults(TorchFunctionMode):
             memo[id(tensor)] = result = tensor.detach().clone()
             return result
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _sharing() -> Iterator[None]:
+    """Inside, deepcopy leaves SHARED objects as they are, which it would refuse."""
+    table = copyreg.dispatch_table
+    kinds = [kind for kind in SHARED if kind not in table]
+    try:
+        for kind in kinds:
+            table[kind] = lambda value: "shared"  # a string stands for the object itself
+        yield
+    finally:
+        for kind in kinds:
+            del table[kind]
 
 
 def _own_functions(name: str, module: nn.Module, memo: dict) -> None:
@@ -88,27 +104,21 @@ def _own_function(function: FunctionType, memo: dict) -> FunctionType:
         return function
     cells = tuple(memo.setdefault(id(cell), CellType()) for cell in function.__closure__ or ())
     result = FunctionType(function.__code__, {**function.__globals__, **own}, function.__name__, None, cells or None)
-    functools.update_wrapper(result, function, updated=("__dict__",))
+    result.__dict__.update(function.__dict__)
+    result.__qualname__ = function.__qualname__
     memo[id(function)] = result
-    result.__defaults__ = _deep(function.__defaults__, memo)
-    result.__kwdefaults__ = _deep(function.__kwdefaults__, memo)
+    result.__defaults__ = copy.deepcopy(function.__defaults__, memo)
+    result.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         if _is_empty(cell) and not _is_empty(original):
-            cell.cell_contents = _own(_deep(original.cell_contents, memo), memo)
+            cell.cell_contents = _own(copy.deepcopy(original.cell_contents, memo), memo)
     return result
-
-
-def _deep(value, memo: dict):
-    """A deep copy that shares what may be shared, at the first level, too."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-    memo.update({id(part): part for part in parts if isinstance(part, SHARED)})
-    return copy.deepcopy(value, memo)
 
 
 def _copied_global(value, memo: dict):
     """What cannot be copied stays shared: a library's loggers and registries, not the hook's own."""
     try:
-        return _deep(value, memo)
+        return copy.deepcopy(value, memo)
     except Exception:
         return value
 
@@ -134,10 +144,8 @@ def _culprit(model: nn.Module) -> str:
     """The first attribute that resists."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            memo = {id(m): m for m in model.modules()}
-            memo.update({id(a): a for a in vars(module).values() if isinstance(a, SHARED)})
             try:
-                copy.deepcopy(value, memo)
+                copy.deepcopy(value, {id(m): m for m in model.modules()})
             except Exception:
                 return f"{key!r} of {_place(name)}, {type(value).__name__}"
     return "its own __deepcopy__ fails"

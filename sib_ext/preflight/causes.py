@@ -107,14 +107,16 @@ def explain(error: Exception, functions: list[type]) -> tuple[str, str]:
     for cause in CAUSES:
         if re.search(cause.pattern, message, re.IGNORECASE):
             marked = [f for f in functions if is_once_differentiable(f)] if cause.pattern == ONCE else []
-            return cause.reason + _named(marked), cause.fix
+            return cause.reason + _here(marked), cause.fix
     if missing := NOT_IMPLEMENTED.search(message):
         return f"{missing[1]} has no second derivative in PyTorch", FIX_UNKNOWN
-    return (
-        f"{type(error).__name__}: {first_line(error)}{_named(functions)}",
-        FIX_FUNCTION if functions else FIX_UNKNOWN,
-    )
+    return f"{type(error).__name__}: {first_line(error)}{_here(functions)}", FIX_FUNCTION if functions else FIX_UNKNOWN
 
 
-def _named(functions: list[type]) -> str:
-    return f" (custom autograd Functions here: {', '.join(f.__name__ for f in functions)})" if functions else ""
+def _here(functions: list[type]) -> str:
+    return f" (here: {named(functions)})" if functions else ""
+
+
+def named(functions: list[type]) -> str:
+    plural = "s" if len(functions) > 1 else ""
+    return f"the custom autograd Function{plural} {' and '.join(f.__name__ for f in functions)}"

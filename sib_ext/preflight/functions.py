@@ -8,28 +8,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from .finding import WRONG
+from .finding import OK, UNVERIFIED, WRONG
 from .probe import Probe
 from .twin import kept, signature
 
 
 class Rule(NamedTuple):
-    """How a Function's backward did when it was tried alone."""
+    """How a Function's backward did: two statuses."""
 
     function: type
-    of_forward: bool  #: it is the derivative of the forward
-    differentiable: bool  #: double backward gives its own derivative
+    gradient: str  #: as the derivative of the forward
+    derivative: str  #: of double backward, as the backward's own derivative
 
 
-def broken_rules(run: Callable[[], object], functions: list[type]) -> list[Rule]:
-    """The Functions, of those that ``run`` calls, whose backward is shown to be wrong in one way or the other."""
-    with _recorded(functions) as calls:
+def rules(run: Callable[[], object], functions: list[type]) -> list[Rule]:
+    """The Functions, which ``run`` calls, tried alone with the arguments that they get there."""
+    with _recorded(functions) as recorded:
         run()
-    rules = []
-    for function, recorded in calls.items():
-        tried = [_tried(function, arguments) for arguments in recorded.values()]
-        rules.append(Rule(function, all(t.of_forward for t in tried), all(t.differentiable for t in tried)))
-    return [rule for rule in rules if not (rule.of_forward and rule.differentiable)]
+    calls = {function: list(recorded[function].values()) for function in functions}
+    return [Rule(f, _worst(Probe.compare_gradient, f, calls[f]), _worst(Probe.compare, f, calls[f])) for f in functions]
+
+
+def _worst(compare: Callable, function: type, calls: list[tuple]) -> str:
+    found = {_status(compare, function, arguments) for arguments in calls}
+    return next((status for status in (WRONG, UNVERIFIED, OK) if status in found), UNVERIFIED)
 
 
 class _Applied(nn.Module):
@@ -41,19 +43,14 @@ class _Applied(nn.Module):
         return self.function.apply(*arguments)
 
 
-def _tried(function: type, arguments: tuple) -> Rule:
-    """A Function that cannot be tried is not accused."""
-
-    def right(compare: Callable) -> bool:
-        # Linear in the outputs: then the derivative of the VJP does not pass through the backward a second time.
-        try:
-            return compare(Probe(_Applied(function), (arguments, {}), curved=False))[0] != WRONG
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            return True
-
-    return Rule(function, right(Probe.compare_gradient), right(Probe.compare))
+def _status(compare: Callable, function: type, arguments: tuple) -> str:
+    # Linear in the outputs: then the derivative of the VJP does not pass through the backward a second time.
+    try:
+        return compare(Probe(_Applied(function), (arguments, {}), curved=False))[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return UNVERIFIED
 
 
 @contextmanager

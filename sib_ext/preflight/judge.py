@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .causes import FIX_CUT, FIX_FUNCTION, explain
+from .causes import FIX_CUT, FIX_FUNCTION, explain, named
 from .finding import FAILS, OK, UNVERIFIED, WRONG, Finding
-from .functions import broken_rules
+from .functions import rules
 from .precision import in_float64, to_float64
 from .probe import NotFinite, Probe
 from .twin import first_line
@@ -17,6 +17,8 @@ FIX_RULE = (
     "put it on a branch that the logits do not depend on, or replace it by a function with its true derivative; or "
     "accept knowingly that the information terms reach the layers before it by that rule"
 )
+GRADIENT_WRONG = "its gradient is not the derivative of its forward: something in it is detached or rounded"
+DERIVATIVE_WRONG = "its gradient is right, but a part of the gradient's own derivative is dropped"
 FIX_DROPPED = "look for tensor hooks (Tensor.register_hook) that detach, and for operations from outside of PyTorch"
 
 
@@ -65,27 +67,25 @@ def _failed(finding: Finding, error: Exception, functions: list[type]) -> Findin
 
 def _explain_wrong(probe: Probe) -> tuple[str, str]:
     """Which custom Function is to blame, and of what; without one, whether the gradient itself is wrong."""
-    broken = broken_rules(probe.outputs, probe.functions)
+    tried = rules(probe.outputs, probe.functions)
     reasons, fixes = [], []
-    if untrue := [rule for rule in broken if not rule.of_forward]:
+    if untrue := [rule.function for rule in tried if rule.gradient == WRONG]:
         reasons.append(
-            f"the backward of {_names(untrue)} is not the derivative of its forward (a gradient reversal, a "
-            "straight-through estimator), and the derivative of the VJP passes through it where that of the forward "
-            "belongs"
+            f"the backward of {named(untrue)} is not the derivative of its forward (a gradient reversal, a "
+            "straight-through estimator, a mistake), and the derivative of the VJP passes through it where that of the "
+            "forward belongs"
         )
         fixes.append(FIX_RULE)
-    if dropping := [rule for rule in broken if not rule.differentiable]:
+    if dropping := [rule.function for rule in tried if rule.derivative == WRONG]:
         reasons.append(
-            f"the derivative of the backward of {_names(dropping)} is wrong: it detaches, leaves torch, or uses "
+            f"the derivative of the backward of {named(dropping)} is wrong: it detaches, leaves torch, or uses "
             "results of the forward that are kept on ctx"
         )
         fixes.append(FIX_FUNCTION)
-    if broken:
+    if reasons:
         return "; ".join(reasons), "; ".join(fixes)
+    unclear = [rule.function for rule in tried if UNVERIFIED in rule]
+    or_that = f", or that is done by {named(unclear)}, which could not be tried alone" if unclear else ""
     if probe.compare_gradient()[0] == WRONG:
-        return "its gradient is not the derivative of its forward: something in it is detached or rounded", FIX_CUT
-    return "its gradient is right, but a part of the gradient's own derivative is dropped", FIX_DROPPED
-
-
-def _names(rules: list) -> str:
-    return f"the custom autograd Function {' and '.join(rule.function.__name__ for rule in rules)}"
+        return GRADIENT_WRONG + or_that, FIX_CUT
+    return DERIVATIVE_WRONG + or_that, FIX_DROPPED

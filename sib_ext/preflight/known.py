@@ -4,14 +4,19 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..passes import is_compiled, unwrapped
 from .causes import FIX_ATTENTION, FIX_COMPILED, FIX_CUDNN, FIX_SYNC
 from .finding import FAILS, OK, Finding, because_of
 
+ATTENTION_ELSEWHERE = (
+    "here, where no fused attention kernel was taken; elsewhere, or without dropout, one may be, unless SIBStep runs it"
+)
+
 
 def findings_by_type(model: nn.Module) -> list[Finding]:
-    findings = []
+    findings, fused = [], _fused_attention_taken()
     for name, module in {**dict(unwrapped(model).named_modules()), "": model}.items():
         finding = Finding(name.replace("._orig_mod", ""), type(module).__name__, FAILS)
         if type(module) is nn.SyncBatchNorm:
@@ -23,9 +28,8 @@ def findings_by_type(model: nn.Module) -> list[Finding]:
         elif isinstance(module, nn.RNNBase) and _on_cpu(module):
             reason = "on a CPU; on a GPU cuDNN's recurrent layers have no second derivative"
             findings.append(replace(finding, status=OK, reason=reason, fix=f"on a GPU, {FIX_CUDNN}"))
-        elif isinstance(module, nn.MultiheadAttention) and _on_cpu(module) and _fused_attention_allowed():
-            reason = "here, where no fused attention kernel was taken; elsewhere, or without dropout, one may be"
-            findings.append(replace(finding, status=OK, reason=reason, fix=FIX_ATTENTION))
+        elif isinstance(module, nn.MultiheadAttention) and _on_cpu(module) and fused:
+            findings.append(replace(finding, status=OK, reason=ATTENTION_ELSEWHERE, fix=FIX_ATTENTION))
     return findings
 
 
@@ -33,9 +37,10 @@ def _on_cpu(module: nn.Module) -> bool:
     return all(p.device.type == "cpu" for p in module.parameters())
 
 
-def _fused_attention_allowed() -> bool:
-    """Not under sdpa_kernel(MATH)."""
-    return torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
+def _fused_attention_taken() -> bool:
+    """Not under sdpa_kernel(MATH), nor where SIBStep's rules hold."""
+    query = torch.zeros(1, 1, 1, 8, requires_grad=True)
+    return "Attention" in F.scaled_dot_product_attention(query, query, query).grad_fn.name()
 
 
 def merged(findings: list[Finding], of_type: list[Finding]) -> list[Finding]:

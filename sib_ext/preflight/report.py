@@ -100,8 +100,8 @@ def check_double_backward(model: nn.Module, x: Tensor, output: Callable | None =
     def logits(returned) -> tuple[Tensor]:
         return (logits_of(returned, output),)
 
-    of_type = findings_by_type(model)
     with undisturbed(x):
+        of_type = findings_by_type(model)
         copied = twin(model)
         logits(check_forward(copied, x))
         silent = _has_no_vjp(copied, x, logits)
