@@ -17,6 +17,8 @@ ATTENTION_ELSEWHERE = (
 
 def findings_by_type(model: nn.Module) -> list[Finding]:
     findings, fused = [], _fused_attention_taken()
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     for name, module in {**dict(unwrapped(model).named_modules()), "": model}.items():
         finding = Finding(name.replace("._orig_mod", ""), type(module).__name__, FAILS)
         if type(module) is nn.SyncBatchNorm:
@@ -24,7 +26,9 @@ def findings_by_type(model: nn.Module) -> list[Finding]:
             findings.append(replace(finding, reason=reason, fix=FIX_SYNC))
         elif is_compiled(module):
             reason = "compiled code is not differentiable twice; what was compiled is checked without torch.compile"
-            findings.append(replace(finding, reason=reason, fix=FIX_COMPILED))
+            by_sibstep = module is model and unwrapped(model) is not model
+            fix = f"train with sib_ext.SIBStep, which takes it as it is; for the loss alone {FIX_COMPILED}"
+            findings.append(replace(finding, reason=reason, fix=fix if by_sibstep else FIX_COMPILED))
         elif isinstance(module, nn.RNNBase) and _on_cpu(module):
             reason = "on a CPU; on a GPU cuDNN's recurrent layers have no second derivative"
             findings.append(replace(finding, status=OK, reason=reason, fix=f"on a GPU, {FIX_CUDNN}"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sib_ext import check_double_backward
+from sib_ext import SIBStep, SpatialIBLoss, check_double_backward
 
 from .networks import Network, Recurrent, blamed
 
@@ -56,12 +56,30 @@ def test_errors_that_only_a_gpu_or_a_compiler_raises_are_known(message, fix, x):
         assert found.reason.startswith("some_op has no second derivative")
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda m: m.compile() or m], ids=["torch.compile", "compile()"])
+WRAPS = {
+    "torch.compile": torch.compile,
+    "compile()": lambda m: m.compile() or m,
+    "DataParallel": lambda m: nn.DataParallel(torch.compile(m)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_compiled_model_fails_as_such_and_is_checked_underneath(wrap, x):
     report = check_double_backward(wrap(Network(nn.Identity())), x)
     assert [f.module for f in report.failures] == [""] and "compiled" in report.failures[0].reason
     report = check_double_backward(wrap(Network(nn.Hardsigmoid())), x)
     assert "trap" in blamed(report)
+
+
+def test_of_a_compiled_model_sibstep_is_named_as_a_way_out_where_it_is_one(x):
+    model = torch.compile(Network(nn.Identity()))
+    assert "SIBStep, which takes it as it is" in check_double_backward(model, x).failures[0].fix
+    SIBStep(model, SpatialIBLoss())
+    model = Network(nn.Identity())
+    model.compile()
+    assert "SIBStep" not in check_double_backward(model, x).failures[0].fix
+    with pytest.raises(ValueError, match=r"model.compile\(\) was called"):
+        SIBStep(model, SpatialIBLoss())
 
 
 class Uncopyable(nn.Module):
