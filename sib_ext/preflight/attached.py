@@ -99,16 +99,17 @@ def _own_function(function: FunctionType, memo: dict) -> FunctionType:
     names = [name for name in _globals_of(function.__code__) if name in function.__globals__]
     own = {name: _copied_global(function.__globals__[name], memo) for name in names}
     own = {name: value for name, value in own.items() if value is not function.__globals__[name]}
-    given = function.__closure__, function.__defaults__, function.__kwdefaults__
-    if not own and not any(given):
+    defaults = copy.deepcopy(function.__defaults__, memo)
+    if not own and not function.__closure__ and defaults is function.__defaults__ and not function.__kwdefaults__:
         return function
     cells = tuple(memo.setdefault(id(cell), CellType()) for cell in function.__closure__ or ())
-    result = FunctionType(function.__code__, {**function.__globals__, **own}, function.__name__, None, cells or None)
+    result = FunctionType(
+        function.__code__, {**function.__globals__, **own}, function.__name__, defaults, cells or None
+    )
+    result.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
     result.__dict__.update(function.__dict__)
     result.__qualname__ = function.__qualname__
-    memo[id(function)] = result
-    result.__defaults__ = copy.deepcopy(function.__defaults__, memo)
-    result.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__, memo)
+    memo[id(function)] = result  # before the cells, which may hold the function itself
     for cell, original in zip(cells, function.__closure__ or (), strict=True):
         if _is_empty(cell) and not _is_empty(original):
             cell.cell_contents = _own(copy.deepcopy(original.cell_contents, memo), memo)

@@ -13,6 +13,11 @@ from .precision import in_float64, to_float64
 from .probe import NotFinite, Probe
 from .twin import first_line
 
+NOISY = "central differences are too noisy here", "check with more or larger images"
+CHANGING = (
+    "it gives another result every time, with the same buffers and random numbers",
+    "keep what it counts in a buffer, and draw from the generators of torch, numpy or Python",
+)
 FIX_RULE = (
     "put it on a branch that the logits do not depend on, or replace it by a function with its true derivative; or "
     "accept knowingly that the information terms reach the layers before it by that rule"
@@ -40,17 +45,17 @@ def judge(name: str, own: nn.Module, double: nn.Module, inputs: tuple, logits: C
         with in_float64(probe.leaves[0].device.type) as mode:
             probe = Probe(double, to_float64(inputs), logits)
             status, difference = probe.compare()
-            if status == WRONG and not mode.narrowed:
+            if status != OK and mode.narrowed:
+                return _unverified(finding, "a part of it computes in less than float64 whatever it is given")
+            if status == WRONG:
                 reason, fix = _explain_wrong(probe)
                 return replace(finding, status=WRONG, reason=reason, fix=fix, error=difference)
+            if status == UNVERIFIED:
+                return _unverified(finding, *(NOISY if probe.repeats() else CHANGING))
     except (NotFinite, torch.OutOfMemoryError) as error:
         return _failed(finding, error, probe.functions)
     except Exception as error:
         return _unverified(finding, f"in float64 it raises {type(error).__name__}: {first_line(error)}")
-    if status == WRONG:
-        return _unverified(finding, "a part of it computes in less than float64 whatever it is given")
-    if status == UNVERIFIED:
-        return _unverified(finding, "central differences are too noisy here", "check with more or larger images")
     return replace(finding, error=difference)
 
 

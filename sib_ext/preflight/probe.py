@@ -139,6 +139,11 @@ class Probe:
 
         return against_differences(phi, self.variables, gradients, norm, self._direction)
 
+    def repeats(self) -> bool:
+        """phi is the same for the same state and random numbers, but for rounding."""
+        first, again = (float(self.projected_vjp(create_graph=False)[0].detach()) for _ in range(2))
+        return abs(first - again) <= 1e-9 * max(abs(first), abs(again))
+
     def compare_gradient(self) -> tuple[str, float]:
         """The same of single backward, the gradient of s by parameters and inputs."""
         variables = self.parameters + self.leaves

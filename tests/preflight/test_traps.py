@@ -205,13 +205,13 @@ def sawtooth(x):
 def test_kinks_denser_than_any_step_are_not_called_wrong(x):
     report = check_double_backward(Network(Do(sawtooth)).double(), x.double())
     assert report.ok and not report.verified and "could not be verified" in str(report)
-    assert report.findings[0].status == "unverified"
+    assert report.findings[0].status == "unverified" and "too noisy" in report.findings[0].reason
 
 
 def test_noise_that_no_seed_governs_is_not_called_wrong(x):
     count = itertools.count()
     report = check_double_backward(Network(Do(lambda x: x * (1 + 1e-3 * (next(count) % 7)))), x)
-    assert report.ok and not report.verified
+    assert report.ok and not report.verified and "another result every time" in report.findings[0].reason
 
 
 def test_hidden_float32_is_not_called_wrong(x):

@@ -17,7 +17,7 @@ from sib_ext import check_double_backward
 from sib_ext.preflight.twin import twin
 
 from ..compare import snapshot
-from .networks import WIDTH, Network, PythonDropout, blamed
+from .networks import WIDTH, Do, Network, PythonDropout, blamed
 
 
 def random_states():
@@ -198,6 +198,12 @@ def test_a_patched_forward_runs_on_the_copy(patch, x):
         copied.stem[0].weight.zero_()
     assert not torch.equal(copied(x), model(x))
     assert check_double_backward(model, x).verified
+
+
+def test_functions_that_hold_nothing_are_shared():
+    """Others know them by identity: SIBStep's rules for attention, for one."""
+    model = Network(Do(F.multi_head_attention_forward))
+    assert twin(model).trap.function is F.multi_head_attention_forward
 
 
 class Child(nn.Module):
