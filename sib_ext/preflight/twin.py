@@ -1,17 +1,19 @@
 """Copies of a model to try things on: whatever happens to them, the model and the world stay as they were."""
 
 import copy
+import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
-from .checks import check_field
-from .passes import unwrapped
+from ..checks import check_field
+from ..passes import unwrapped
+from . import attached
 
 
 def check_module(model) -> None:
@@ -27,10 +29,15 @@ def check_images(x) -> None:
         raise ValueError("x has NaN or Inf: pass a batch of images as in training")
 
 
-def check_forward(model: nn.Module, x: Tensor) -> None:
+def check_forward(model: nn.Module, x: Tensor):
+    """What the model returns.
+
+    Raises:
+        ValueError: it does not take ``x``.
+    """
     try:
         with torch.no_grad():
-            model(x.clone())
+            return model(x.clone())
     except Exception as error:
         raise ValueError(
             f"model(x) raised {type(error).__name__} for x {list(x.shape)} of {x.dtype} on {x.device}, "
@@ -65,21 +72,48 @@ def reseed(device: torch.device) -> None:
     numpy.random.seed(0)
 
 
+def mapped(function: Callable[[Tensor], object], value):
+    """``value`` with every tensor replaced, in nested tuples, lists, mappings and dataclasses."""
+
+    def leaf(part):
+        if isinstance(part, Tensor):
+            return function(part)
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            fields = {f.name: mapped(function, getattr(part, f.name)) for f in dataclasses.fields(part)}
+            part = copy.copy(part)
+            for name, changed in fields.items():
+                object.__setattr__(part, name, changed)
+        return part
+
+    return tree_map(leaf, value)
+
+
+def tensors_in(inputs: tuple) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(found.append, inputs)
+    return found
+
+
+def kept(inputs: tuple) -> tuple:
+    """Copies for later: leaves that require grad where the originals do."""
+    return mapped(lambda t: t.detach().clone().requires_grad_(t.requires_grad), inputs)
+
+
+def signature(inputs: tuple) -> str:
+    """Shapes, types and other values."""
+    return str(mapped(lambda t: (t.shape, t.dtype, t.requires_grad), inputs))
+
+
 def twin(model: nn.Module) -> nn.Module:
-    """A deep copy, unwrapped, without gradients."""
+    """A deep copy, unwrapped, without gradients; its hooks have copies of what they hold.
+
+    Raises:
+        ValueError: something in it cannot be copied.
+    """
     model = unwrapped(model)
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise ValueError("model holds a torch.jit.ScriptModule, which takes no hooks: check it before it is scripted")
-    # Modules may hold results of an earlier forward (weight_norm does, and so do lists of features), which deepcopy
-    # refuses.
-    held = (t for m in model.modules() for t in tree_leaves(dict(vars(m))))
-    memo = {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf}
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(
-            f"model cannot be copied ({first_line(error)}): check it before it is wrapped, sharded or has run"
-        ) from error
+    copied = attached.copied(model)
     for name, module in list(copied.named_modules()):
         if name and module is not unwrapped(module):
             copied.set_submodule(name, unwrapped(module))
