@@ -41,7 +41,8 @@ class Compiled:
         self._forget()
 
     def _forget(self) -> None:
-        self._graph: Callable | None = None
+        self._graph: Callable | None = None  #: of what _of says
+        self._of: tuple = ()
         self._proven: dict[tuple, bool] = {}
         self._full = self._warned = False
 
@@ -52,6 +53,9 @@ class Compiled:
         self.__init__(**state)
 
     def __call__(self, task: Task, x: Tensor, target: Tensor) -> VJPs:
+        if self._of != (of := (task.model, task.criterion.seed, task.output)):
+            self._forget()
+            self._of, self._graph = of, _compiled(task)
         key = _key(task.model, x, target)
         if key not in self._proven and not self._full:
             self._proven[key] = self._admitted(task, x, target)
@@ -63,8 +67,6 @@ class Compiled:
         return double_backward.vjps(task, x, target)
 
     def _vjps(self, task: Task, parameters: dict[str, Tensor], x: Tensor, target: Tensor, update=True) -> VJPs:
-        if self._graph is None:
-            self._graph = _compiled(task)
         buffers = dict(task.model.named_buffers())
         # Apart, because the compiler looks at the names in a dictionary and not at requires_grad.
         trained = {name: p for name, p in parameters.items() if p.requires_grad}

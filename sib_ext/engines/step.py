@@ -9,7 +9,6 @@ from .. import distributed
 from ..checks import check_choice, describe
 from ..layers import check_places, class_activation_of, last_feature_map
 from ..loss import SIBTerms, SpatialIBLoss
-from ..outputs import logits_of
 from ..passes import in_place_of, is_compiled, unwrapped
 from . import double_backward
 from .compiled import Compiled
@@ -168,10 +167,8 @@ class SIBStep:
         due = self.criterion.has_terms and self.steps % self.every == 0
         self.steps += 1
         if not due:
-            # A copy, as the model may write into its input.
-            logits = logits_of(self.model(x.clone()), self.output)
-            self.criterion.check_inputs(logits, target, x)
-            cross_entropy = self._cross_entropy(logits, target, x)
+            plain = Task(self.model, self.criterion, (), self.output, None)
+            cross_entropy = self._cross_entropy(plain.logits(x, target), target, x)
             return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
         task = self._task(x)
         joined = self.criterion.joined(x)

@@ -101,6 +101,17 @@ def test_a_change_of_mode_makes_another_graph(batch, eager_compile):  # noqa: F8
     assert error(found, gradient(exact, step_of(exact, criterion)(x, y, mask))) < 1e-11
 
 
+def test_another_seed_of_the_loss_makes_another_graph(batch, eager_compile):  # noqa: F811
+    model, criterion = Network().double(), loss_of()
+    x, y, mask = batch[0].double(), *batch[1:]
+    step = step_of(model, criterion, engine="compiled")
+    step(x, y, mask).backward()
+    criterion.seed = "logit_sum"
+    exact = copy.deepcopy(model)
+    truth = gradient(exact, step_of(exact, criterion)(x, y, mask))
+    assert error(gradient(model, step(x, y, mask)), truth) < 1e-11
+
+
 def test_a_smaller_last_batch_is_compiled_for_itself(batch, eager_compile):  # noqa: F811
     model, criterion = Network().double(), loss_of()
     x, y, mask = batch[0].double(), *batch[1:]
