@@ -137,10 +137,8 @@ class SpatialIB(TrainingLoss):
     def _step_of(self, model: nn.Module) -> SIBStep:
         """Made with the first batch: the model is not there before."""
         if self._step is None or self._step.model is not model:
-            network, names = unwrapped(model), "auto"
-            if self.layers != ("auto",):
-                wanted = {submodule(network, layer) for layer in self.layers}
-                names = [name for name, module in model.named_modules() if module in wanted]
+            auto = self.layers == ("auto",)
+            names = "auto" if auto else [wrapped_name(model, layer) for layer in self.layers]
             self._step = SIBStep(model, self.criterion, names, **self.options)
             if self._restored:
                 self._step.load_state_dict(self._restored)
@@ -358,10 +356,21 @@ def submodule(network: nn.Module, layer: str) -> nn.Module:
         raise ValueError(f"the network {type(network).__name__} has no layer {layer!r}") from error
 
 
-def own_name(model: nn.Module, name: str) -> str:
-    """What a module of the wrapped model is called in the network."""
-    module = model.get_submodule(name)
-    return next(own for own, other in unwrapped(model).named_modules() if other is module)
+def own_name(model: nn.Module, place: str) -> str:
+    """What a place (a module, or a function in its forward) of the wrapped model is called in the network."""
+    return _renamed(place, model, unwrapped(model))
+
+
+def wrapped_name(model: nn.Module, place: str) -> str:
+    """The inverse of :func:`own_name`."""
+    return _renamed(place, unwrapped(model), model)
+
+
+def _renamed(place: str, source: nn.Module, target: nn.Module) -> str:
+    name, _, function = place.rpartition(".") if place.endswith("()") else (place, "", "")
+    module = submodule(source, name)
+    found = next(name for name, other in target.named_modules() if other is module)
+    return ".".join(filter(None, (found, function)))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

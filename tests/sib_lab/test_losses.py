@@ -1,5 +1,6 @@
 """Every training loss against values written out by hand and against difference quotients, in float64."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -217,6 +218,24 @@ def test_s_ib_is_the_librarys_step(net, batch, options):
     without = SIBStep(net, criterion).terms(x, y)
     assert torch.equal(SpatialIB(criterion, given=False)(net, x, y, mask, annotated)["loss"], without.loss)
     assert without.loss != expected.loss
+
+
+class Functional(nn.Module):
+    """Its last feature map is no module's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layers", ["auto", "relu()"])
+def test_a_feature_map_that_a_function_makes_has_its_name_in_the_network(layers):
+    model = Forward(Functional(), contextlib.nullcontext)
+    parts = SpatialIB(SpatialIBLoss(**FIXED), layers=layers)(model, torch.randn(4, 3, 16, 16), torch.arange(4))
+    assert "background_relu()" in parts
 
 
 def test_the_centre_mask_stands_in_for_every_given_one(net, batch):
