@@ -8,6 +8,7 @@ the first gives the weight gradient by the ordinary backward convolution, the se
 :func:`sib_ext.ops.norm_double_backward`. Values and first derivatives are those of PyTorch's own kernels.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,14 +24,13 @@ from .ops.norm_double_backward import norm_double_backward
 
 
 def input_gradients(
-    output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None = None, create_graph: bool = True
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` with respect to inputs or feature maps, never parameters; None: no dependence."""
-    cotangent = torch.ones_like(output) if cotangent is None else cotangent
     # torch.autograd.grad itself would leave the mode before its engine starts.
     engine = torch.autograd.Variable._execution_engine
     with _InputGradients():
-        return engine.run_backward((output,), (cotangent,), True, create_graph, tuple(inputs), True, False)
+        return engine.run_backward(tuple(outputs), tuple(cotangents), True, create_graph, tuple(inputs), True, False)
 
 
 class _InputGradients(TorchFunctionMode):
@@ -40,12 +40,12 @@ class _InputGradients(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return True if function is _input_only else function(*args, **(kwargs or {}))
+        return True if function is is_input_only else function(*args, **(kwargs or {}))
 
 
-def _input_only(grad: Tensor) -> bool:
+def is_input_only(grad: Tensor) -> bool:
     """Whether the backward pass under way is that of a VJP: it wants no parameter gradients."""
-    return has_torch_function((grad,)) and handle_torch_function(_input_only, (grad,), grad)
+    return has_torch_function((grad,)) and handle_torch_function(is_input_only, (grad,), grad)
 
 
 def _from_parameters_alone(*tensors: Tensor | None) -> bool:
@@ -79,7 +79,7 @@ class _Convolution(Function):
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if _input_only(grad):
+        if is_input_only(grad):
             grad_x = _ConvolutionInputGradient.apply(grad, x, weight, ctx.convolve, ctx.geometry)
             return grad_x if needed[0] else None, None, None, None, None
         if torch.is_grad_enabled():
@@ -201,7 +201,7 @@ def _norm_gradients(ctx, grad: Tensor, layer: Callable) -> tuple:
     """(dx, dweight, dbias) as the pass under way wants them; ``layer`` is PyTorch's own, (x, weight, bias) -> y."""
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    if _input_only(grad):
+    if is_input_only(grad):
         grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps, ctx.impl) if needed[0] else None
         return grad_x, None, None
     if torch.is_grad_enabled():
@@ -310,19 +310,20 @@ class fused_double_backward(TorchFunctionMode):
     :class:`sib_ext.SIBStep` serves that.
     """
 
-    def __init__(self):
+    def __init__(self, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
         super().__init__()
+        self.around = around
         self.recomputes = False  #: a checkpoint was met, whose function will run again
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule = None
         if torch.is_grad_enabled():
             rule = _RULES.get(function)
-            self.recomputes |= _carried_into_recomputation()
+            self.recomputes |= _carried_into_recomputation(self.around)
         return (rule or function)(*args, **(kwargs or {}))
 
 
-def _carried_into_recomputation() -> bool:
+def _carried_into_recomputation(around: Callable[[], contextlib.AbstractContextManager]) -> bool:
     """What a non-reentrant checkpoint recomputes must save what it saved at first: it, too, runs inside this mode.
 
     Its frame is found through the hooks that it has set for saved tensors, as PyTorch offers no other way to it.
@@ -342,14 +343,14 @@ def _carried_into_recomputation() -> bool:
             "in the model, or use the torch that sib_ext was tested with"
         )
     if not isinstance(frames[0].recompute_fn, _Recomputation):
-        frames[0].recompute_fn = _Recomputation(frames[0].recompute_fn)
+        frames[0].recompute_fn = _Recomputation(frames[0].recompute_fn, around)
     return True
 
 
 class _Recomputation:
-    def __init__(self, function: Callable):
-        self.function = function
+    def __init__(self, function: Callable, around: Callable[[], contextlib.AbstractContextManager]):
+        self.function, self.around = function, around
 
     def __call__(self, *arguments):
-        with fused_double_backward():
+        with fused_double_backward(self.around), self.around():
             return self.function(*arguments)

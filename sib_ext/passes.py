@@ -97,6 +97,10 @@ class Noise:
         random.setstate(of_python)
         numpy.random.set_state(of_numpy)
 
+    def rewind(self) -> None:
+        """What follows draws what followed when the object was made."""
+        self._set(self.state)
+
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Draws inside are those that followed when the object was made; draws after it go on as if nothing was."""

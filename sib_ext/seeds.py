@@ -89,7 +89,7 @@ def scalar(logits: Tensor, target: Tensor, seed: str) -> Tensor:
 
 def vjps(s: Tensor, inputs: Sequence[Tensor], create_graph: bool = True) -> tuple[Tensor | None, ...]:
     """ds/d(input) for each of the inputs (images or feature maps, not parameters); None where s does not depend."""
-    return input_gradients(s, inputs, create_graph=create_graph)
+    return input_gradients((s,), (torch.ones_like(s),), inputs, create_graph)
 
 
 def check_graph(logits: Tensor, x: Tensor) -> None:

@@ -59,7 +59,7 @@ def derivatives(layer, x, fused):
     else:
         y = layer(x)
     first = torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True)
-    (dx,) = input_gradients((y * y.detach().cos()).sum(), (x,))
+    (dx,) = input_gradients((y,), (y.detach().cos(),), (x,))
     second = torch.autograd.grad((dx**3).sum(), inputs, allow_unused=True, materialize_grads=True)
     return y, *first, *second, *layer.buffers()
 
@@ -93,7 +93,7 @@ def test_gradcheck_of_the_vjp(layer_and_x):
     def function(x, cotangent, *values):
         with fused_double_backward():
             y = torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
-        return input_gradients(y, (x,), cotangent)[0]
+        return input_gradients((y,), (cotangent,), (x,))[0]
 
     inputs = (x, cotangent, *(v.detach().clone().requires_grad_() for v in values))
     assert torch.autograd.gradcheck(function, inputs)
@@ -123,7 +123,7 @@ def test_a_vjp_follows_weights_that_are_computed_from_x(kind):
                 y = model()
         else:
             y = model()
-        (R,) = input_gradients(y.sin().sum(), (x,))
+        (R,) = input_gradients((y.sin(),), (torch.ones_like(y),), (x,))
         found.append((R, *torch.autograd.grad((R**3).sum(), (x, mixing))))
     for value, truth in zip(*found, strict=True):
         assert_near(value, truth, 1e-12)

@@ -1,11 +1,13 @@
 """The exact engine: autograd through R's own graph, with layers whose second derivative costs what it must."""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 
 from .. import distributed, seeds
+from ..checkpoints import units
 from ..fused_layers import fused_double_backward
 from ..layers import captured
 from ..passes import statistics_kept
@@ -19,7 +21,8 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
         RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
     """
     leaf = x.detach().requires_grad_()
-    with fused_double_backward() as fused, captured(task.model, task.layers) as found:
+    around = functools.partial(units, task.model, task.layers)
+    with fused_double_backward(around) as fused, captured(task.model, task.layers) as found, around():
         logits = task.logits(leaf, target)
     features = _features(task, found)
     if not logits.requires_grad:
