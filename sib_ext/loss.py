@@ -283,7 +283,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             return {}
         features = {"features": features} if isinstance(features, Tensor) else features
         if not isinstance(features, Mapping) or not all(isinstance(A, Tensor) for A in features.values()):
-            raise ValueError(f"features must be a tensor or a mapping of names to tensors, got {describe(features)}")
+            raise ValueError(
+                f"features must be a tensor or a mapping of names to tensors, got {type(features).__name__}"
+            )
         if not self.has_layer_terms:
             weights = f"background_weight={self.background_weight:g}, layer_weight={self.layer_weight:g}"
             raise ValueError(f"features were given, but have no term ({weights}): give both weights, or no features")

@@ -44,7 +44,8 @@ class Compiled:
         self._graph: Callable | None = None  #: of what _of says
         self._of: tuple = ()
         self._proven: dict[tuple, bool] = {}
-        self._full = self._warned = False
+        self._full = False
+        self.left_to_the_exact = ""  #: why, where a batch was
 
     def __getstate__(self) -> dict:
         return {"strict": self.strict}
@@ -105,8 +106,8 @@ class Compiled:
         return self._aside(x, "torch.compile takes no more kinds of batches (torch._dynamo.config.recompile_limit)")
 
     def _aside(self, x: Tensor, reason: str) -> bool:
-        if not self._warned:
-            self._warned = True
+        if not self.left_to_the_exact:
+            self.left_to_the_exact = reason
             warnings.warn(
                 f"the compiled engine steps aside, first for batches {list(x.shape)}: {reason}. The exact engine "
                 "double_backward takes these, and all others that it leaves.",

@@ -44,7 +44,8 @@ CUT = ": look for torch.no_grad, .detach() and .data in its forward pass"
 def _features(task: Task, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
     for name in task.layers:
         if name not in found:
-            raise ValueError(f"layers: {name!r} did not run in the forward pass: name one that does, in layers=")
+            of_functions = "; of functions, elementwise ones and cat count" if name.endswith("()") else ""
+            raise ValueError(f"layers: {name!r} did not run in the forward pass: name one that does{of_functions}")
         if not found[name].requires_grad:
             raise RuntimeError(f"layers: the output of {name!r} does not depend on x in a differentiable way{CUT}")
     return tuple(found[name] for name in task.layers)

@@ -64,7 +64,7 @@ class SIBStep:
         self._finds_layers = layers == "auto" and getattr(criterion, "has_layer_terms", False)
         self.every, self.microbatch, self.scaler, self.output = every, microbatch, scaler, output
         self._check_options(engine)
-        self.engine, self.info = self._chosen(engine)
+        self.engine, self._why = self._chosen(engine)
         self._check_combinations()
         self._vjps = self._vjps_of(strict=engine == "compiled")
         self.steps = 0
@@ -78,6 +78,8 @@ class SIBStep:
         for name, value in (("every", self.every), ("microbatch", self.microbatch)):
             if (name, value) != ("microbatch", None) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.scaler is not None and not hasattr(self.scaler, "scale"):
+            raise ValueError(f"scaler must be None or a torch.amp.GradScaler, got {self.scaler!r}")
         if self.output is not None and not callable(self.output):
             raise ValueError(
                 f"output must be None or a function of the model's output that returns logits, got {self.output!r}"
@@ -128,16 +130,27 @@ class SIBStep:
             return InParts(self.microbatch)
         return Compiled(strict) if self.engine == "compiled" else double_backward.vjps
 
+    @property
+    def info(self) -> str:
+        """Why this engine runs; and where it does not, why."""
+        left = getattr(self._vjps, "left_to_the_exact", "")
+        return self._why + (f"; some batches are left to double_backward: {left}" if left else "")
+
     def __repr__(self) -> str:
         return f"SIBStep(engine={self.engine!r} ({self.info}), layers={self.layers}, every={self.every})"
 
     def state_dict(self) -> dict:
-        """What a resumed training needs beside the model's."""
+        """What a resumed training needs beside the model's: the place in the cycle of ``every``, the layers found."""
         return {"steps": self.steps, "layers": self.layers, "finds_layers": self._finds_layers}
 
     def load_state_dict(self, state: Mapping) -> None:
+        expected = {"steps", "layers", "finds_layers"}
+        if set(state) != expected:
+            raise ValueError(f"state must be what state_dict() of a step returned, got the keys {sorted(state)}")
         self.steps = state["steps"]
-        self.layers, self._finds_layers = tuple(state["layers"]), state["finds_layers"]
+        if self._finds_layers:  # layers that were named stay
+            check_places(unwrapped(self.model), state["layers"])
+            self.layers, self._finds_layers = tuple(state["layers"]), state["finds_layers"]
 
     def __call__(self, x: Tensor, target: Tensor, mask=None, annotated: Tensor | None = None) -> Tensor:
         """The loss, a scalar; all else as in :meth:`terms`."""
@@ -145,6 +158,8 @@ class SIBStep:
 
     def terms(self, x: Tensor, target: Tensor, mask=None, annotated: Tensor | None = None) -> SIBTerms:
         """The loss and its parts, named; S-IB parts are None in a step without them (``every``).
+
+        In place of a call of the step: it counts as one, and ``terms.loss`` is what goes backward.
 
         Args:
             x: images [B,C,H,W], floating point; it is left as it is and gets no gradient.
