@@ -29,7 +29,8 @@ def input_gradients(
     """``torch.autograd.grad`` with respect to inputs or feature maps, never parameters; None: no dependence."""
     # torch.autograd.grad itself would leave the mode before its engine starts.
     engine = torch.autograd.Variable._execution_engine
-    with _InputGradients():
+    # Autocast is for forward passes: each operation's backward has the type of its forward.
+    with dispatch.without_autocast(inputs[0].device.type), _InputGradients():
         return engine.run_backward(tuple(outputs), tuple(cotangents), True, create_graph, tuple(inputs), True, False)
 
 
@@ -97,8 +98,9 @@ class _ConvolutionInputGradient(Function):
     def forward(ctx, grad, x, weight, convolve, geometry):
         ctx.convolve, ctx.geometry = convolve, geometry
         ctx.save_for_backward(grad, weight)
-        if _in_phases(x, weight, geometry):
-            return _input_gradient_in_phases(grad, x, weight, geometry)
+        with dispatch.without_autocast(x.device.type):
+            if _in_phases(x, weight, geometry):
+                return _input_gradient_in_phases(grad, x, weight, geometry)
         return _convolution_backward(grad, x, weight, None, geometry, [True, False, False])[0]
 
     @staticmethod
@@ -106,7 +108,8 @@ class _ConvolutionInputGradient(Function):
         grad, weight = ctx.saved_tensors
         for_grad = for_weight = None
         if ctx.needs_input_grad[0]:
-            for_grad = ctx.convolve(grad_grad, weight, None, *ctx.geometry)
+            with dispatch.without_autocast(grad.device.type):
+                for_grad = ctx.convolve(grad_grad, weight, None, *ctx.geometry)
         if ctx.needs_input_grad[2]:
             for_weight = _convolution_backward(grad, grad_grad, weight, None, ctx.geometry, [False, True, False])[1]
         return for_grad, None, for_weight, None, None
@@ -136,20 +139,20 @@ def _input_gradient_in_phases(grad: Tensor, x: Tensor, weight: Tensor, geometry:
     return F.pad(found, [0, right, 0, below]) if below or right else found.contiguous()
 
 
-def _convolution(convolve: Callable, dims: int, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    plain = isinstance(padding, str) or x.dim() != dims + 2 or x.is_complex()
+def _convolution(convolve: Callable, dims: int, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    plain = isinstance(padding, str) or input.dim() != dims + 2 or input.is_complex()
     if plain or not _from_parameters_alone(weight, bias):
-        return convolve(x, weight, bias, stride, padding, dilation, groups)
-    geometry = (*([v] * dims if isinstance(v, int) else list(v) for v in (stride, padding, dilation)), groups)
-    geometry = tuple(v * dims if isinstance(v, list) and len(v) == 1 else v for v in geometry)
-    x, weight, bias = _as_autocast((x, weight, bias))
+        return convolve(input, weight, bias, stride, padding, dilation, groups)
+    each = ([int(v)] * dims if hasattr(v, "__index__") else list(map(int, v)) for v in (stride, padding, dilation))
+    geometry = (*(v * dims if len(v) == 1 else v for v in each), int(groups))
+    x, weight, bias = _as_autocast((input, weight, bias))
     with dispatch.without_autocast(x.device.type):
         return _Convolution.apply(x, weight, bias, convolve, geometry)
 
 
 def _as_autocast(tensors: tuple) -> tuple:
     """In the type that autocast would choose for a convolution, because autocast does not see into a Function."""
-    if not _autocast_enabled(tensors[0]):
+    if not _autocast_enabled(tensors[0]) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)
@@ -243,14 +246,16 @@ def _norm_backward(grad, x, weight, mean, rstd, eps, wanted):
     )
 
 
-def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    x = input
     refused = x.dim() < 2 or x.numel() <= x.shape[1]  # torch's own error
     if not training or refused or not _from_parameters_alone(weight, bias):
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps)
 
 
-def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
+def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    x = input
     refused = x.dim() < 2 or x.shape[1] % num_groups  # torch's own error
     if refused or not _from_parameters_alone(weight, bias):
         return F.group_norm(x, num_groups, weight, bias, eps)
@@ -268,7 +273,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
     Called by its name, as torch.nn.attention.sdpa_kernel would switch the kernels of every thread.
     """
-    if _autocast_enabled(query):
+    if _autocast_enabled(query) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (t.to(dtype) for t in (query, key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -317,7 +322,7 @@ class fused_double_backward(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:  # not inside torch.func
             rule = _RULES.get(function)
             self.recomputes |= _carried_into_recomputation(self.around)
         return (rule or function)(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -46,11 +47,31 @@ def in_place_of(model: nn.Module, function: Callable, *arguments):
 def with_state(model: nn.Module, state: Mapping[str, Tensor], function: Callable):
     """``function()`` while the parameters and buffers of the model that ``state`` names are those of ``state``.
 
-    Also in backward passes inside, which may recompute activations.
+    Also in backward passes inside, which may recompute activations. A tensor is replaced wherever the model's modules
+    hold it, under however many names. (torch.func.functional_call swaps a module with two names twice, and puts back
+    what it had put in.)
     """
-    around = _Module(function)
-    around.model = model
-    return torch.func.functional_call(around, {f"model.{name}": tensor for name, tensor in state.items()}, ())
+    held = [own for module in model.modules() for own in (module._parameters, module._buffers)]
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    instead = {id(named[name]): tensor for name, tensor in state.items()}
+    slots = [(own, key, t) for own in held for key, t in own.items() if id(t) in instead]
+    cache, parametrize._cache = parametrize._cache, {}  # of weights computed from the others
+    try:
+        for own, key, tensor in slots:
+            own[key] = instead[id(tensor)]
+        return function()
+    finally:
+        parametrize._cache = cache
+        for own, key, tensor in slots:
+            own[key] = tensor
+
+
+def stand_in(parameter: Tensor, values: Tensor | None = None) -> nn.Parameter:
+    """A leaf in a parameter's memory, or of other values, with what users have attached to the parameter."""
+    values = parameter.detach() if values is None else values
+    leaf = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    leaf.__dict__.update(parameter.__dict__)
+    return leaf
 
 
 class _Module(nn.Module):

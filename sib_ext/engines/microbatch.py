@@ -7,7 +7,7 @@ memory; their sum then reaches the parameters once a step, like any gradient.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,22 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from ..distributed import graph_nodes
-from ..passes import Autocast, Noise, with_state
+from ..passes import Autocast, Noise, stand_in, with_state
 from . import double_backward
 from .vjps import Task, VJPs
+
+# Of logits and VJPs, relative: a second run differs by what a GPU's sums in another order make of it.
+REPEATED = 1e-2
+
+Values = Callable[[Task, Tensor, Tensor, bool], Sequence[Tensor]]
+
+
+def _logits(task: Task, x: Tensor, target: Tensor, create_graph: bool) -> Sequence[Tensor]:
+    return (task.logits(x, target),)
+
+
+def _logits_and_vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool) -> Sequence[Tensor]:
+    return double_backward.vjps(task, x, target, create_graph).tensors()
 
 
 class _Part(NamedTuple):
@@ -27,7 +40,6 @@ class _Part(NamedTuple):
     target: Tensor
     noise: Noise
     buffers: dict[str, Tensor]
-    logits: Tensor  #: of the first run
 
 
 class InParts:
@@ -37,72 +49,97 @@ class InParts:
         self.size = size
 
     def __call__(self, task: Task, x: Tensor, target: Tensor) -> VJPs:
+        return VJPs.of(self._run(_logits_and_vjps, task, x, target))
+
+    def logits(self, task: Task, x: Tensor, target: Tensor) -> Tensor:
+        """Of a step without terms."""
+        return self._run(_logits, task, x, target)[0]
+
+    def _run(self, values_of: Values, task: Task, x: Tensor, target: Tensor) -> Sequence[Tensor]:
+        if target.requires_grad:
+            raise ValueError("microbatch: target requires grad, but gets none in parts: detach it")
         parts, values, used = [], [], set()
         for images, labels in zip(x.split(self.size), target.split(self.size), strict=True):
             buffers = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
-            noise = Noise(x.device)
-            found = double_backward.vjps(task, images, labels, create_graph=False)
-            parts.append(_Part(images, labels, noise, buffers, found.logits.detach()))
-            used |= {id(node.variable) for node in graph_nodes([found.logits.grad_fn]) if hasattr(node, "variable")}
-            values.append([t.detach() for t in found.tensors()])
+            parts.append(_Part(images, labels, Noise(x.device), buffers))
+            found = values_of(task, images, labels, False)
+            used |= {id(leaf) for leaf in _leaves_of(found[0])}
+            values.append([t.detach() for t in found])
         # Only those that the logits were computed from: a parameter left out keeps grad None, and DDP sees it unused.
         named = {n: p for n, p in task.model.named_parameters() if p.requires_grad and id(p) in used}
-        again = _Again(task, parts, tuple(named), Autocast(x.device.type))
         joined = [torch.cat(column) for column in zip(*values, strict=True)]
-        return VJPs.of(_Repeated.apply(again, joined, *named.values()))
+        again = _Again(values_of, task, parts, joined, tuple(named), Autocast(x.device.type))
+        return _Repeated.apply(again, *named.values())
+
+
+def _leaves_of(logits: Tensor) -> list[Tensor]:
+    nodes = graph_nodes([logits.grad_fn])
+    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 class _Repeated(Function):
     """(parameters) -> the values of all parts, whose derivatives are taken when the parts are run again."""
 
     @staticmethod
-    def forward(ctx, again, values, *parameters):
+    def forward(ctx, again, *parameters):
         ctx.again = again
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parameters)  # their versions: a step between forward and backward is an error
-        return tuple(values)
+        return tuple(t.view_as(t) for t in again.values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
-        return None, None, *ctx.again.gradients(ctx.saved_tensors, cotangents)
+        return None, *ctx.again.gradients(ctx.saved_tensors, cotangents)
 
 
 class _Again(NamedTuple):
     """The second run of the parts."""
 
+    values_of: Values
     task: Task
     parts: Sequence[_Part]
+    values: Sequence[Tensor]  #: of the first run, of all parts
     names: tuple[str, ...]
     autocast: Autocast
 
     def gradients(self, parameters: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         """d<cotangents, values> by parameter."""
-        leaves = [nn.Parameter(p.detach()) for p in parameters]
-        start = 0
+        leaves, start = list(map(stand_in, parameters)), 0
         for part in self.parts:
             rows = slice(start, start + len(part.x))
             start = rows.stop
             state = dict(zip(self.names, leaves, strict=True)) | {n: b.clone() for n, b in part.buffers.items()}
-            with_state(self.task.model, state, functools.partial(self._add, part, cotangents, rows))
+            with_state(self.task.model, state, functools.partial(self._add, part, cotangents, rows, leaves))
         return [leaf.grad for leaf in leaves]
 
-    def _add(self, part: _Part, cotangents: Sequence[Tensor | None], rows: slice) -> None:
+    def _add(self, part: _Part, cotangents: Sequence[Tensor | None], rows: slice, leaves: Sequence[Tensor]) -> None:
         """The part's derivatives, into the leaves that stand in for the parameters."""
         with torch.enable_grad(), self.autocast.again(), part.noise.again():
-            found = double_backward.vjps(self.task, part.x, part.target)
-        _check_repeated(found.logits.detach(), part.logits)
-        pairs = zip(found.tensors(), cotangents, strict=True)
+            found = self.values_of(self.task, part.x, part.target, True)
+        _check_repeated(found, [value[rows] for value in self.values])
+        own = set(map(id, leaves))
+        if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in _leaves_of(found[0])):
+            raise RuntimeError(
+                "microbatch: the model reaches a parameter past its modules (through a list, say): take it from the "
+                "module that has it, or leave microbatch out"
+            )
+        pairs = zip(found, cotangents, strict=True)
         pairs = [(t, g[rows].to(t.dtype)) for t, g in pairs if g is not None and t.requires_grad]
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        if pairs:
+            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
 
 
-def _check_repeated(logits: Tensor, first: Tensor) -> None:
+def _check_repeated(again: Sequence[Tensor], first: Sequence[Tensor]) -> None:
     """Otherwise dL/dR of the first run would be taken for that of another function."""
-    tolerance = max(1e-4, 32 * torch.finfo(first.dtype).eps)
-    if not torch.allclose(logits, first, rtol=tolerance, atol=tolerance * float(first.abs().max()), equal_nan=True):
-        raise RuntimeError(
-            "microbatch: the model gave other logits when a part was run again, so something changes from pass to pass "
-            "beside its buffers and the random numbers of torch, Python and numpy (a counter, a generator of its own, "
-            "another thread that draws from the same generator): leave microbatch out, or take that away"
-        )
+    for value, before in zip(again, first, strict=True):
+        value, before = value.detach().float(), before.float()
+        size = torch.linalg.vector_norm(before)
+        # A loss that is not finite is a GradScaler's affair.
+        if (torch.linalg.vector_norm(value - before) > REPEATED * size) & size.isfinite():
+            raise RuntimeError(
+                "microbatch: the model gave other logits, or another VJP, when a part was run again, so something "
+                "changes from pass to pass beside its mode, its buffers and the random numbers of torch, Python and "
+                "numpy (a counter, a generator of its own, another thread that draws from the same generator): leave "
+                "microbatch out, or take that away"
+            )

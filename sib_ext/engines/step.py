@@ -182,8 +182,7 @@ class SIBStep:
         due = self.criterion.has_terms and self.steps % self.every == 0
         self.steps += 1
         if not due:
-            plain = Task(self.model, self.criterion, (), self.output, None)
-            cross_entropy = self._cross_entropy(plain.logits(x, target), target, x)
+            cross_entropy = self._cross_entropy(self._plain_logits(x, target), target, x)
             return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
         task = self._task(x)
         joined = self.criterion.joined(x)
@@ -194,6 +193,12 @@ class SIBStep:
         }
         information = self.criterion.information(found.of_x, x, given, annotated, joined, layers)
         return self.criterion.together(information, self._cross_entropy(found.logits, target, x), self.every)
+
+    def _plain_logits(self, x: Tensor, target: Tensor) -> Tensor:
+        if not self.microbatch:
+            return Task(self.model, self.criterion, (), self.output, None).logits(x, target)
+        task = Task(unwrapped(self.model), self.criterion, (), self.output, None)
+        return in_place_of(self.model, lambda x: self._vjps.logits(task, x, target), x)
 
     def _task(self, x: Tensor) -> Task:
         eager = unwrapped(self.model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..outputs import logits_of
-from ..passes import Noise, with_state
+from ..passes import Noise, stand_in, with_state
 from .choice import Candidate, chosen
 from .graph import bottlenecks
 from .layout import Layout
@@ -78,7 +78,7 @@ def _searched(model: nn.Module, x: Tensor, output: Callable | None, functions: b
         if _runs_as_it_is(model):
             with _put_back(model):
                 return _found(model, image, output, functions)
-        state = {name: _visible(p.detach(), seed) for seed, (name, p) in enumerate(model.named_parameters())}
+        state = {n: stand_in(p, _visible(p.detach(), seed)) for seed, (n, p) in enumerate(model.named_parameters())}
         state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
         return with_state(model, state, lambda: _found(model, image, output, functions))
 

@@ -167,6 +167,27 @@ class Tied(nn.Module):
         return self.head(self.again(nn.functional.silu(self.twice(h))).mean((2, 3)))
 
 
+class TwoNames(Network):
+    """As wrappers have it that keep what they wrap under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.original, self.wrapped = self.stem, self.stem
+
+
+def by_keywords(h):
+    """A functional convolution with names for its arguments."""
+    return h + nn.functional.conv2d(
+        input=h, weight=torch.ones(8, 1, 1, 1, dtype=h.dtype), stride=numpy.int64(1), groups=8
+    )
+
+
+def vmapped(h):
+    return torch.func.vmap(lambda image: nn.functional.conv2d(image, torch.ones(8, 1, 1, 1, dtype=h.dtype), groups=8))(
+        h
+    )
+
+
 @dataclass
 class Output:
     logits: torch.Tensor
@@ -234,6 +255,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "frozen stem": with_frozen_stem,
     "unused layer": with_unused,
     "computed weights": normalised_by_a_computed_weight,
+    "a module under two names": TwoNames,
+    "arguments by keyword": functools.partial(Wrapped, middle=by_keywords),
+    "torch.func inside": functools.partial(Wrapped, middle=vmapped),
     "input changed in place": functools.partial(Wrapped, before=subtract_in_place),
     "dataclass": functools.partial(Wrapped, after=as_dataclass),
     "mapping": functools.partial(Wrapped, after=as_mapping),

@@ -118,7 +118,7 @@ def traces(model: nn.Module) -> list:
     return [
         (name, m.training, sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
         for name, m in model.named_modules()
-    ]
+    ] + [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)]
 
 
 def same_buffers(one: nn.Module, other: nn.Module, what: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sib_ext import SIBStep
+from sib_ext.engines import compiled
 
 from ..compare import assert_near
 from .networks import IMAGES, NETWORKS, Network, Tokens, Wrapped, as_mapping, hooked, per_sample
@@ -28,8 +29,7 @@ def fresh_compiler():
 @pytest.fixture
 def eager_compile(monkeypatch):
     """torch.compile without its code generator: seconds instead of a minute."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, options=None, **k: real(f, backend="aot_eager", **k))
+    monkeypatch.setattr(compiled, "_inductor", torch._dynamo.lookup_backend("aot_eager"))
 
 
 slow = pytest.mark.slow
@@ -110,6 +110,43 @@ def test_another_seed_of_the_loss_makes_another_graph(batch, eager_compile):  # 
     exact = copy.deepcopy(model)
     truth = gradient(exact, step_of(exact, criterion)(x, y, mask))
     assert error(gradient(model, step(x, y, mask)), truth) < 1e-11
+
+
+class Switched(Network):
+    """A part that training switches on later, by an attribute."""
+
+    late = False
+
+    def forward(self, x):
+        h = self.body(self.stem(x))
+        return self.head((hooked(h) if self.late else h).mean((2, 3)))
+
+
+def test_a_graph_that_the_compiler_makes_later_proves_itself_as_well(batch, eager_compile):  # noqa: F811
+    model, criterion = Switched(), loss_of()
+    step = step_of(torch.compile(model), criterion)
+    step(*batch).backward()
+    model.late = True
+    _, truth = truth_of(model, criterion, batch)
+    with pytest.warns(UserWarning, match="steps aside"):
+        loss = step(*batch)
+    assert error(gradient(model, loss), truth) < 1e-4
+
+
+def test_a_hook_added_later_is_not_passed_over(batch, eager_compile):  # noqa: F811
+    model, criterion = Network(), loss_of()
+    step = step_of(torch.compile(model), criterion)
+    step(*batch).backward()
+    model.body.register_forward_hook(lambda module, inputs, output: 0.5 * output.square())
+    _, truth = truth_of(model, criterion, batch)
+    with pytest.warns(UserWarning, match="steps aside"):
+        loss = step(*batch)
+    assert error(gradient(model, loss), truth) < 1e-4
+
+
+def test_a_wrong_gradient_is_seen_under_autocast(batch, eager_compile):  # noqa: F811
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="wrong gradients"):
+        step_of(Wrapped(middle=hooked, norm=per_sample), loss_of(), engine="compiled")(*batch)
 
 
 def test_a_smaller_last_batch_is_compiled_for_itself(batch, eager_compile):  # noqa: F811

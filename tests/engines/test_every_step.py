@@ -42,7 +42,18 @@ def test_with_terms_for_feature_maps(layers, options, threads):
     assert step.layers == (("body",) if layers == "auto" else layers)
 
 
-@pytest.mark.parametrize("network", ["checkpoints", "checkpointed transformer", "spectral norm", "frozen stem"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        "checkpoints",
+        "checkpointed transformer",
+        "spectral norm",
+        "frozen stem",
+        "a module under two names",
+        "weight norm",
+    ]
+    + ["a parameter with an attribute"],
+)
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
 def test_the_last_feature_map_of_others_models(network, options, threads):
     threads(1)
