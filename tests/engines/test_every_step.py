@@ -51,8 +51,7 @@ def test_with_terms_for_feature_maps(layers, options, threads):
         "frozen stem",
         "a module under two names",
         "weight norm",
-    ]
-    + ["a parameter with an attribute"],
+    ],
 )
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
 def test_the_last_feature_map_of_others_models(network, options, threads):

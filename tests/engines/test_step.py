@@ -159,6 +159,87 @@ def test_a_learned_mask_gets_its_gradient(options, batch):
     assert found[0].any() and error(found[1], found[0]) < 1e-11
 
 
+class Attached(Network):
+    """A parameter with an attribute of the user's."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.weight.gain = 0.7
+
+    def forward(self, x):
+        h = self.body(self.stem(x)).mean((2, 3))
+        return nn.functional.linear(h, self.head.weight * self.head.weight.gain, self.head.bias)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_what_users_attach_to_a_parameter_is_there_in_every_pass(options, batch):
+    model = Attached()
+    SIBStep(model, loss_of(), **options)(*batch).backward()
+    assert model.head.weight.gain == 0.7 and model.head.weight.grad.any()
+
+
+def test_state_that_changes_the_gradient_alone_is_refused_in_parts(batch):
+    """The logits of both runs are the same, and their VJPs are not."""
+    passes = []
+
+    def scaled(h):
+        passes.append(1)
+        factor = len(passes)
+        h.register_hook(lambda g: g * factor)
+        return h
+
+    loss = step_of(Wrapped(middle=scaled), loss_of(), microbatch=3)(*batch)
+    with pytest.raises(RuntimeError, match="or another VJP"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_generator_of_the_models_own_is_refused_in_parts(dtype, batch):
+    generator = torch.Generator().manual_seed(1)
+
+    def dropped(h):
+        return h * (torch.rand(h.shape, generator=generator) > 0.1)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = step_of(Wrapped(middle=dropped), loss_of(), microbatch=3)(*batch)
+    with pytest.raises(RuntimeError, match="microbatch: the model gave other logits"):
+        loss.backward()
+
+
+def test_parts_hold_in_steps_without_terms_too(batch):
+    sizes, model = [], Network(norm=per_sample)
+    model.head.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    step = step_of(model, loss_of(), microbatch=2, every=2)
+    step(*batch).backward()
+    del sizes[:]
+    found = gradient(model, step(*batch))
+    assert set(sizes) == {2}
+    assert error(found, gradient(model, nn.functional.cross_entropy(model(batch[0]), batch[1]))) < 1e-5
+
+
+def test_a_parameter_reached_past_the_modules_is_refused_in_parts(batch):
+    class Aliased(Network):
+        def __init__(self):
+            super().__init__()
+            self.weights = [self.head.weight]
+
+        def forward(self, x):
+            return nn.functional.linear(self.body(self.stem(x)).mean((2, 3)), self.weights[0], self.head.bias)
+
+    loss = step_of(Aliased(), loss_of(), microbatch=2)(*batch)
+    with pytest.raises(RuntimeError, match="reaches a parameter past its modules"):
+        loss.backward()
+
+
+def test_a_float16_step_that_overflows_in_parts_is_the_scalers_affair(batch):
+    model = Network()
+    with torch.no_grad():
+        model.head.weight.mul_(1e30)
+    with torch.autocast("cpu", torch.float16):
+        loss = step_of(model, loss_of(), microbatch=2, scaler=torch.amp.GradScaler("cpu"))(*batch)
+    loss.backward()
+
+
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"every": 2}], ids=str)
 def test_a_model_may_write_into_its_input(options, batch):
     x, y, mask = batch
