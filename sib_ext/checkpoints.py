@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .fused_layers import fused_double_backward, input_gradients, is_input_only
 from .outputs import tensors_of
-from .passes import Autocast, Noise, with_state
+from .passes import Autocast, Noise, stand_in, with_state
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def _running_statistics(module: nn.Module) -> set[str]:
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
+    return [stand_in(t) if isinstance(t, nn.Parameter) else t.detach().requires_grad_() for t in tensors]
 
 
 class _Run(Function):

@@ -209,6 +209,18 @@ def test_the_tokens_of_a_checkpointed_transformer_in_bfloat16(batch):  # noqa: F
     assert gradient(model, loss).isfinite().all()
 
 
+def test_what_users_attach_to_a_parameter_is_there_when_a_unit_runs_again(batch):  # noqa: F811
+    class Gained(nn.Sequential):
+        def forward(self, h):
+            return super().forward(h) * self[0].weight.gain
+
+    model = Network(norm=per_sample)
+    model.body = InCheckpoint(Gained(*model.body))
+    model.body.inner[0].weight.gain = 0.7
+    step_of(model, loss_of())(*batch).backward()
+    assert model.body.inner[0].weight.grad.any()
+
+
 def test_forwards_are_the_modules_own_afterwards(batch):  # noqa: F811
     model = CheckpointedNetwork()
     step_of(model, loss_of())(*batch).backward()
