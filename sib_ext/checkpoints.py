@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .fused_layers import fused_double_backward, input_gradients, is_input_only
 from .outputs import tensors_of
-from .passes import Autocast, Noise, stand_in, with_state
+from .passes import Autocast, Noise, with_state
 
 
 @contextlib.contextmanager
@@ -136,11 +136,13 @@ class _Unit:
 
         ``counts``: as with any checkpoint, running statistics move once more.
         """
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        inputs, parameters = leaves[: len(leaves) - len(names)], leaves[len(leaves) - len(names) :]
+        own = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        inputs, parameters = leaves[: len(leaves) - len(own)], leaves[len(leaves) - len(own) :]
+        for leaf, parameter in zip(parameters, own.values(), strict=True):
+            leaf.__dict__.update(parameter.__dict__)  # what users have attached
         kept = _running_statistics(self.module) if counts else ()
         state = {name: buffer.clone() for name, buffer in self.buffers.items() if name not in kept}
-        state |= dict(zip(names, parameters, strict=True))
+        state |= dict(zip(own, parameters, strict=True))
         return with_state(self.module, state, lambda: use(self._outputs(inputs)))
 
     def _outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -159,7 +161,7 @@ def _running_statistics(module: nn.Module) -> set[str]:
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [stand_in(t) if isinstance(t, nn.Parameter) else t.detach().requires_grad_() for t in tensors]
+    return [t.detach().requires_grad_() for t in tensors]
 
 
 class _Run(Function):
