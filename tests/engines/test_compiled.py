@@ -34,17 +34,8 @@ def eager_compile(monkeypatch):
 
 slow = pytest.mark.slow
 #: Networks that are compiled; the others of the zoo are refused.
-OTHERS = (
-    "GroupNorm",
-    "dropout",
-    "transformer",
-    "spectral norm",
-    "weight norm",
-    "tied weights",
-    "frozen stem",
-    "mapping",
-)
-OTHERS += ("unused layer", "computed weights", "input changed in place", "tuple")
+OTHERS = ["GroupNorm", "dropout", "transformer", "spectral norm", "weight norm", "tied weights", "frozen stem"]
+OTHERS += ["mapping", "unused layer", "computed weights", "input changed in place", "tuple"]
 TAKEN = ["BatchNorm", *(pytest.param(name, marks=slow) for name in OTHERS)]
 REFUSED = ["custom Function", "tensor hook", "recurrent", "depth by random", "depth by numpy"]
 
