@@ -55,13 +55,16 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor], function: Callable
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     instead = {id(named[name]): tensor for name, tensor in state.items()}
     slots = [(own, key, t) for own in held for key, t in own.items() if id(t) in instead]
-    cache, parametrize._cache = parametrize._cache, {}  # of weights computed from the others
+    cached, cache = parametrize._cache_enabled, parametrize._cache  # by users: weights computed from the others
+    if cached:
+        parametrize._cache = {}
     try:
         for own, key, tensor in slots:
             own[key] = instead[id(tensor)]
         return function()
     finally:
-        parametrize._cache = cache
+        if cached:
+            parametrize._cache = cache
         for own, key, tensor in slots:
             own[key] = tensor
 
