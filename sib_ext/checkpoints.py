@@ -92,18 +92,12 @@ class _Unit:
 
         ``counts``: running statistics move.
         """
-        collected, stored = self._collected(), self._stored()
-        versions = [t._version for t in self.inputs]
+        stored, versions = self._stored(), [t._version for t in self.inputs]
         state = {} if counts else {name: buffer.clone() for name, buffer in self.buffers.items()}
         with torch.no_grad():
             output = with_state(self.module, state, lambda: self._call(self.inputs))
         leaves, self.spec_of_output = tree_flatten(output)
         hidden = any(not isinstance(v, Tensor) and any(True for _ in tensors_of(v)) for v in leaves)
-        if self._collected() != collected:
-            raise RuntimeError(
-                f"{type(self.module).__name__} collects tensors of its pass in a list or mapping inside a checkpoint, "
-                "which a step cannot undo: return them, or leave that checkpoint out"
-            )
         if hidden or self._stored() != stored:
             self._undo()
             return False
@@ -125,10 +119,6 @@ class _Unit:
             for module in self.module.modules()
             for tensor in tensors_of([v for k, v in vars(module).items() if k not in own])
         ]
-
-    def _collected(self) -> list[int]:
-        values = [v for module in self.module.modules() for k, v in vars(module).items() if k[:1] != "_"]
-        return [id(t) for v in values if not isinstance(v, Tensor) for t in tensors_of(v)]
 
     def _undo(self) -> None:
         self.noise.rewind()
