@@ -125,7 +125,7 @@ class _Unit:
         # Copies, so that writing into them does no harm and returning them is noticed.
         leaves = [_leaf(v) for v in values if isinstance(v, Tensor)]
         inputs = [leaf.clone() for leaf in leaves]
-        parameters = {name: _leaf(p) for name, p in self.module.named_parameters()}
+        parameters = {name: stand_in(p) for name, p in self.module.named_parameters()}
         state = parameters if counts else parameters | {name: buffer.clone() for name, buffer in self.buffers.items()}
         given, versions_given = [id(t) for t in inputs], [t._version for t in inputs]
         # The graph says what the outputs depend on; it keeps nothing.
@@ -167,6 +167,12 @@ class _Unit:
         given = iter(inputs)
         args, kwargs = tree_unflatten([next(given) if v is _GIVEN else v for v in self.values], self.spec)
         return self.forward(*args, **kwargs)
+
+    def stand_ins(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Leaves for inputs and parameters, these with what users have attached to them."""
+        own, values = dict(self.module.named_parameters()), tensors[self.count :]
+        parameters = [stand_in(own[name], t.detach()) for name, t in zip(self.names, values, strict=True)]
+        return [*map(_leaf, tensors[: self.count]), *parameters]
 
     def again(self, leaves: Sequence[Tensor], use: Callable[[list[Tensor]], object], counts: bool = False):
         """``use(outputs)``, with a graph of these leaves, inputs and parameters.
@@ -225,9 +231,6 @@ class _Stored:
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """In place of an input or a parameter."""
-    if isinstance(tensor, nn.Parameter):
-        return stand_in(tensor)
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
@@ -266,7 +269,7 @@ class _Run(Function):
             return None, None, *found, *[None] * len(unit.names)
         if torch.is_grad_enabled():
             raise RuntimeError("a checkpointed module of a step was differentiated again: only its VJP can be")
-        leaves = [_leaf(t) for t in tensors]
+        leaves = unit.stand_ins(tensors)
         with torch.enable_grad():
             unit.again(leaves, lambda outputs: _backward([outputs[i] for i in present], given), counts=True)
         return None, None, *(leaf.grad for leaf in leaves)
@@ -280,7 +283,7 @@ class _VJP(Function):
         ctx.unit, ctx.present = unit, present
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        cotangents, leaves = tensors[: len(present)], [_leaf(t) for t in tensors[len(present) :]]
+        cotangents, leaves = tensors[: len(present)], unit.stand_ins(tensors[len(present) :])
         inputs = leaves[: unit.count]
         with torch.enable_grad():
             return unit.again(leaves, lambda outputs: _vjp([outputs[i] for i in present], cotangents, inputs, False))
@@ -289,8 +292,8 @@ class _VJP(Function):
     def backward(ctx, *directions):
         if torch.is_grad_enabled():
             raise RuntimeError("the VJP of a checkpointed module was differentiated twice: only once is possible")
-        of_all, count = [_leaf(t) for t in ctx.saved_tensors], len(ctx.present)
-        cotangents, leaves = of_all[:count], of_all[count:]
+        tensors, count = ctx.saved_tensors, len(ctx.present)
+        cotangents, leaves = [_leaf(t) for t in tensors[:count]], ctx.unit.stand_ins(tensors[count:])
 
         def derivatives(outputs):
             found = _vjp([outputs[i] for i in ctx.present], cotangents, leaves[: ctx.unit.count], True)
@@ -298,7 +301,7 @@ class _VJP(Function):
 
         with torch.enable_grad():
             ctx.unit.again(leaves, derivatives)
-        return None, None, *(leaf.grad for leaf in of_all)
+        return None, None, *(leaf.grad for leaf in (*cotangents, *leaves))
 
 
 def _vjp(outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool):
