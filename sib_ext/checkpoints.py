@@ -82,9 +82,21 @@ class _Called:
         parameters = dict(self.module.named_parameters())
         inputs = [v for v in values if isinstance(v, Tensor)]
         # Past the checkpoint, which so has nothing to recompute.
-        with saved_tensors_hooks(lambda t: t, lambda t: t):
+        with saved_tensors_hooks(_packed, _unpacked):
             found = iter(_Run.apply(unit, outputs, *inputs, *(parameters[name] for name in unit.names)))
         return tree_unflatten([next(found) if t is _GIVEN else t for t in unit.leaves], unit.spec_of_output)
+
+
+def _packed(tensor: Tensor) -> tuple[Tensor, int]:
+    """Autograd does not watch the versions of what hooks have saved."""
+    return tensor, tensor._version
+
+
+def _unpacked(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError("a tensor that a checkpointed module needs was modified by an inplace operation")
+    return tensor
 
 
 def _differentiable(value) -> bool:

@@ -223,6 +223,23 @@ def test_what_runs_again_has_the_buffers_of_the_first_run(options, threads):
     check_step(functools.partial(Within, Spectral), *images(), exact=exact, **options)
 
 
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_what_a_unit_needs_must_not_be_written_into_before_backward(what, batch):  # noqa: F811
+    """An error, as with any loss."""
+
+    class Writing(Within):
+        def before(self, h):
+            self.given = [h]
+            return h
+
+    model = Writing(Inner)
+    loss = step_of(model, loss_of())(*batch)
+    with torch.no_grad():
+        (model.given[0] if what == "input" else model.body.net[0].weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_module_that_cannot_be_a_unit_is_tried_once(batch):  # noqa: F811
     runs = []
 
