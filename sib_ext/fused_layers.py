@@ -24,14 +24,19 @@ from .ops.norm_double_backward import norm_double_backward
 
 
 def input_gradients(
-    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], create_graph: bool = True
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool = True,
+    keep_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` with respect to inputs or feature maps, never parameters; None: no dependence."""
     # torch.autograd.grad itself would leave the mode before its engine starts.
     engine = torch.autograd.Variable._execution_engine
+    of = tuple(outputs), tuple(cotangents)
     # Autocast is for forward passes: each operation's backward has the type of its forward.
     with dispatch.without_autocast(inputs[0].device.type), _InputGradients():
-        return engine.run_backward(tuple(outputs), tuple(cotangents), True, create_graph, tuple(inputs), True, False)
+        return engine.run_backward(*of, keep_graph, create_graph, tuple(inputs), True, False)
 
 
 class _InputGradients(TorchFunctionMode):

@@ -21,7 +21,7 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
         RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
     """
     leaf = x.detach().requires_grad_()
-    around = functools.partial(units, task.model, task.layers)
+    around = functools.partial(units, task.model, task.layers, task.ordinary)
     with fused_double_backward(around) as fused, captured(task.model, task.layers) as found, around():
         logits = task.logits(leaf, target)
     features = _features(task, found)

@@ -67,6 +67,7 @@ class SIBStep:
         self.engine, self._why = self._chosen(engine)
         self._check_combinations()
         self._vjps = self._vjps_of(strict=engine == "compiled")
+        self._ordinary: set[str] = set()
         self.steps = 0
 
     def _check_options(self, engine: str) -> None:
@@ -196,8 +197,8 @@ class SIBStep:
 
     def _plain_logits(self, x: Tensor, target: Tensor) -> Tensor:
         if not self.microbatch:
-            return Task(self.model, self.criterion, (), self.output, None).logits(x, target)
-        task = Task(unwrapped(self.model), self.criterion, (), self.output, None)
+            return Task(self.model, self.criterion, (), self.output, None, set()).logits(x, target)
+        task = Task(unwrapped(self.model), self.criterion, (), self.output, None, set())
         return in_place_of(self.model, lambda x: self._vjps.logits(task, x, target), x)
 
     def _task(self, x: Tensor) -> Task:
@@ -205,7 +206,7 @@ class SIBStep:
         if self._finds_layers:
             name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
-        return Task(eager, self.criterion, self.layers, self.output, self.scaler)
+        return Task(eager, self.criterion, self.layers, self.output, self.scaler, self._ordinary)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, x: Tensor) -> Tensor:
         joined = distributed.JoinedBatch(x, self.criterion.process_group)

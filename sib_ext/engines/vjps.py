@@ -20,6 +20,7 @@ class Task(NamedTuple):
     layers: tuple[str, ...]
     output: Callable | None  #: the model's output -> logits
     scaler: "torch.amp.GradScaler | None"
+    ordinary: set[str]  #: modules that cannot be units of :mod:`sib_ext.checkpoints`, as far as they are known
 
     def logits(self, x: Tensor, target: Tensor) -> Tensor:
         """Of a forward pass, checked. The model may write into its input: it gets a copy."""

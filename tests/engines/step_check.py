@@ -137,6 +137,7 @@ def check_step(
     criterion: SpatialIBLoss | None = None,
     dtype: torch.dtype = torch.float64,
     noisy: bool = False,
+    exact: Callable[[], nn.Module] | None = None,
     **options,
 ) -> SIBStep:
     """All that may be asked of a step; returns the step that was checked.
@@ -144,12 +145,13 @@ def check_step(
     Args:
         make: () -> the model, the same weights at every call with one seed.
         layers, options: of :class:`sib_ext.SIBStep`.
+        exact: () -> the model of the truth, if that is not ``make``.
         noisy: the model draws from generators of the process, so that two threads would disturb each other.
     """
     criterion = criterion or fixed()
     x, mask = x.to(dtype), mask.to(dtype)
 
-    def model_of(precision=dtype) -> nn.Module:
+    def model_of(precision=dtype, make=make) -> nn.Module:
         seed(0)
         return make().to(precision)
 
@@ -166,7 +168,7 @@ def check_step(
     loss.backward()
     hooks.removed()
     size = step.microbatch or len(x)
-    exact = model_of(torch.float64)
+    exact = model_of(torch.float64, exact or make)
     seed()
     truth, gradients = elementary(
         exact, criterion, step.layers, step.output, x.double(), y, mask.double(), size, step.every

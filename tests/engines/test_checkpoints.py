@@ -74,6 +74,114 @@ class Auxiliary(Network):
         return self.head(h.mean((2, 3)) + self.body.kept)
 
 
+def in_checkpoint(function, *inputs):
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def directly(function, *inputs):
+    return function(*inputs)
+
+
+class Within(Network):
+    """The body inside a module, in a checkpoint."""
+
+    def __init__(self, inner, run=in_checkpoint):
+        super().__init__(norm=per_sample)
+        self.body, self.run = inner(self), run
+
+    def forward(self, x):
+        return self.head(self.after(self.run(self.body, self.before(self.stem(x)))).mean((2, 3)))
+
+    def before(self, h):
+        return h
+
+    def after(self, h):
+        return h
+
+
+class Inner(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.net = network.body
+
+    def forward(self, h):
+        return self.net(h)
+
+
+class WithUnused(Inner):
+    def __init__(self, network):
+        super().__init__(network)
+        self.unused = nn.Linear(2, 2)
+
+
+class TiedFromOutside(Inner):
+    """Uses a weight of a module that is none of its own."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        self.others = [network.stem[0]]
+
+    def forward(self, h):
+        return self.net(h) * self.others[0].weight.mean()
+
+
+class HandedOver(Within):
+    """A tensor of the pass reaches the unit past its arguments."""
+
+    def before(self, h):
+        self.body.context = h.mean((2, 3), keepdim=True)
+        return h
+
+    class Inner(Inner):
+        def __init__(self, network):
+            super().__init__(network)
+            self.context = None
+
+        def forward(self, h):
+            return self.net(h) * self.context
+
+
+class KeptInAList(Within):
+    def before(self, h):
+        self.body.kept.clear()
+        return h
+
+    def after(self, h):
+        return h + self.body.kept[0]
+
+    class Inner(Inner):
+        def __init__(self, network):
+            super().__init__(network)
+            self.kept = []
+
+        def forward(self, h):
+            h = self.net(h)
+            self.kept.append(h.mean((2, 3), keepdim=True))
+            return h
+
+
+class ReturnsItsInput(Within):
+    def after(self, h):
+        return h.mul_(0.5)
+
+    class Inner(Inner):
+        def forward(self, h):
+            return h
+
+
+class WrittenIntoAfterwards(Within):
+    def after(self, h):
+        return h.mul_(0.5)
+
+
+class Spectral(Inner):
+    """Its buffers, which every pass moves, change what it computes."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        parametrizations.spectral_norm(self.net[0])
+
+
 def frozen():
     model = CheckpointedNetwork()
     model.stem.requires_grad_(False).eval()
@@ -83,18 +191,70 @@ def frozen():
 MODELS = {
     "two inputs": Blocks,
     "BatchNorm moves twice, as in any checkpoint": functools.partial(Blocks, norm=nn.BatchNorm2d),
-    "spectral norm": functools.partial(Blocks, norm=per_sample, wrap=parametrizations.weight_norm),
+    "weight norm": functools.partial(Blocks, norm=per_sample, wrap=parametrizations.weight_norm),
     "segments": Segments,
     "a tensor kept": Auxiliary,
     "frozen": frozen,
+    "an unused parameter": functools.partial(Within, WithUnused),
+    "a weight from outside": functools.partial(Within, TiedFromOutside),
+    "a tensor from outside": functools.partial(HandedOver, HandedOver.Inner),
+    "kept in a list": functools.partial(KeptInAList, KeptInAList.Inner),
+    "returns its input": functools.partial(ReturnsItsInput, ReturnsItsInput.Inner),
+    "written into afterwards": functools.partial(WrittenIntoAfterwards, Inner),
 }
+#: A microbatch refuses parameters that are reached past their modules; a checkpoint sees the last part's tensors.
+WHOLE_BATCHES_ALONE = {"a weight from outside", "a tensor from outside"}
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_right_and_a_good_guest(name, options, threads):
+    if options and name in WHOLE_BATCHES_ALONE:
+        pytest.skip("not in parts")
     threads(1)
     check_step(MODELS[name], *images(), noisy=name == "frozen", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+def test_what_runs_again_has_the_buffers_of_the_first_run(options, threads):
+    """A plain checkpoint computes with the next singular vectors; the truth is the model without checkpoints."""
+    threads(1)
+    exact = functools.partial(Within, Spectral, run=directly)
+    check_step(functools.partial(Within, Spectral), *images(), exact=exact, **options)
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_what_a_unit_needs_must_not_be_written_into_before_backward(what, batch):  # noqa: F811
+    """An error, as with any loss."""
+
+    class Writing(Within):
+        def before(self, h):
+            self.given = [h]
+            return h
+
+    model = Writing(Inner)
+    loss = step_of(model, loss_of())(*batch)
+    with torch.no_grad():
+        (model.given[0] if what == "input" else model.body.net[0].weight).mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_module_that_cannot_be_a_unit_is_tried_once(batch):  # noqa: F811
+    runs = []
+
+    class Counting(KeptInAList.Inner):
+        def forward(self, h):
+            runs.append(len(runs))
+            return super().forward(h)
+
+    step = step_of(KeptInAList(Counting), loss_of())
+    counts = []
+    for _ in range(2):
+        runs.clear()
+        step(*batch).backward()
+        counts.append(len(runs))
+    assert counts[0] == counts[1] + 1
 
 
 @pytest.mark.parametrize("layers", [("body",), ("body.1",), ("stem", "body.0")], ids=str)

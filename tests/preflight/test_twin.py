@@ -172,7 +172,7 @@ def test_a_model_with_a_class_activation_method_attached_is_checked(x):
     cam(0, model(x))
     kept = list(cam.hook_a)
     assert check_double_backward(model, x).verified
-    assert all(now is before for now, before in zip(cam.hook_a, kept, strict=True))
+    assert all(kept_now is before for kept_now, before in zip(cam.hook_a, kept, strict=True))
 
 
 def patched_by_a_closure(layer):
