@@ -35,28 +35,28 @@ def units(model: nn.Module, places: Sequence[str], ordinary: set[str]) -> Iterat
     try:
         for name, module in _candidates(model, places):
             patched.append((module, vars(module).get("forward")))
-            module.forward = _Called(name, module, module.forward, ordinary)
+            vars(module)["forward"] = _Called(name, module, module.forward, ordinary)
         yield
     finally:
         for module, own in patched:
-            vars(module).pop("forward")
+            del vars(module)["forward"]
             if own is not None:
-                module.forward = own
+                vars(module)["forward"] = own
 
 
 def _candidates(model: nn.Module, places: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    if any(hasattr(module, "set_reshard_after_backward") for module in model.modules()):
+    """In one walk, as there is one in every step: the model most often has no checkpoint."""
+    modules = dict(model.named_modules())
+    if any(hasattr(type(module), "set_reshard_after_backward") for module in modules.values()):
         return []  # FSDP2 does not let leaves take its parameters' place
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if name
-        and not any(place == name or place.startswith(f"{name}.") for place in places)
-        and next(module.children(), None) is not None
-        and not isinstance(module, torch.jit.ScriptModule)
-        # The step looks for it in the graph of the logits.
-        and not any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
-    ]
+    # The step looks for SyncBatchNorm in the graph of the logits; scripted modules have no forward to replace.
+    apart = (nn.SyncBatchNorm, torch.jit.ScriptModule)
+    outside = {""}
+    for name in (*places, *(name for name, module in modules.items() if isinstance(module, apart))):
+        while name:  # and all that it is in
+            outside.add(name)
+            name = name.rpartition(".")[0]
+    return [(name, module) for name, module in modules.items() if module._modules and name not in outside]
 
 
 _GIVEN = object()  # where a tensor stands that comes in or goes out
@@ -69,10 +69,11 @@ class _Called:
         self.name, self.module, self.forward, self.ordinary = name, module, forward, ordinary
 
     def __call__(self, *args, **kwargs):
-        values, spec = tree_flatten((args, kwargs))
-        possible = torch.is_grad_enabled() and self.name not in self.ordinary and any(map(_differentiable, values))
-        checkpointed = possible and _checkpoint()
+        checkpointed = torch.is_grad_enabled() and self.name not in self.ordinary and _checkpoint()
         if not checkpointed:
+            return self.forward(*args, **kwargs)
+        values, spec = tree_flatten((args, kwargs))
+        if not any(map(_differentiable, values)):
             return self.forward(*args, **kwargs)
         unit = _Unit(self.module, self.forward, values, spec)
         outputs = unit.tried(values, counts=checkpointed != "recomputing")
