@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import checkpoint
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .distributed import graph_nodes
-from .fused_layers import fused_double_backward, input_gradients, is_input_only
+from .fused_layers import checkpoint_hook, fused_double_backward, input_gradients, is_input_only, is_recomputation
+from .graph import graph_leaves
 from .outputs import tensors_of
-from .passes import Autocast, Noise, stand_in, with_state
+from .passes import Autocast, Noise, running_statistics, stand_in, with_state
 
 
 @contextlib.contextmanager
@@ -69,14 +68,14 @@ class _Called:
         self.name, self.module, self.forward, self.ordinary = name, module, forward, ordinary
 
     def __call__(self, *args, **kwargs):
-        checkpointed = torch.is_grad_enabled() and self.name not in self.ordinary and _checkpoint()
-        if not checkpointed:
+        hook = checkpoint_hook() if torch.is_grad_enabled() and self.name not in self.ordinary else None
+        if hook is None:
             return self.forward(*args, **kwargs)
         values, spec = tree_flatten((args, kwargs))
         if not any(map(_differentiable, values)):
             return self.forward(*args, **kwargs)
         unit = _Unit(self.module, self.forward, values, spec)
-        outputs = unit.tried(values, counts=checkpointed != "recomputing")
+        outputs = unit.tried(values, counts=not is_recomputation(hook))
         if outputs is None:
             self.ordinary.add(self.name)
             return self.forward(*args, **kwargs)
@@ -102,15 +101,6 @@ def _unpacked(saved: tuple[Tensor, int]) -> Tensor:
 
 def _differentiable(value) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
-
-
-def _checkpoint() -> str:
-    """Whether a checkpoint's function runs, for the first time or again; empty if none does."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or getattr(hooks[0], "__module__", "") != checkpoint.__name__:
-        return ""
-    again = hooks[0].__qualname__.startswith(checkpoint._recomputation_hook.__name__)
-    return "recomputing" if again else "first"
 
 
 class _Unit:
@@ -151,7 +141,7 @@ class _Unit:
             )
         found, self.spec_of_output = tree_flatten(output)
         outputs = [v for v in found if isinstance(v, Tensor)]
-        used = {id(node.variable) for node in graph_nodes([t.grad_fn for t in outputs]) if hasattr(node, "variable")}
+        used = set(map(id, graph_leaves(outputs)))
         known = {id(t) for t in (*leaves, *parameters.values())}
         plain = all(isinstance(v, Tensor | int | float | str | None) for v in found)
         shared = _places(outputs) & _places([*inputs, *parameters.values(), *buffers.values()])
@@ -168,7 +158,7 @@ class _Unit:
     def _moved(self, buffers: dict[str, Tensor], versions: dict[str, int]) -> set[str]:
         now = dict(self.module.named_buffers())
         others = {n for n, buffer in buffers.items() if now[n] is not buffer or now[n]._version != versions[n]}
-        return others | _running_statistics(self.module)  # whose versions their kernel does not count
+        return others | running_statistics(self.module).keys()  # whose versions their kernel does not count
 
     def _undo(self) -> None:
         self.noise.rewind()
@@ -192,9 +182,9 @@ class _Unit:
 
         ``counts``: as with any checkpoint, running statistics move once more.
         """
-        kept = _running_statistics(self.module) if counts else set()
-        result = self._run(leaves, kept, use)
-        if counts and (others := self.buffers.keys() - kept):
+        own = set(running_statistics(self.module)) if counts else set()
+        result = self._run(leaves, own, use)
+        if counts and (others := self.buffers.keys() - own):
             with torch.no_grad():  # they change what is computed: the run above had them as they were
                 self._run(leaves, others, lambda outputs: None)
         return result
@@ -249,15 +239,6 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _places(tensors: Sequence[Tensor]) -> set[int]:
     return {t.untyped_storage()._cdata for t in tensors}
-
-
-def _running_statistics(module: nn.Module) -> set[str]:
-    return {
-        f"{name}.{key}" if name else key
-        for name, part in module.named_modules()
-        if part.training and getattr(part, "track_running_stats", False) is True
-        for key, _ in part.named_buffers(recurse=False)
-    }
 
 
 class _Run(Function):

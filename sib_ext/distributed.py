@@ -6,13 +6,14 @@ every rank computes the same joined loss, the average is the gradient that one p
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .graph import graph_nodes
 from .reference import accumulation_dtype
 
 
@@ -218,17 +219,6 @@ def project(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- the model's graph
-
-
-def graph_nodes(roots: Sequence[torch.autograd.graph.Node]) -> Iterator[torch.autograd.graph.Node]:
-    seen, waiting = set(), list(roots)
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        waiting.extend(following for following, _ in node.next_functions)
 
 
 @contextlib.contextmanager

@@ -333,20 +333,30 @@ class fused_double_backward(TorchFunctionMode):
         return (rule or function)(*args, **(kwargs or {}))
 
 
+def checkpoint_hook() -> Callable | None:
+    """The hook for saved tensors of the non-reentrant checkpoint whose function runs here, None if none does.
+
+    PyTorch offers no other way to a checkpoint that is under way.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__ else None
+
+
+def is_recomputation(hook: Callable) -> bool:
+    """Whether that function runs again."""
+    return hook.__qualname__.startswith(checkpoint._recomputation_hook.__name__)
+
+
 def _carried_into_recomputation(around: Callable[[], contextlib.AbstractContextManager]) -> bool:
     """What a non-reentrant checkpoint recomputes must save what it saved at first: it, too, runs inside this mode.
-
-    Its frame is found through the hooks that it has set for saved tensors, as PyTorch offers no other way to it.
 
     Raises:
         RuntimeError: checkpoints that look otherwise than those of the torch versions that are known here.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or getattr(hooks[0], "__module__", "") != checkpoint.__name__:
+    hook = checkpoint_hook()
+    if hook is None or is_recomputation(hook):
         return False
-    if hooks[0].__qualname__.startswith(checkpoint._recomputation_hook.__name__):
-        return False  # under way
-    frames = [c.cell_contents for c in hooks[0].__closure__ or () if hasattr(c.cell_contents, "recompute_fn")]
+    frames = [c.cell_contents for c in hook.__closure__ or () if hasattr(c.cell_contents, "recompute_fn")]
     if not frames:
         raise RuntimeError(
             f"the checkpoints of torch {torch.__version__} are not known to this version of sib_ext: switch them off "

@@ -5,7 +5,7 @@ Every context here puts the model back as it was, also after an exception.
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy
 import torch
@@ -86,20 +86,25 @@ class _Module(nn.Module):
 
 
 @contextlib.contextmanager
-def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Normalisation in train mode has the running statistics afterwards that it had before."""
-    kept = [
-        (buffer, buffer.clone())
-        for module in model.modules()
-        if module.training and getattr(module, "track_running_stats", False) is True
-        for buffer in module.buffers(recurse=False)
-    ]
+def kept(buffers: Iterable[Tensor]) -> Iterator[None]:
+    """The buffers have the values afterwards that they had before."""
+    pairs = [(buffer, buffer.clone()) for buffer in buffers]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in kept:
+            for buffer, before in pairs:
                 buffer.copy_(before)
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """By name, those that a normalisation in train mode moves."""
+    return {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in model.named_modules()
+        if module.training and getattr(module, "track_running_stats", False) is True
+        for key, buffer in module.named_buffers(recurse=False)
+    }
 
 
 class Noise:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import seeds
-from ..distributed import graph_nodes
+from ..graph import graph_leaves
 from ..outputs import logits_of
 from ..passes import Noise, stand_in, with_state
 from . import double_backward
@@ -269,8 +269,7 @@ def _no_others(logits: Tensor, leaves: dict[str, Tensor]) -> None:
         Refused: the model reaches parameters past its modules; a trial must not write into their gradients.
     """
     own = set(map(id, leaves.values()))
-    reached = (node.variable for node in graph_nodes([logits.grad_fn]) if hasattr(node, "variable"))
-    if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in reached):
+    if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in graph_leaves([logits])):
         raise Refused("it reaches a parameter past its modules (through a list, say)")
 
 

@@ -10,7 +10,7 @@ from .. import distributed, seeds
 from ..checkpoints import units
 from ..fused_layers import fused_double_backward
 from ..layers import captured
-from ..passes import statistics_kept
+from ..passes import kept, running_statistics
 from .vjps import Task, VJPs
 
 
@@ -29,7 +29,7 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
         raise RuntimeError(f"the model's logits do not require grad: none of its layers is differentiable in x{CUT}")
     s = seeds.scalar(logits, target, task.criterion.seed)
     # What is recomputed on the way counted when it was computed.
-    recomputing = statistics_kept(task.model) if fused.recomputes else contextlib.nullcontext()
+    recomputing = kept(running_statistics(task.model).values()) if fused.recomputes else contextlib.nullcontext()
     with distributed.twice_differentiable(logits), recomputing:
         of_x, *of_features = seeds.vjps(_scaled(task, s), (leaf, *features), create_graph)
     for name, vjp in zip(("x", *task.layers), (of_x, *of_features), strict=True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from ..distributed import graph_nodes
+from ..graph import graph_leaves
 from ..passes import Autocast, Noise, stand_in, with_state
 from . import double_backward
 from .vjps import Task, VJPs
@@ -63,18 +63,13 @@ class InParts:
             buffers = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
             parts.append(_Part(images, labels, Noise(x.device), buffers))
             found = values_of(task, images, labels, False)
-            used |= {id(leaf) for leaf in _leaves_of(found[0])}
+            used |= {id(leaf) for leaf in graph_leaves(found[:1])}
             values.append([t.detach() for t in found])
         # Only those that the logits were computed from: a parameter left out keeps grad None, and DDP sees it unused.
         named = {n: p for n, p in task.model.named_parameters() if p.requires_grad and id(p) in used}
         joined = [torch.cat(column) for column in zip(*values, strict=True)]
         again = _Again(values_of, task, parts, joined, tuple(named), Autocast(x.device.type))
         return _Repeated.apply(again, *named.values())
-
-
-def _leaves_of(logits: Tensor) -> list[Tensor]:
-    nodes = graph_nodes([logits.grad_fn])
-    return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 class _Repeated(Function):
@@ -119,7 +114,7 @@ class _Again(NamedTuple):
             found = self.values_of(self.task, part.x, part.target, True)
         _check_repeated(found, [value[rows] for value in self.values])
         own = set(map(id, leaves))
-        if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in _leaves_of(found[0])):
+        if any(isinstance(leaf, nn.Parameter) and id(leaf) not in own for leaf in graph_leaves(found[:1])):
             raise RuntimeError(
                 "microbatch: the model reaches a parameter past its modules (through a list, say): take it from the "
                 "module that has it, or leave microbatch out"

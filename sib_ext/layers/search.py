@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..outputs import logits_of
-from ..passes import Noise, stand_in, with_state
+from ..passes import Noise, kept, stand_in, with_state
 from .choice import Candidate, chosen
 from .graph import bottlenecks
 from .layout import Layout
@@ -91,13 +91,10 @@ def _runs_as_it_is(model: nn.Module) -> bool:
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
-        yield
+        with kept([buffer for buffer in model.buffers() if not is_lazy(buffer)]):
+            yield
     finally:
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
         for module in model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()

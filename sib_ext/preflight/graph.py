@@ -3,26 +3,17 @@
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..graph import graph_nodes
+
 
 def custom_functions(outputs: list[Tensor]) -> list[type]:
     """Classes of the torch.autograd.Functions, other than torch's and ours, in the outputs' graph."""
     found = {}
-    for node in nodes_below(outputs):
+    for node in graph_nodes([z.grad_fn for z in outputs]):
         function = getattr(node, "_forward_cls", None)
         if function is not None and function.__module__.split(".")[0] not in ("torch", __name__.split(".")[0]):
             found[function] = None
     return list(found)
-
-
-def nodes_below(outputs: list[Tensor]) -> list:
-    """The nodes of the outputs' autograd graph."""
-    waiting, seen = [z.grad_fn for z in outputs], {}
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen[node] = None
-            waiting.extend(following for following, _ in node.next_functions)
-    return list(seen)
 
 
 def is_once_differentiable(function: type) -> bool:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from ..graph import graph_nodes
 from ..outputs import tensors_of
 from .causes import NO_PATH
 from .finding import OK, UNVERIFIED, Finding, because_of
-from .graph import nodes_below
 from .judge import judge
 from .twin import kept, reseed, signature, tensors_in, twin
 
@@ -109,7 +109,7 @@ def _calls_before_the_logits(model: nn.Module, x: Tensor, logits: Callable) -> d
             handles.append(module.register_forward_hook(leaving(name)))
     try:
         reseed(x.device)
-        nodes = set(nodes_below(list(logits(model(x)))))
+        nodes = set(graph_nodes([z.grad_fn for z in logits(model(x))]))
         calls = {name: found for name, found in calls.items() if found.come_before(nodes)}
     except Exception:
         pass  # the model's own finding says so; what ran until then is recorded

@@ -1,0 +1,24 @@
+"""Walks through autograd's graph."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+
+def graph_nodes(roots: Sequence[Node | None]) -> Iterator[Node]:
+    """Each once; what is behind compiled code or a reentrant checkpoint is not among them."""
+    seen, waiting = set(), list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+def graph_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that require grad and that the tensors were computed from."""
+    nodes = graph_nodes([tensor.grad_fn for tensor in tensors])
+    return [node.variable for node in nodes if hasattr(node, "variable")]
