@@ -26,7 +26,7 @@ from sib_ext import functional as sib
 from sib_ext.distributed import JoinedBatch
 
 SIZES = (256, 1024, 4096)
-OPTIONS = {"seed": "target_logit", "mask_source": "vjp", "background": "energy_ratio", "foreground_weight": 0.1}
+OPTIONS = {"seed": "target_logit", "mask_source": "vjp", "background": "energy_ratio", "input_foreground": 0.1}
 TERMS = {"hsic": sib.foreground_hsic, "hsic_unbiased": sib.foreground_hsic_unbiased, "cka": sib.foreground_cka}
 
 
@@ -55,7 +55,7 @@ class Measurement:
         terms = criterion.terms(logits, y, self.x)
         self.vjp, self.mask, self.weight = terms.vjp, terms.mask, criterion.foreground_weight
         # Everything but the foreground term is the same whatever is projected.
-        self.rest = flat(self.derivative(terms.cross_entropy + criterion.background_weight * terms.background))
+        self.rest = flat(self.derivative(terms.cross_entropy + criterion.input_background * terms.background["input"]))
 
     def derivative(self, output, cotangent=None):
         return torch.autograd.grad(

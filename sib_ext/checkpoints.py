@@ -23,18 +23,21 @@ from .passes import Autocast, Noise, running_statistics, stand_in, with_state
 
 
 @contextlib.contextmanager
-def units(model: nn.Module, places: Sequence[str], ordinary: set[str]) -> Iterator[None]:
+def units(
+    model: nn.Module, places: Sequence[str], ordinary: set[str], active: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Around a forward pass, and around what a checkpoint recomputes of it.
 
     Args:
         places: of feature maps that are captured; modules around them are no units, as their insides have no graph.
         ordinary: modules that cannot be units, by name; those that are found are added.
+        active: whether what runs now may be one.
     """
     patched = []
     try:
         for name, module in _candidates(model, places):
             patched.append((module, vars(module).get("forward")))
-            vars(module)["forward"] = _Called(name, module, module.forward, ordinary)
+            vars(module)["forward"] = _Called(name, module, module.forward, ordinary, active)
         yield
     finally:
         for module, own in patched:
@@ -64,11 +67,12 @@ _GIVEN = object()  # where a tensor stands that comes in or goes out
 class _Called:
     """A module's forward, that makes it a unit where it may be one."""
 
-    def __init__(self, name: str, module: nn.Module, forward: Callable, ordinary: set[str]):
-        self.name, self.module, self.forward, self.ordinary = name, module, forward, ordinary
+    def __init__(self, name: str, module: nn.Module, forward: Callable, ordinary: set[str], active: Callable[[], bool]):
+        self.name, self.module, self.forward, self.ordinary, self.active = name, module, forward, ordinary, active
 
     def __call__(self, *args, **kwargs):
-        hook = checkpoint_hook() if torch.is_grad_enabled() and self.name not in self.ordinary else None
+        may_be = torch.is_grad_enabled() and self.name not in self.ordinary and self.active()
+        hook = checkpoint_hook() if may_be else None
         if hook is None:
             return self.forward(*args, **kwargs)
         values, spec = tree_flatten((args, kwargs))

@@ -6,7 +6,7 @@ every rank computes the same joined loss, the average is the gradient that one p
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -222,8 +222,8 @@ def project(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 @contextlib.contextmanager
-def twice_differentiable(logits: Tensor) -> Iterator[None]:
-    """Belongs around the VJP of ``logits``: makes a data-parallel model's weights outlast it, and names what cannot.
+def twice_differentiable(logits: Tensor, inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Belongs around the VJP of ``logits`` in ``inputs``: data-parallel models' weights outlast it; names what cannot.
 
     FSDP2 frees a module's weights after every backward through it, so also after the VJP, though ``loss.backward()``
     will use them again: inside, its modules keep them. Looks through the graph of ``logits`` (compiled parts and
@@ -236,7 +236,7 @@ def twice_differentiable(logits: Tensor) -> Iterator[None]:
     """
     sharded = []
     if dist.is_available() and dist.is_initialized():
-        for node in graph_nodes([logits.grad_fn]):
+        for node in graph_nodes([logits.grad_fn], [tensor.grad_fn for tensor in inputs]):
             if node.name() == "SyncBatchNormBackward":
                 raise RuntimeError(
                     "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the "

@@ -135,6 +135,41 @@ def foreground_gaussian(moments: Tensor, count: int) -> Tensor:
     return -0.5 * torch.log1p(-squared.clamp_max(MAX_CORRELATION))
 
 
+def foreground_capacity(field: Tensor, mask: Tensor, mean: Tensor | None = None, kappa: float = 1.0) -> Tensor:
+    """I_f = sum M C / sum M nats per sample, C_i = 1/2 log(1 + s_i^2/kappa), s_i = F_i/mean: [B].
+
+    Every position of the foreground as a Gaussian channel of noise kappa times the squared mean of the batch's fields:
+    the most that the field can tell of the input there. Concave in large s, so it spreads over the object, as
+    water-filling does (Cover & Thomas 2006, section 9.4); free of scale; a map that fades against its batch's pays.
+    0, with gradient 0, for an empty mask, and for fields that are zero throughout.
+
+    Args:
+        field: F [B,1,h,w], >= 0.
+        mask: M [B,1,h,w] in [0,1].
+        mean: of F over the batch and all positions, a scalar; None: of ``field``. Its gradient counts.
+        kappa: > 0.
+    """
+    check_positive("kappa", kappa)
+    mean = field.mean() if mean is None else mean
+    relative = field / torch.where(mean > TINY, mean, 1)
+    area = mask.sum((1, 2, 3))
+    capacity = 0.5 * torch.log1p(relative.square() / kappa)
+    return (mask * capacity).sum((1, 2, 3)) / torch.where(area > 0, area, 1)
+
+
+# Of log_capacity, in nats: what a map has to gain by not being empty, log(1 + I_f / FLOOR), stays finite.
+FLOOR = 0.05
+
+
+def foreground_log_capacity(field: Tensor, mask: Tensor, mean: Tensor | None = None, kappa: float = 1.0) -> Tensor:
+    """log(I_f + 0.05), I_f of :func:`foreground_capacity`: [B], at least -3.
+
+    Its mean over the batch is the log of a geometric mean: no sample's information makes up for another's that fades,
+    so no map goes empty. The balanced preset's. Arguments as there.
+    """
+    return torch.log(foreground_capacity(field, mask, mean, kappa) + FLOOR)
+
+
 BACKGROUND = {
     "variance": background_variance,
     "energy": background_energy,
@@ -147,7 +182,10 @@ FOREGROUND = {
     "hsic_unbiased": foreground_hsic_unbiased,
     "cka": foreground_cka,
     "gaussian": foreground_gaussian,
+    "log_capacity": foreground_log_capacity,
 }
+OF_GRAMS = ("hsic", "hsic_unbiased", "cka")  #: foregrounds that compare samples
+OF_INPUT = (*OF_GRAMS, "gaussian")  #: those that compare the VJP with the input
 
 
 # ------------------------------------------------------------------------------------------------ fields

@@ -320,14 +320,29 @@ class fused_double_backward(TorchFunctionMode):
     :class:`sib_ext.SIBStep` serves that.
     """
 
-    def __init__(self, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
+    def __init__(
+        self, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext, active: bool = True
+    ):
         super().__init__()
-        self.around = around
+        self.around, self._active = around, active
+        self._within: Callable | None = None  #: the checkpoint that it was activated in: half of one cannot be fused
         self.recomputes = False  #: a checkpoint was met, whose function will run again
+
+    def activate(self) -> None:
+        """What follows is fused, where ``active`` was False at first; in a checkpoint, what follows that."""
+        if not self._active:
+            self._active, self._within = True, checkpoint_hook()
+
+    def is_active(self) -> bool:
+        if self._within is not None and checkpoint_hook() is not self._within:
+            self._within = None
+        return self._active and self._within is None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule = None
-        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:  # not inside torch.func
+        if (
+            self.is_active() and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+        ):  # not inside torch.func
             rule = _RULES.get(function)
             self.recomputes |= _carried_into_recomputation(self.around)
         return (rule or function)(*args, **(kwargs or {}))

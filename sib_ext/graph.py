@@ -1,14 +1,14 @@
 """Walks through autograd's graph."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 
-def graph_nodes(roots: Sequence[Node | None]) -> Iterator[Node]:
-    """Each once; what is behind compiled code or a reentrant checkpoint is not among them."""
-    seen, waiting = set(), list(roots)
+def graph_nodes(roots: Sequence[Node | None], until: Collection[Node | None] = ()) -> Iterator[Node]:
+    """Each once, without ``until`` and what is behind; nor what is behind compiled code or a reentrant checkpoint."""
+    seen, waiting = set(until), list(roots)
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:

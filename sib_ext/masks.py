@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_choice, check_field, check_positive, check_share, check_tensor, check_window, describe
-from .estimators import TINY, magnitude
+from .estimators import TINY
 from .ops import auto_window, density_mask
 from .ops.density_mask import PADDINGS
 
@@ -77,14 +77,13 @@ def top_p_mask(vjp: Tensor, area: float = 0.1, slope: float = 30.0) -> Tensor:
 SOURCES = ("vjp", "activation")
 
 
-def activation_source(vjp: Tensor, fields: Sequence[Tensor]) -> Tensor:
-    """[B,1,H,W] >= 0 with mean 1 (or 0 everywhere): the last of the class activations ``fields`` [B,1,h,w], upsampled.
+def activation_source(field: Tensor, size: Sequence[int]) -> Tensor:
+    """A field [B,1,h,w] >= 0, upsampled to ``size`` = (H, W) and with mean 1 (or 0 everywhere).
 
-    Without any: the magnitude of R. Free of scale, so that the mask's eps is, too.
+    Free of scale, so that the mask's eps is, too.
     """
-    field = fields[-1] if fields else magnitude(vjp)
-    if field.shape[2:] != vjp.shape[2:]:
-        field = F.interpolate(field, vjp.shape[2:], mode="bilinear", align_corners=False)
+    if field.shape[2:] != size:
+        field = F.interpolate(field, size, mode="bilinear", align_corners=False)
     return field / field.mean((1, 2, 3), keepdim=True).clamp_min(TINY)
 
 

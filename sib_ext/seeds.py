@@ -5,7 +5,7 @@ over the batch, so that one ``autograd.grad`` gives every sample's own VJP (as l
 in train mode mixes them slightly, as in the published code).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def vjp(logits: Tensor, x: Tensor, target: Tensor, seed: str = "target_logit", c
         ValueError: an unknown ``seed``.
         RuntimeError: ``x`` does not require grad, or ``logits`` were not computed from it.
     """
-    check_graph(logits, x)
+    check_graph(logits, x, {})
     (R,) = vjps(scalar(logits, target, seed), (x,), create_graph)
     check_vjp(R)
     return R
@@ -92,16 +92,26 @@ def vjps(s: Tensor, inputs: Sequence[Tensor], create_graph: bool = True) -> tupl
     return input_gradients((s,), (torch.ones_like(s),), inputs, create_graph)
 
 
-def check_graph(logits: Tensor, x: Tensor) -> None:
-    """x and logits hang in one graph, as far as that shows without work."""
+def check_graph(logits: Tensor, x: Tensor | None, features: Mapping[str, Tensor]) -> None:
+    """The logits hang in one graph with x (None: not asked for) and the features, as far as that shows without work."""
     if not torch.is_grad_enabled():
         raise RuntimeError(
             "the S-IB loss needs gradients, but they are switched off here (torch.no_grad or inference_mode): "
             "for a validation loss use criterion.cross_entropy(logits, y), or switch them on"
         )
-    if not x.requires_grad:
-        raise RuntimeError("x does not require grad: call x.requires_grad_() before logits = model(x)")
+    if x is not None and not x.requires_grad:
+        raise RuntimeError(
+            "x does not require grad: call x.requires_grad_() before logits = model(x), or leave the input's terms out "
+            "(input_background=0, input_foreground=0)"
+        )
+    for name, feature_map in features.items():
+        if not feature_map.requires_grad:
+            raise RuntimeError(
+                f"features: {name!r} does not require grad: pass what the logits were computed from, with gradients "
+                "on; of a frozen network call .requires_grad_() on it before the rest of the model runs"
+            )
     if not logits.requires_grad:
         raise RuntimeError(
-            "logits do not require grad: compute them from x with gradients on, after x.requires_grad_()"
+            "logits do not require grad: compute them with gradients on, after x.requires_grad_() where the input has "
+            "terms"
         )

@@ -18,7 +18,9 @@ FIXED = {
     "seed": "target_logit",
     "mask_source": "vjp",
     "background": "energy_ratio",
-    "foreground_weight": 0.1,
+    "foreground": "cka",
+    "input_foreground": 0.1,
+    "feature_foreground": 0.0,
     "padding": "zeros",
 }
 

@@ -139,7 +139,7 @@ def test_an_unknown_name_is_refused_with_the_choices(name):
     check(ValueError, [f"{name} is 'best'; choose one of '"], lambda: SpatialIBLoss(**{name: "best"}))
 
 
-@pytest.mark.parametrize("name", ["background_weight", "layer_weight", "foreground_weight"])
+@pytest.mark.parametrize("name", ["input_background", "input_foreground", "feature_background", "feature_foreground"])
 @pytest.mark.parametrize("value", [-0.1, NAN, INF, "1"])
 def test_a_weight_that_is_negative_or_no_number_is_refused(name, value):
     check(ValueError, [f"{name} must be a finite number >= 0"], lambda: SpatialIBLoss(**{name: value}))
@@ -150,10 +150,9 @@ def test_a_share_of_the_self_made_masks_out_of_range_is_refused(value):
     check(ValueError, ["self_made_share must be a share"], lambda: SpatialIBLoss(self_made_share=value))
 
 
-@pytest.mark.parametrize("name", ["noise", "kappa"])
 @pytest.mark.parametrize("value", [0, -1.0, NAN])
-def test_noise_that_is_not_positive_is_refused(name, value):
-    check(ValueError, [f"{name} must be a finite number > 0"], lambda: SpatialIBLoss(**{name: value}))
+def test_noise_that_is_not_positive_is_refused(value):
+    check(ValueError, ["kappa must be a finite number > 0"], lambda: SpatialIBLoss(kappa=value))
 
 
 def test_an_area_for_a_mask_without_one_is_refused():
@@ -310,7 +309,7 @@ def test_annotation_flags_without_a_mask_are_refused(problem):
 def test_a_batch_too_small_for_the_foreground_is_refused(foreground, least, problem):
     small = Problem(problem.model, problem.x[: least - 1], problem.y[: least - 1])
     words = [f"foreground='{foreground}'", f"at least {least}, got {least - 1}", "larger batches"]
-    check(ValueError, words, lambda: loss(small, SpatialIBLoss(foreground=foreground, foreground_weight=0.1)))
+    check(ValueError, words, lambda: loss(small, SpatialIBLoss(foreground=foreground, input_foreground=0.1)))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -331,5 +330,5 @@ def test_the_check_of_values_is_not_made_unasked(monkeypatch):
 
 def test_good_input_passes_the_strictest_checks():
     problem = tiny_problem(batch=4)
-    criterion = SpatialIBLoss(check_values=True, foreground="hsic_unbiased", foreground_weight=0.1)
+    criterion = SpatialIBLoss(check_values=True, foreground="hsic_unbiased", input_foreground=0.1)
     assert loss(problem, criterion, mask=[GOOD[0], None, GOOD[2] > 0.5, torch.tensor([0, 0, 3, 4])]).isfinite()

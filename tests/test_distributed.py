@@ -24,16 +24,16 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch was built without gloo", allow_module_level=True)
 WORLD = 2
 LOSSES = {
-    "paper": {"preset": "paper", "background_weight": 3e4, "foreground_weight": 30.0},
-    "balanced": {"foreground_weight": 1.0},
+    "paper": {"preset": "paper", "input_background": 3e4, "input_foreground": 30.0},
+    "balanced": {"input_foreground": 1.0},
     "unbiased HSIC, live mask": {
         "foreground": "hsic_unbiased",
-        "foreground_weight": 10.0,
+        "input_foreground": 10.0,
         "detach_mask": False,
     },
     "gaussian terms": {"background": "gaussian", "foreground": "gaussian", "transform": "expm1"},
-    "background alone": {"background": "gaussian", "foreground_weight": 0.0, "transform": "exp"},
-    "cross-entropy alone": {"background_weight": 0.0, "foreground_weight": 0.0},
+    "background alone": {"background": "gaussian", "input_foreground": 0.0, "transform": "exp"},
+    "cross-entropy alone": {"input_background": 0.0, "input_foreground": 0.0},
     "class weights and label smoothing": {"weight": torch.tensor([0.2, 1.0, 5.0]).double(), "label_smoothing": 0.1},
 }
 
@@ -409,8 +409,8 @@ def test_two_processes_with_projections_equal_one_with_the_same(on_ranks, name, 
         assert_near(scalars["loss"], loss, 1e-12)
         assert_near(flat(found), flat(expected), 1e-12)
         # Teeth: it was projected, and only the foreground was.
-        assert relative_error(scalars["foreground"], exact[0].foreground) > 1e-6
-        assert_near(scalars["background"], exact[0].background, 1e-12)
+        assert relative_error(scalars["foreground"], exact[0].foreground["input"]) > 1e-6
+        assert_near(scalars["background"], exact[0].background["input"], 1e-12)
 
 
 def test_rows_shorter_than_the_projection_are_exchanged_as_they_are(on_ranks):
@@ -496,7 +496,7 @@ def step_with_images(rank, shapes, dtypes, options):
         (
             ((1, 3, 8, 8), (2, 3, 8, 8)),
             (torch.float32,) * 2,
-            {"foreground": "hsic_unbiased", "foreground_weight": 1.0},
+            {"foreground": "hsic_unbiased", "input_foreground": 1.0},
             "at least 4, got 3",
         ),
     ],

@@ -9,8 +9,16 @@ from torch import nn
 
 from sib_ext import CollapseWarning, SIBStep, SpatialIBLoss
 from sib_ext.guard import LOOK, PATIENCE, CollapseGuard
+from sib_ext.information import Information
 
 GUESSING = math.log(8)
+
+
+def found(of_input=None, of_features=None, empty=0, samples=4):
+    """What a step's terms were."""
+    return Information(
+        of_input, of_features, {}, {}, {"input": torch.tensor(empty)}, torch.ones(samples, 1, 2, 2), None
+    )
 
 
 def watched(cross_entropies, terms):
@@ -19,7 +27,7 @@ def watched(cross_entropies, terms):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for cross_entropy, term in zip(cross_entropies, terms, strict=True):
-            guard.watch(torch.tensor(cross_entropy), torch.tensor(term), 8)
+            guard.watch(torch.tensor(cross_entropy), found(torch.tensor(term)), 8)
     return [str(w.message) for w in caught if w.category is CollapseWarning]
 
 
@@ -35,7 +43,7 @@ def test_a_network_that_does_not_learn_while_the_terms_fall_is_named_once():
     assert (
         "taking over" in message
         and "is still 2.02 (guessing: 2.08)" in message
-        and "lower background_weight" in message
+        and "lower the weights of the terms" in message
     )
 
 
@@ -68,7 +76,7 @@ def test_a_training_whose_terms_take_over_says_so():
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8)
     mask = torch.zeros(8, 1, 8, 8)
     mask[:, :, 2:6, 2:6] = 1
-    step = SIBStep(model, SpatialIBLoss(background_weight=1000.0))
+    step = SIBStep(model, SpatialIBLoss(input_background=1000.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with pytest.warns(CollapseWarning, match="taking over"):
         for _ in range(STEPS):

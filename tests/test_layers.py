@@ -674,4 +674,4 @@ def test_the_loss_takes_tokens_of_images_that_are_not_square():
     with captured(vit, ["blocks.1.norm1"]) as found:
         logits = vit(x)
     terms = SpatialIBLoss(window=3).terms(logits, torch.arange(3), x, features=found)
-    assert 0 < terms.layers["blocks.1.norm1"] < 1
+    assert 0 < terms.background["blocks.1.norm1"] < 1

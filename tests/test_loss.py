@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -52,9 +53,15 @@ def loss_of(problem, *mask, **options):
     return criterion.terms(problem.logits(), problem.y, problem.x, *mask)
 
 
+def flat_term(terms, name):
+    """A term of the input as the published loss names it."""
+    value = terms[name] if isinstance(terms, dict) else getattr(terms, name)
+    return value["input"] if isinstance(value, Mapping) else value
+
+
 def assert_same_terms(terms, expected, tolerance=VALUES):
     for name in ("loss", "cross_entropy", "background", "foreground", "mask", "vjp"):
-        assert_near(getattr(terms, name), getattr(expected, name), tolerance)
+        assert_near(flat_term(terms, name), flat_term(expected, name), tolerance)
 
 
 @pytest.fixture
@@ -69,7 +76,7 @@ def test_the_paper_preset_is_the_published_formula(problem, implementation):
     terms = loss_of(problem, preset="paper", impl=implementation)
     expected = published_loss(problem.logits(), problem.y, problem.x)
     for name, value in expected.items():
-        assert_near(getattr(terms, name), value, VALUES)
+        assert_near(flat_term(terms, name), value, VALUES)
 
 
 @pytest.mark.parametrize("term", ["loss", "background", "foreground"])
@@ -77,7 +84,7 @@ def test_the_gradient_of_each_published_term_is_that_of_its_formula(term, proble
     """Term by term: 1000 exp(1e-7) would hide everything else in the sum."""
     terms = loss_of(problem, preset="paper", impl=implementation)
     expected = published_loss(problem.logits(), problem.y, problem.x)
-    found = gradients(getattr(terms, term), problem.parameters)
+    found = gradients(flat_term(terms, term), problem.parameters)
     truth = gradients(expected[term], problem.parameters)
     for value, true in zip(found, truth, strict=True):
         torch.testing.assert_close(
@@ -89,8 +96,10 @@ def test_the_gradient_of_each_published_term_is_that_of_its_formula(term, proble
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_loss_is_the_stated_sum(preset, transform, f, problem):
     torch.manual_seed(0)
-    terms = loss_of(problem, preset=preset, transform=transform, background_weight=3.0, foreground_weight=0.7)
-    assert_near(terms.loss, terms.cross_entropy + 3 * f(terms.background) + 0.7 * f(-terms.foreground), 1e-12)
+    terms = loss_of(problem, preset=preset, transform=transform, input_background=3.0, input_foreground=0.7)
+    assert_near(
+        terms.loss, terms.cross_entropy + 3 * f(terms.background["input"]) + 0.7 * f(-terms.foreground["input"]), 1e-12
+    )
     assert_near(terms.cross_entropy, F.cross_entropy(problem.logits(), problem.y), 1e-12)
 
 
@@ -113,9 +122,10 @@ def test_forward_returns_the_loss_of_terms(problem):
 
 def test_the_terms_have_names_and_shapes(problem):
     terms = SpatialIBLoss(**FIXED).terms(problem.logits(), problem.y, problem.x)
-    assert terms._fields == ("loss", "cross_entropy", "background", "foreground", "mask", "vjp", "layers")
-    assert [t.dim() for t in terms[:6]] == [0, 0, 0, 0, 4, 4]
-    assert terms.mask.shape == (5, 1, 9, 11) and terms.vjp.shape == problem.x.shape and not terms.layers
+    assert terms._fields == ("loss", "cross_entropy", "background", "foreground", "empty", "mask", "vjp")
+    assert all(list(by_place) == ["input"] and by_place["input"].dim() == 0 for by_place in terms[2:5])
+    assert terms.loss.dim() == terms.cross_entropy.dim() == 0
+    assert terms.mask.shape == (5, 1, 9, 11) and terms.vjp.shape == problem.x.shape
 
 
 def test_the_default_is_the_balanced_preset(problem):
@@ -129,42 +139,33 @@ def test_the_default_is_the_balanced_preset(problem):
 
 @pytest.mark.parametrize("off", ["background", "foreground"])
 def test_a_weight_of_zero_leaves_its_term_out(off, problem):
-    terms = loss_of(problem, **{f"{off}_weight": 0.0})
+    terms = loss_of(problem, **{f"input_{off}": 0.0})
     other = "foreground" if off == "background" else "background"
-    assert getattr(terms, off) is None and getattr(terms, other) is not None
+    assert not getattr(terms, off) and list(getattr(terms, other)) == ["input"]
     sign, weight = (-1, 0.1) if other == "foreground" else (1, 1.0)
-    assert_near(terms.loss, terms.cross_entropy + sign * weight * getattr(terms, other), 1e-12)
+    assert_near(terms.loss, terms.cross_entropy + sign * weight * getattr(terms, other)["input"], 1e-12)
 
 
 def test_two_weights_of_zero_leave_the_plain_cross_entropy_even_without_gradients(problem):
-    criterion = SpatialIBLoss(background_weight=0, foreground_weight=0)
+    criterion = SpatialIBLoss(input_background=0, input_foreground=0, feature_background=0, feature_foreground=0)
     with torch.no_grad():
         terms = criterion.terms(problem.logits(), problem.y, problem.x.detach())
-    assert terms[2:6] == (None, None, None, None) and not terms.layers
+    assert terms[2:] == ({}, {}, {}, None, None)
     assert_near(terms.loss, F.cross_entropy(problem.logits(), problem.y), 1e-12)
 
 
 @pytest.mark.parametrize("foreground", ["hsic", "hsic_unbiased", "cka", "gaussian"])
 @pytest.mark.parametrize("background", ["variance", "energy", "energy_ratio", "gaussian"])
 def test_every_pair_of_estimators_gives_what_the_functional_forms_give(background, foreground, problem):
-    options = {"noise": 0.3} if background == "gaussian" else {}
-    terms = loss_of(problem, background=background, foreground=foreground, **options)
+    terms = loss_of(problem, background=background, foreground=foreground, kappa=0.4)
     R, M = terms.vjp, terms.mask
     statistics = sib.masked_statistics(R, problem.x, M)
     count = R[0].numel()
-    noise = (0.3,) if background == "gaussian" else ()
+    noise = (sib.relative_noise(R, 0.4),) if background == "gaussian" else ()
     per_sample = getattr(sib, f"background_{background}")(statistics.moments, count, *noise)
-    assert_near(terms.background, per_sample.mean(), 1e-12)
+    assert_near(terms.background["input"], per_sample.mean(), 1e-12)
     inputs = (statistics.moments, count) if foreground == "gaussian" else statistics[1:]
-    assert_near(terms.foreground, getattr(sib, f"foreground_{foreground}")(*inputs).mean(), 1e-12)
-
-
-def test_the_gaussian_background_takes_its_noise_from_the_batch_by_default(problem):
-    terms = loss_of(problem, background="gaussian", kappa=0.4)
-    moments = sib.masked_statistics(terms.vjp, problem.x, terms.mask).moments
-    noise = sib.relative_noise(terms.vjp, 0.4)
-    expected = sib.background_gaussian(moments, terms.vjp[0].numel(), noise).mean()
-    assert_near(terms.background, expected, 1e-12)
+    assert_near(terms.foreground["input"], getattr(sib, f"foreground_{foreground}")(*inputs).mean(), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_a_detached_mask_is_a_constant_for_the_gradient(options, problem):
     attached = loss_of(problem, **options, detach_mask=False)
     assert attached.mask.requires_grad
     for term in ("background", "foreground"):
-        grads = [gradients(getattr(terms, term), problem.parameters) for terms in (detached, given, attached)]
+        grads = [gradients(flat_term(terms, term), problem.parameters) for terms in (detached, given, attached)]
         assert all(torch.equal(one, other) for one, other in zip(grads[0], grads[1], strict=True))
         assert any(
             not torch.allclose(one, other, rtol=1e-3, atol=0) for one, other in zip(grads[0], grads[2], strict=True)
@@ -314,14 +315,16 @@ def through_features(problem, x):
 
 
 def test_a_feature_map_adds_the_background_share_of_its_class_activation(problem):
-    criterion = SpatialIBLoss(**FIXED | {"background": "magnitude_ratio", "foreground_weight": 0}, layer_weight=0.7)
+    criterion = SpatialIBLoss(
+        **FIXED | {"background": "magnitude_ratio", "input_foreground": 0}, feature_background=0.7
+    )
     features, logits = through_features(problem, problem.x)
     terms = criterion.terms(logits, problem.y, problem.x, SOFT, features=features)
     R, R_A = torch.autograd.grad(logits.gather(1, problem.y[:, None]).sum(), (problem.x, features), create_graph=True)
     field = (features * R_A.mean((2, 3), keepdim=True)).abs().sum(1, keepdim=True)
     shares = [((1 - SOFT) * of).sum((1, 2, 3)) / of.sum((1, 2, 3)) for of in (R.abs().sum(1, keepdim=True), field)]
-    assert_near(terms.background, shares[0].mean(), 1e-12)
-    assert_near(terms.layers["features"], shares[1].mean(), 1e-12)
+    assert_near(terms.background["input"], shares[0].mean(), 1e-12)
+    assert_near(terms.background["features"], shares[1].mean(), 1e-12)
     expected = F.cross_entropy(logits, problem.y) + shares[0].mean() + 0.7 * shares[1].mean()
     assert_near(terms.loss, expected, 1e-12)
     for found, truth in zip(
@@ -333,7 +336,7 @@ def test_a_feature_map_adds_the_background_share_of_its_class_activation(problem
 def test_named_features_keep_their_names(problem):
     features, logits = through_features(problem, problem.x)
     terms = SpatialIBLoss(**FIXED).terms(logits, problem.y, problem.x, SOFT, features={"block": features})
-    assert set(terms.layers) == {"block"} and 0 < terms.layers["block"] < 1
+    assert set(terms.background) == {"input", "block"} and 0 < terms.background["block"] < 1
 
 
 @pytest.mark.parametrize("with_features", [False, True])
@@ -359,7 +362,7 @@ def test_features_that_the_logits_do_not_come_from_are_refused(problem):
 
 def test_features_without_a_term_are_refused(problem):
     features, logits = through_features(problem, problem.x)
-    with pytest.raises(ValueError, match="features were given, but have no term.*layer_weight=0"):
+    with pytest.raises(ValueError, match="features were given, but have no term.*feature_background=0"):
         SpatialIBLoss("paper")(logits, problem.y, problem.x, features=features)
     with pytest.raises(ValueError, match="features must be a tensor or a mapping"):
         SpatialIBLoss()(logits, problem.y, problem.x, features=[features])
@@ -374,7 +377,7 @@ def test_the_balanced_terms_do_not_know_the_scale_of_the_logits(factor, problem)
         torch.manual_seed(0)
         features, logits = through_features(problem, problem.x)
         terms = criterion.terms(logits, problem.y, problem.x, features=features)
-        return terms.background, terms.layers["features"], terms.mask
+        return terms.background["input"], terms.background["features"], terms.mask
 
     before = shares()
     with torch.no_grad():
@@ -395,9 +398,9 @@ def shares_of(terms, problem):
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_samples_without_an_annotation_have_their_share_of_the_terms(share, problem):
     known = torch.tensor([True, False, True, False, False])
-    terms = loss_of(problem, SOFT, known, self_made_share=share, foreground_weight=0.0)
+    terms = loss_of(problem, SOFT, known, self_made_share=share, input_foreground=0.0)
     values = shares_of(terms, problem)
-    assert_near(terms.background, (1 - share) * values[known].mean() + share * values[~known].mean(), 1e-12)
+    assert_near(terms.background["input"], (1 - share) * values[known].mean() + share * values[~known].mean(), 1e-12)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -405,16 +408,16 @@ def test_samples_without_an_annotation_have_their_share_of_the_terms(share, prob
     "mask", [(), (SOFT,), (SOFT, torch.ones(5, dtype=torch.bool))], ids=["none", "all", "all flagged"]
 )
 def test_samples_of_one_kind_have_all_of_the_terms(mask, share, problem):
-    terms = loss_of(problem, *mask, self_made_share=share, foreground_weight=0.0)
-    assert_near(terms.background, shares_of(terms, problem).mean(), 1e-12)
+    terms = loss_of(problem, *mask, self_made_share=share, input_foreground=0.0)
+    assert_near(terms.background["input"], shares_of(terms, problem).mean(), 1e-12)
 
 
 def test_a_share_of_zero_leaves_samples_without_an_annotation_out(problem):
-    nobody = loss_of(problem, self_made_share=0.0, foreground_weight=0.0)
-    assert nobody.background == 0 and nobody.loss == nobody.cross_entropy
+    nobody = loss_of(problem, self_made_share=0.0, input_foreground=0.0)
+    assert nobody.background["input"] == 0 and nobody.loss == nobody.cross_entropy
     known = torch.tensor([True, False, True, False, False])
-    terms = loss_of(problem, SOFT, known, self_made_share=0.0, foreground_weight=0.0)
-    assert_near(terms.background, shares_of(terms, problem)[known].mean(), 1e-12)
+    terms = loss_of(problem, SOFT, known, self_made_share=0.0, input_foreground=0.0)
+    assert_near(terms.background["input"], shares_of(terms, problem)[known].mean(), 1e-12)
 
 
 # --------------------------------------------------------------------------------------------------- dtypes
@@ -489,12 +492,12 @@ def test_two_backwards_with_retained_graph_add_the_same_gradient_twice(problem, 
 
 
 def test_the_repr_says_what_is_computed():
-    text = repr(SpatialIBLoss("paper", background="energy", foreground_weight=0.5))
+    text = repr(SpatialIBLoss("paper", background="energy", input_foreground=0.5))
     for part in (
         "SpatialIBLoss(",
         "preset='paper'",
-        "1000 * 'energy'",
-        "0.5 * 'hsic'",
+        "'energy' (1000 input",
+        "'hsic' (0.5 input",
         "'exp'",
         "'probability_energy'",
     ):

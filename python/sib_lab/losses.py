@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_ext import SIBStep, SpatialIBLoss, fused_double_backward
-from sib_ext.loss import PRESETS
+from sib_ext.loss import PRESETS, WEIGHTS
 from sib_ext.seeds import SEEDS, vjp
 
 from .config import TrainConfig
@@ -27,7 +27,7 @@ from .networks import token_grid
 STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
 #: Loss options that are not SpatialIBLoss's but SIBStep's.
-STEP_OPTIONS = ("layers", "engine", "every", "microbatch")
+STEP_OPTIONS = ("layers", "engine", "every", "jitter", "microbatch")
 TINY = 1e-20  # keeps 0/0 at 0
 
 
@@ -82,15 +82,17 @@ def make_criterion(config: TrainConfig, layer: str | None = None, area: float | 
 
 
 def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None) -> TrainingLoss:
-    if config.strength is not None:
-        options["background_weight"] = config.strength
     of_step = {name: options.pop(name) for name in STEP_OPTIONS if name in options}
     paper = config.method == "sib-paper"
+    preset = "paper" if paper else "balanced"
+    if config.strength is not None:
+        weights = {name: options.get(name, PRESETS[preset][name]) for name in WEIGHTS}
+        options |= {name: config.strength * weight for name, weight in weights.items()}
     if config.method == "centre-mask":
         area = options.pop("centre_area", area)
-        return CentreMask(SpatialIBLoss("balanced", **options), SELF_MADE_AREA if area is None else area, **of_step)
+        return CentreMask(SpatialIBLoss(preset, **options), SELF_MADE_AREA if area is None else area, **of_step)
     given = config.masks == "given" or (config.masks == "auto" and not paper)
-    return SpatialIB(SpatialIBLoss("paper" if paper else "balanced", **options), given, **of_step)
+    return SpatialIB(SpatialIBLoss(preset, **options), given, **of_step)
 
 
 # ------------------------------------------------------------------------------------------ the losses
@@ -105,15 +107,17 @@ class CrossEntropy(TrainingLoss):
 
 
 class SpatialIB(TrainingLoss):
-    """:class:`sib_ext.SpatialIBLoss`; parts ``background``, ``foreground`` (I values, unweighted), ``vjp_variance``.
+    """:class:`sib_ext.SpatialIBLoss`, through :class:`sib_ext.SIBStep`.
 
-    Through :class:`sib_ext.SIBStep`; each of its layers adds a part ``background_<layer>``.
+    Parts by place, ``input`` or a layer: ``background_<place>``, ``foreground_<place>`` (I values, unweighted) and
+    ``empty_<place>``, the share of the batch's maps that are zero everywhere; ``vjp_variance`` where there is a VJP of
+    the input.
 
     Args:
         criterion: with all its constants.
         given: use the given masks where there are any (self-made ones elsewhere); False: self-made ones always.
-        layers: names of modules of the network that get background terms of their own; ``auto``, as SIBStep has it.
-        options: of :class:`sib_ext.SIBStep`: engine, every, microbatch.
+        layers: names of modules of the network that get terms of their own; ``auto``, as SIBStep has it.
+        options: of :class:`sib_ext.SIBStep`: engine, every, jitter, microbatch.
     """
 
     def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] | str = "auto", **options):
@@ -128,8 +132,10 @@ class SpatialIB(TrainingLoss):
         if not self.given:
             mask = annotated = None
         terms = self._step_of(model).terms(x, y, mask, annotated)
-        parts = {name: getattr(terms, name) for name in ("cross_entropy", "background", "foreground")}
-        parts |= {f"background_{own_name(model, name)}": value for name, value in terms.layers.items()}
+        parts = {"cross_entropy": terms.cross_entropy}
+        for name in ("background", "foreground"):
+            parts |= {f"{name}_{own_name(model, place)}": value for place, value in getattr(terms, name).items()}
+        parts |= {f"empty_{own_name(model, place)}": count / len(x) for place, count in terms.empty.items()}
         if terms.vjp is not None:
             parts["vjp_variance"] = vjp_variance(terms.vjp)
         return _result(terms.loss, **parts)

@@ -17,25 +17,38 @@ from .vjps import Task, VJPs
 def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJPs:
     """Logits, feature maps and VJPs; with ``create_graph`` these can be differentiated by the parameters.
 
+    What runs before the first layer is run as it is where the VJP of x is not wanted.
+
     Raises:
         RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
     """
-    leaf = x.detach().requires_grad_()
-    around = functools.partial(units, task.model, task.layers, task.ordinary)
-    with fused_double_backward(around) as fused, captured(task.model, task.layers) as found, around():
+    leaf = x.detach().requires_grad_(task.of_input)
+    fused = fused_double_backward(active=task.of_input)
+    fused.around = functools.partial(units, task.model, task.layers, task.ordinary, fused.is_active)
+    reached = functools.partial(_reached, task, fused)
+    with fused, captured(task.model, task.layers, reached) as found, fused.around():
         logits = task.logits(leaf, target)
     features = _features(task, found)
     if not logits.requires_grad:
         raise RuntimeError(f"the model's logits do not require grad: none of its layers is differentiable in x{CUT}")
+    inputs = (leaf, *features) if task.of_input else features
     s = seeds.scalar(logits, target, task.criterion.seed)
     # What is recomputed on the way counted when it was computed.
     recomputing = kept(running_statistics(task.model).values()) if fused.recomputes else contextlib.nullcontext()
-    with distributed.twice_differentiable(logits), recomputing:
-        of_x, *of_features = seeds.vjps(_scaled(task, s), (leaf, *features), create_graph)
-    for name, vjp in zip(("x", *task.layers), (of_x, *of_features), strict=True):
+    with distributed.twice_differentiable(logits, inputs), recomputing:
+        found = seeds.vjps(_scaled(task, s), inputs, create_graph)
+    for name, vjp in zip((*["x"][: task.of_input], *task.layers), found, strict=True):
         if vjp is None:
             raise RuntimeError(f"the model's logits do not depend on {name!r} in a differentiable way{CUT}")
-    return VJPs(logits, _unscaled(task, of_x), features, tuple(_unscaled(task, r) for r in of_features))
+    of_x, of_features = (found[0], found[1:]) if task.of_input else (None, found)
+    unscaled = tuple(_unscaled(task, vjp) for vjp in of_features)
+    return VJPs(logits, None if of_x is None else _unscaled(task, of_x), features, unscaled)
+
+
+def _reached(task: Task, fused: fused_double_backward, feature_map: Tensor) -> None:
+    fused.activate()
+    if not (task.of_input or feature_map.requires_grad):
+        feature_map.requires_grad_()  # all that it was computed from is frozen
 
 
 CUT = ": look for torch.no_grad, .detach() and .data in its forward pass"

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..checks import check_choice, describe
+from ..checks import check_choice, check_positive, describe
 from ..layers import check_places, class_activation_of, last_feature_map
-from ..loss import SIBTerms, SpatialIBLoss
+from ..loss import PRESETS, SIBTerms, SpatialIBLoss
 from ..passes import in_place_of, is_compiled, unwrapped
 from . import double_backward
 from .compiled import Compiled
@@ -27,11 +27,15 @@ class SIBStep:
         criterion: a :class:`sib_ext.SpatialIBLoss`.
         layers: names (or one) of modules (``model.named_modules()``), or of functions in their forwards
             (``"block3.relu()"``, ``"relu()"``), whose output, a feature map [B,C,h,w] or [B,h,w,C] or tokens [B,T,D] of
-            a grid, gets a background term of its own, on its class activation
-            (:func:`sib_ext.functional.class_activation`). ``"auto"``: the last feature map, found in the first step,
-            if the criterion has terms for layers (``layer_weight``), else none.
+            a grid, gets terms of its own, on its class activation (:func:`sib_ext.functional.class_activation`), in
+            every step. ``"auto"``: the last feature map, found in the first step, if the criterion has terms for
+            feature maps, else none.
         engine: ``"auto"``, ``"double_backward"`` or ``"compiled"``, see docs/engines.md.
-        every: S-IB terms in every k-th step only, k times as strong (lazy regularisation; the first step has them).
+        every: the terms of the input in every k-th step only, k times as strong (lazy regularisation; the first step
+            has them). None: 4 for the criterion's preset ``"balanced"``, 1 for ``"paper"``.
+        jitter: >= 0; in steps with terms of the input the images get Gaussian noise, of a standard deviation drawn from
+            0 to so many times each image's own range (as SmoothGrad's, which it is for). None: 0.25 for
+            ``"balanced"``, 0 for ``"paper"``.
         microbatch: None, or at most how many images a pass takes at once: the memory of a small batch, statistics
             (HSIC, CKA, noise) of the whole one. BatchNorm sees the parts.
         scaler: the ``torch.amp.GradScaler`` of a float16 training: VJPs are taken of the scaled seed, so that they do
@@ -54,15 +58,19 @@ class SIBStep:
         layers: Sequence[str] | str = "auto",
         *,
         engine: str = "auto",
-        every: int = 1,
+        every: int | None = None,
+        jitter: float | None = None,
         microbatch: int | None = None,
         scaler: "torch.amp.GradScaler | None" = None,
         output: Callable | None = None,
     ):
         self.model, self.criterion = model, criterion
         self.layers = () if layers == "auto" else (layers,) if isinstance(layers, str) else tuple(layers)
-        self._finds_layers = layers == "auto" and getattr(criterion, "has_layer_terms", False)
-        self.every, self.microbatch, self.scaler, self.output = every, microbatch, scaler, output
+        self._finds_layers = layers == "auto" and getattr(criterion, "has_feature_terms", False)
+        constants = PRESETS.get(getattr(criterion, "preset", None), {})
+        self.every = constants.get("every") if every is None else every
+        self.jitter = constants.get("jitter") if jitter is None else jitter
+        self.microbatch, self.scaler, self.output = microbatch, scaler, output
         self._check_options(engine)
         self.engine, self._why = self._chosen(engine)
         self._check_combinations()
@@ -79,17 +87,22 @@ class SIBStep:
         for name, value in (("every", self.every), ("microbatch", self.microbatch)):
             if (name, value) != ("microbatch", None) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_positive("jitter", self.jitter, zero=True)
         if self.scaler is not None and not hasattr(self.scaler, "scale"):
             raise ValueError(f"scaler must be None or a torch.amp.GradScaler, got {self.scaler!r}")
         if self.output is not None and not callable(self.output):
             raise ValueError(
                 f"output must be None or a function of the model's output that returns logits, got {self.output!r}"
             )
-        if self.layers and not self.criterion.has_layer_terms:
+        if self.layers and not self.criterion.has_feature_terms:
             raise ValueError(
-                "layers were given, but the criterion has no term for them (background_weight="
-                f"{self.criterion.background_weight:g}, layer_weight={self.criterion.layer_weight:g}): "
-                "give both weights, or leave layers out"
+                "layers were given, but the criterion has no term for them (feature_background=0, "
+                "feature_foreground=0): give one of these weights, or leave layers out"
+            )
+        if self.criterion.mask_source == "vjp" and (self.layers or self._finds_layers) and self.every > 1:
+            raise ValueError(
+                f"mask_source='vjp' makes masks of the input's VJP, which feature maps' terms do without in most steps "
+                f"(every={self.every}): take mask_source='activation' or every=1"
             )
         check_places(unwrapped(self.model), self.layers)
 
@@ -158,7 +171,7 @@ class SIBStep:
         return self.terms(x, target, mask, annotated).loss
 
     def terms(self, x: Tensor, target: Tensor, mask=None, annotated: Tensor | None = None) -> SIBTerms:
-        """The loss and its parts, named; S-IB parts are None in a step without them (``every``).
+        """The loss and its parts, named; a step without terms of the input (``every``) has no place ``"input"``.
 
         In place of a call of the step: it counts as one, and ``terms.loss`` is what goes backward.
 
@@ -180,34 +193,41 @@ class SIBStep:
             )
         given, annotated = self.criterion.given(mask, x, annotated)
         x = x.detach()
-        due = self.criterion.has_terms and self.steps % self.every == 0
+        of_input = self.criterion.has_input_terms and self.steps % self.every == 0
         self.steps += 1
-        if not due:
-            cross_entropy = self._cross_entropy(self._plain_logits(x, target), target, x)
-            return SIBTerms(cross_entropy, cross_entropy, None, None, None, None)
-        task = self._task(x)
+        if of_input and self.jitter:
+            x = _jittered(x, self.jitter)
+        task = self._task(x, of_input)
+        if not of_input and not self.layers:
+            cross_entropy = self._cross_entropy(self._plain_logits(task, x, target), target, x)
+            return SIBTerms(cross_entropy, cross_entropy)
         joined = self.criterion.joined(x)
         found = in_place_of(self.model, lambda x: self._vjps(task, x, target), x)
-        layers = {
-            name: class_activation_of(name, features, vjp, x.shape[2:])
-            for name, features, vjp in zip(task.layers, found.features, found.of_features, strict=True)
+        features = {
+            name: class_activation_of(name, A, R_A, x.shape[2:])
+            for name, A, R_A in zip(task.layers, found.features, found.of_features, strict=True)
         }
-        information = self.criterion.information(found.of_x, x, given, annotated, joined, layers)
-        return self.criterion.together(information, self._cross_entropy(found.logits, target, x), self.every)
+        terms = self.criterion.information(found.of_x, x, given, annotated, joined, features)
+        return self.criterion.together(terms, self._cross_entropy(found.logits, target, x), self.every)
 
-    def _plain_logits(self, x: Tensor, target: Tensor) -> Tensor:
+    def _plain_logits(self, task: Task, x: Tensor, target: Tensor) -> Tensor:
         if not self.microbatch:
-            return Task(self.model, self.criterion, (), self.output, None, set()).logits(x, target)
-        task = Task(unwrapped(self.model), self.criterion, (), self.output, None, set())
+            return task._replace(model=self.model).logits(x, target)
         return in_place_of(self.model, lambda x: self._vjps.logits(task, x, target), x)
 
-    def _task(self, x: Tensor) -> Task:
+    def _task(self, x: Tensor, of_input: bool) -> Task:
         eager = unwrapped(self.model)
         if self._finds_layers:
             name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
-        return Task(eager, self.criterion, self.layers, self.output, self.scaler, self._ordinary)
+        return Task(eager, self.criterion, self.layers, self.output, self.scaler, of_input, self._ordinary)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, x: Tensor) -> Tensor:
         joined = distributed.JoinedBatch(x, self.criterion.process_group)
         return self.criterion.joined_cross_entropy(logits, target, joined)
+
+
+def _jittered(x: Tensor, most: float) -> Tensor:
+    """With noise of a standard deviation drawn from 0 to ``most`` times each image's range."""
+    span = x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)
+    return x + most * torch.rand_like(span) * span * torch.randn_like(x)

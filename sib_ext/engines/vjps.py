@@ -20,6 +20,7 @@ class Task(NamedTuple):
     layers: tuple[str, ...]
     output: Callable | None  #: the model's output -> logits
     scaler: "torch.amp.GradScaler | None"
+    of_input: bool  #: whether the VJP of x is wanted; without it nothing before the layers is differentiated twice
     ordinary: set[str]  #: modules that cannot be units of :mod:`sib_ext.checkpoints`, as far as they are known
 
     def logits(self, x: Tensor, target: Tensor) -> Tensor:
@@ -50,16 +51,18 @@ class VJPs(NamedTuple):
     """What the loss is a function of; differentiable with respect to the parameters."""
 
     logits: Tensor  #: [B,K]
-    of_x: Tensor  #: R [B,C,H,W]
+    of_x: Tensor | None  #: R [B,C,H,W]; None where it was not wanted
     features: tuple[Tensor, ...]  #: of each layer its feature map
     of_features: tuple[Tensor, ...]  #: and ds/d(feature map)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.logits, self.of_x, *self.features, *self.of_features)
+        of_x = () if self.of_x is None else (self.of_x,)
+        return (self.logits, *of_x, *self.features, *self.of_features)
 
     @staticmethod
     def of(tensors) -> "VJPs":
         """The inverse of :meth:`tensors`."""
-        logits, of_x, *others = tensors
+        logits, *others = tensors
+        of_x = others.pop(0) if len(others) % 2 else None
         count = len(others) // 2
         return VJPs(logits, of_x, tuple(others[:count]), tuple(others[count:]))

@@ -34,10 +34,15 @@ def check_places(model: nn.Module, names: Sequence[str], argument: str = "layers
 
 
 @contextmanager
-def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def captured(
+    model: nn.Module, names: Sequence[str], reached: Callable[[Tensor], None] = lambda tensor: None
+) -> Iterator[dict[str, Tensor]]:
     """Inside, a forward pass fills the dictionary with the tensors at the named places.
 
     Of a tuple or list it is the first tensor. Close it before the backward pass, in which checkpoints run again.
+
+    Args:
+        reached: called with each tensor as it is there, before the model goes on.
 
     Raises:
         ValueError: an output that is no tensor, or a module that runs twice.
@@ -49,17 +54,18 @@ def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
     def keep(place: str, tensor: Tensor) -> None:
         if place in functions:
             found[place] = tensor
+            reached(tensor)
 
     with ExitStack() as stack:
         for name in names:
             if name not in functions:
-                stack.callback(modules[name].register_forward_hook(_of_module(name, found)).remove)
+                stack.callback(modules[name].register_forward_hook(_of_module(name, found, reached)).remove)
         if functions:
             stack.enter_context(functions_seen(model, keep))
         yield found
 
 
-def _of_module(name: str, found: dict[str, Tensor]) -> Callable:
+def _of_module(name: str, found: dict[str, Tensor], reached: Callable[[Tensor], None]) -> Callable:
     def hook(module, inputs, output) -> None:
         tensor = first_tensor(output)
         if tensor is None:
@@ -69,6 +75,7 @@ def _of_module(name: str, found: dict[str, Tensor]) -> Callable:
         if name in found:
             raise ValueError(f"layers: {name!r} runs more than once in a forward pass: name a module that runs once")
         found[name] = tensor
+        reached(tensor)
 
     return hook
 

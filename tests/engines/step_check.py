@@ -26,9 +26,14 @@ EXACT = {torch.float64: 1e-9, torch.float32: 2e-3}
 
 def fixed(preset: str = "balanced", **options) -> SpatialIBLoss:
     """A loss without chance in its seed or its masks, which would draw other numbers in another precision."""
-    return SpatialIBLoss(
-        preset, **{"seed": "target_logit", "foreground_weight": 0.1, "background_weight": 5.0} | options
-    )
+    terms = {"input_background": 5.0, "foreground": "cka", "input_foreground": 0.1, "feature_foreground": 0.0}
+    return SpatialIBLoss(preset, **{"seed": "target_logit"} | terms | options)
+
+
+def of_features(**options) -> SpatialIBLoss:
+    """Both halves at feature maps, none at the input."""
+    at_features = {"feature_background": 5.0, "feature_foreground": 1.0}
+    return fixed(**{"input_background": 0.0, "input_foreground": 0.0} | at_features | options)
 
 
 def seed(number: int = 3) -> None:
@@ -51,7 +56,7 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-12))
 
 
-def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: int, scale: int) -> tuple[Tensor, Tensor]:
+def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: int, every: int) -> tuple[Tensor, Tensor]:
     """Loss and gradients by the definition; a batch in parts of ``size``, as BatchNorm sees them."""
     criterion = copy.deepcopy(criterion)
     criterion.impl = "reference"
@@ -73,8 +78,12 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
             of_layer = torch.cat(rest[i * len(parts) : (i + 1) * len(parts)])
             fields[name] = class_activation_of(name, torch.cat(features[name]), of_layer, x.shape[2:])
         joined = criterion.joined(x)
-        information = criterion.information(R, x, mask, None, joined, fields)
-        loss = F.cross_entropy(torch.cat(logits), y) + scale * information.loss
+        terms = criterion.information(R if criterion.has_input_terms else None, x, mask, None, joined, fields)
+        loss = F.cross_entropy(torch.cat(logits), y)
+        if terms.input is not None:
+            loss = loss + every * terms.input
+        if terms.features is not None:
+            loss = loss + terms.features
         loss.backward()
     return loss.detach(), flat(model)
 
@@ -156,7 +165,7 @@ def check_step(
         return make().to(precision)
 
     def step_of(model: nn.Module, **changes) -> SIBStep:
-        return SIBStep(model, copy.deepcopy(criterion), layers, **options | changes)
+        return SIBStep(model, copy.deepcopy(criterion), layers, **{"every": 1, "jitter": 0} | options | changes)
 
     # The gradient of every parameter, and the loss.
     model = model_of()

@@ -72,7 +72,7 @@ def test_bfloat16_autocast_is_near(options, batch):  # noqa: F811
     _, truth = truth_of(model, criterion, batch)
     with torch.autocast("cpu", torch.bfloat16):
         terms = step_of(model, criterion, **options).terms(*batch)
-    assert terms.vjp.dtype == terms.background.dtype == torch.float32
+    assert terms.vjp.dtype == terms.background["input"].dtype == torch.float32
     found = gradient(model, terms.loss)
     assert 1e-4 < error(found, truth) < 0.1  # bfloat16 it was
 
@@ -91,7 +91,7 @@ def test_the_tokens_of_a_transformer_are_a_layer(batch):  # noqa: F811
     model = Tokens()
     terms = step_of(model, loss_of(), ("blocks.0",)).terms(*batch)
     gradient(model, terms.loss)
-    assert 0 < terms.layers["blocks.0"] < 1
+    assert 0 < terms.background["blocks.0"] < 1
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.patches.parameters())
 
 

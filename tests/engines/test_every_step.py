@@ -8,7 +8,7 @@ import torch
 from sib_ext import SpatialIBLoss
 
 from .networks import CLASSES, IMAGES, NETWORKS, SIDE, Network, per_sample
-from .step_check import check_step, fixed
+from .step_check import check_step, fixed, of_features
 
 #: Draws from generators of the process, which two threads would take from each other.
 NOISY = {"dropout", "depth by random", "depth by numpy", "checkpoints"}
@@ -59,15 +59,23 @@ def test_the_last_feature_map_of_others_models(network, options, threads):
     assert check_step(NETWORKS[network], *batch(), "auto", noisy=network in NOISY, **options).layers
 
 
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_with_terms_for_the_last_feature_map_alone(network, options, threads):
+    threads(1)
+    check_step(NETWORKS[network], *batch(), "auto", of_features(), noisy=network in NOISY, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"microbatch": 4}], ids=str)
 @pytest.mark.parametrize(
     "criterion",
     [
-        fixed("paper", background_weight=1e5, foreground_weight=1.0, transform="expm1"),
-        fixed(foreground="hsic_unbiased", foreground_weight=1.0, background="gaussian"),
-        fixed(foreground="gaussian", foreground_weight=0.1, background="energy_ratio", mask_source="vjp"),
+        fixed("paper", input_background=1e5, input_foreground=1.0, transform="expm1"),
+        fixed(foreground="hsic_unbiased", input_foreground=1.0, background="gaussian"),
+        fixed(foreground="gaussian", input_foreground=0.1, background="energy_ratio", mask_source="vjp"),
+        fixed(foreground="log_capacity", input_foreground=1.0, kappa=0.3),
     ],
-    ids=["paper", "unbiased HSIC", "gaussian"],
+    ids=["paper", "unbiased HSIC", "gaussian", "log capacity"],
 )
 def test_with_other_objectives(criterion, options, threads):
     threads(1)
@@ -110,7 +118,7 @@ class HalfTheTerms(SpatialIBLoss):
 
 def test_the_check_finds_a_derivative_that_is_left_out(threads):
     threads(1)
-    criterion = HalfTheTerms(seed="target_logit", background_weight=5.0)
+    criterion = HalfTheTerms(seed="target_logit", input_background=5.0)
     with pytest.raises((AssertionError, RuntimeError), match="gradients are off"):
         check_step(NETWORKS["GroupNorm"], *batch(), criterion=criterion)
 

@@ -16,7 +16,7 @@ from .test_step import batch, gradient, loss_of, step_of  # noqa: F401
 @pytest.mark.parametrize("microbatch", [1, 2, 4])
 def test_parts_give_the_gradients_of_the_whole_batch(microbatch, batch):  # noqa: F811
     """With a network that normalises each sample by itself the cut must not show, not even in CKA."""
-    model, criterion = Network(norm=per_sample).double(), loss_of(foreground_weight=1.0)
+    model, criterion = Network(norm=per_sample).double(), loss_of(input_foreground=1.0)
     x, y, mask = batch[0].double(), *batch[1:]
     loss, truth = truth_of(model, criterion, batch, ("body",))
     terms = step_of(model, criterion, ("body",), microbatch=microbatch).terms(x, y, mask)

@@ -33,12 +33,12 @@ def batch():
 
 def loss_of(preset="balanced", **options):
     """Without chance, so that a step can be compared with another."""
-    return SpatialIBLoss(preset, **FIXED | options)
+    return SpatialIBLoss(preset, **FIXED | {"mask_source": "activation"} | options)
 
 
-def step_of(model, criterion, layers=(), **options):
-    """Of the layers that a test names."""
-    return SIBStep(model, criterion, layers, **options)
+def step_of(model, criterion, layers=(), every=1, jitter=0, **options):
+    """Of the layers that a test names, all terms in every step, without chance."""
+    return SIBStep(model, criterion, layers, every=every, jitter=jitter, **options)
 
 
 def gradient(model, loss):
@@ -52,7 +52,7 @@ def gradient(model, loss):
 
 def test_layers_add_the_background_share_of_their_contribution(batch):
     """By hand, from the formula."""
-    model, criterion = Network().double(), loss_of(layer_weight=0.5)
+    model, criterion = Network().double(), loss_of(feature_background=0.5)
     x, y, mask = batch[0].double(), *batch[1:]
     terms = step_of(model, criterion, ("body",)).terms(x, y, mask)
     kept = []
@@ -63,38 +63,40 @@ def test_layers_add_the_background_share_of_their_contribution(batch):
     small = nn.functional.adaptive_avg_pool2d(mask, field.shape[2:])
     energy = field.square()
     share = ((1 - small) ** 2 * energy).sum((1, 2, 3)) / (((1 - small) ** 2 + small**2) * energy).sum((1, 2, 3))
-    assert_near(terms.layers["body"], share.mean(), 1e-6)
+    assert_near(terms.background["body"], share.mean(), 1e-6)
 
 
 def test_the_last_feature_map_is_found_in_the_first_step(batch):
     model = Network()
-    step = SIBStep(model, loss_of())
+    step = step_of(model, loss_of(), "auto")
     assert step.layers == ()
     terms = step.terms(*batch)
-    assert step.layers == tuple(terms.layers) == ("body",) and model.training
-    named = SIBStep(copy.deepcopy(model), loss_of(), ("body",)).terms(*batch)
-    assert_near(terms.layers["body"], named.layers["body"], 1e-6)
+    assert step.layers == tuple(terms.background)[1:] == ("body",) and model.training
+    named = step_of(copy.deepcopy(model), loss_of(), ("body",)).terms(*batch)
+    assert_near(terms.background["body"], named.background["body"], 1e-6)
 
 
 def test_a_network_without_a_feature_map_has_the_input_term_alone_and_says_so_once(batch):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, CLASSES))
-    step = SIBStep(flat, loss_of())
+    step = step_of(flat, loss_of(), "auto")
     with pytest.warns(UserWarning, match="layers="):
-        assert not step.terms(*batch).layers and step.layers == ()
+        assert list(step.terms(*batch).background) == ["input"] and step.layers == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(*batch)
 
 
-@pytest.mark.parametrize("criterion", [loss_of("paper"), loss_of(layer_weight=0)], ids=["paper", "no layer weight"])
+@pytest.mark.parametrize(
+    "criterion", [loss_of("paper"), loss_of(feature_background=0)], ids=["paper", "no layer weight"]
+)
 def test_no_layer_is_looked_for_where_none_has_a_term(criterion, batch):
-    assert not SIBStep(Network(), criterion).terms(*batch).layers
+    assert list(step_of(Network(), criterion, "auto").terms(*batch).background) == ["input"]
 
 
 def test_a_resumed_training_has_the_layers_that_were_found(batch):
-    step = SIBStep(Network(), loss_of())
+    step = step_of(Network(), loss_of(), "auto")
     step(*batch)
-    resumed = SIBStep(Network(), loss_of())
+    resumed = step_of(Network(), loss_of(), "auto")
     resumed.load_state_dict(pickle.loads(pickle.dumps(step.state_dict())))
     assert resumed.layers == ("body",)
 
@@ -107,7 +109,7 @@ def test_every_kth_step_has_terms_k_times_as_strong(batch):
     step, full = step_of(model, criterion, every=3), step_of(model, criterion)
     terms = full.terms(*batch)
     found = [step.terms(*batch) for _ in range(7)]
-    assert [t.background is not None for t in found] == [True, False, False, True, False, False, True]
+    assert ["input" in t.background for t in found] == [True, False, False, True, False, False, True]
     assert_near(found[0].loss - terms.cross_entropy, 3 * (terms.loss - terms.cross_entropy), 1e-5)
     assert_near(found[1].loss, terms.cross_entropy, 1e-6)
     total = sum(gradient(model, step(*batch)) for _ in range(3))
@@ -119,11 +121,11 @@ def test_the_place_in_the_cycle_survives_a_checkpoint(batch):
     step(*batch)
     resumed = step_of(Network(), loss_of(), every=3)
     resumed.load_state_dict(pickle.loads(pickle.dumps(step.state_dict())))
-    assert [resumed.terms(*batch).background is None for _ in range(3)] == [True, True, False]
+    assert ["input" not in resumed.terms(*batch).background for _ in range(3)] == [True, True, False]
 
 
 def test_without_terms_it_is_cross_entropy(batch):
-    terms = step_of(Network(), loss_of(background_weight=0, foreground_weight=0)).terms(*batch)
+    terms = step_of(Network(), loss_of(input_background=0, input_foreground=0, feature_background=0)).terms(*batch)
     assert terms.vjp is None and torch.equal(terms.loss, terms.cross_entropy)
     terms.loss.backward()
 
@@ -174,7 +176,7 @@ class Attached(Network):
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
 def test_what_users_attach_to_a_parameter_is_there_in_every_pass(options, batch):
     model = Attached()
-    SIBStep(model, loss_of(), **options)(*batch).backward()
+    step_of(model, loss_of(), "auto", **options)(*batch).backward()
     assert model.head.weight.gain == 0.7 and model.head.weight.grad.any()
 
 
@@ -244,7 +246,7 @@ def test_a_float16_step_that_overflows_in_parts_is_the_scalers_affair(batch):
 def test_a_model_may_write_into_its_input(options, batch):
     x, y, mask = batch
     before = x.clone()
-    step = SIBStep(Wrapped(before=subtract_in_place), loss_of(), **options)
+    step = step_of(Wrapped(before=subtract_in_place), loss_of(), "auto", **options)
     for _ in range(2):
         step(x, y, mask).backward()
         assert torch.equal(x, before)
@@ -341,10 +343,10 @@ def test_auto_says_what_it_chose_and_why():
     assert step.engine == "compiled" and "torch.compile" in step.info
     step = step_of(compiled, loss_of(), ("body",))
     assert step.engine == "double_backward" and "layers" in step.info
-    assert "because layers needs it" in SIBStep(compiled, loss_of()).info
+    assert "because layers needs it" in step_of(compiled, loss_of(), "auto").info
     assert SIBStep(compiled, loss_of(), layers=()).engine == "compiled"
     with pytest.raises(ValueError, match=r"takes no layers \(give layers=\(\) for none\)"):
-        SIBStep(compiled, loss_of(), engine="compiled")
+        step_of(compiled, loss_of(), "auto", engine="compiled")
 
 
 @pytest.mark.parametrize("where", [None, "body"])
@@ -378,8 +380,8 @@ def test_wrong_objects_are_named():
         step_of(lambda x: x, loss_of())
     with pytest.raises(ValueError, match="criterion must be a sib_ext.SpatialIBLoss, got CrossEntropyLoss"):
         step_of(Network(), nn.CrossEntropyLoss())
-    with pytest.raises(ValueError, match="layers were given, but.*no term for them.*background_weight=0"):
-        step_of(Network(), loss_of(background_weight=0), ("body",))
+    with pytest.raises(ValueError, match="layers were given, but.*no term for them.*feature_background=0"):
+        step_of(Network(), loss_of(feature_background=0), ("body",))
 
 
 def test_wrong_calls_are_named(batch):
@@ -495,4 +497,5 @@ def test_a_loss_that_is_not_finite_leaves_the_guard_watching(batch):
     with torch.no_grad():
         model.head.weight.mul_(1e-30)
     step(*batch)
-    assert criterion.guard.means.isfinite().all()
+    cross_entropy, of_input, of_features, empty = criterion.guard.means
+    assert cross_entropy.isfinite() and of_input.isfinite() and of_features.isnan() and empty == 0

@@ -95,14 +95,14 @@ def test_a_missing_library_is_one_sentence_with_the_command_that_installs_it(mis
 
 def test_compare_trains_what_is_asked_for_and_prints_the_table(tmp_path):
     words = ["compare", "--methods", "ce, sib", "--seeds", 1, "--first-seed", 3, "--out", tmp_path / "two", *SMALL]
-    words += ["--strength", "sib=2", "--loss-option", "sib:foreground_weight=0.5"]
+    words += ["--strength", "sib=2", "--loss-option", "sib:input_foreground=0.5"]
     result = sib_lab(*words)
     assert result.exit_code == 0, result.output
     assert "S-IB" in result.output and "EPG (chance" in result.output and "over images" in result.output
     assert sorted(path.name for path in (tmp_path / "two/runs").iterdir()) == ["ce-seed3", "sib-seed3"]
     config = runs.open_run(tmp_path / "two/runs/sib-seed3").config
     assert (config.seed, config.epochs, config.batch_size, config.threads) == (3, 1, 16, 1)
-    assert config.strength == 2 and config.loss_options == {"foreground_weight": 0.5}
+    assert config.strength == 2 and config.loss_options == {"input_foreground": 0.5}
     assert runs.open_run(tmp_path / "two/runs/ce-seed3").config.loss_options == {}
     assert "; strength 2; foreground_weight = 0.5." in (tmp_path / "two/report.html").read_text()
     assert config.data_options == {"copies": "1", "train": "64", "validation": "20", "test": "20"}
@@ -131,7 +131,7 @@ def test_compare_trains_what_is_asked_for_and_prints_the_table(tmp_path):
         (["--option", "copies=many"], "The option copies must be a whole number, got 'many'."),
         (["--option", "colour=red"], "digits has no option 'colour': it takes train, validation"),
         (["--strength", "rrr=2"], "An option was given to rrr, which is not compared."),
-        (["--loss-option", "foreground_weight=2"], "--loss-option takes METHOD:NAME=VALUE, got 'foreground_weight=2'."),
+        (["--loss-option", "input_foreground=2"], "--loss-option takes METHOD:NAME=VALUE, got 'input_foreground=2'."),
         (["--loss-option", "sib:magic=2", *SMALL], "magic"),
         (["--strength", "2"], "--strength takes METHOD=VALUE, got '2'."),
         (["--strength", "sib=much"], "--strength sib takes a number, got 'much'."),

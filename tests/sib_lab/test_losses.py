@@ -430,7 +430,7 @@ def test_methods_get_their_own_constants():
     assert criterion_of("sib-paper").criterion.background_weight == 1000
     assert criterion_of("sib-paper").given is False and criterion_of("sib-paper", masks="given").given is True
     assert criterion_of("sib").given is True and criterion_of("sib", masks="self-made").given is False
-    assert criterion_of("sib", loss_options={"foreground_weight": 0.3}).criterion.foreground_weight == 0.3
+    assert criterion_of("sib", loss_options={"input_foreground": 0.3}).criterion.foreground_weight == 0.3
     assert criterion_of("centre-mask").area == 0.15
     assert make_criterion(TrainConfig(method="centre-mask")).area == 0.2
     assert criterion_of("centre-mask", loss_options={"centre_area": 0.4}).area == 0.4

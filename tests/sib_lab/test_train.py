@@ -61,7 +61,7 @@ def test_the_papers_twenty_recipes_have_its_constants():
         assert options.schedule == "step" and options.size == 224 and 32 <= options.batch_size <= 256
         assert options.augment == (data == "imagenet")
         weak = network == "vit_b_32" and data in ("cub200", "dogs", "pets")
-        assert options.loss_options == ({"foreground_weight": 1e-5} if weak else {})
+        assert options.loss_options == ({"input_foreground": 1e-5} if weak else {})
 
 
 def test_the_papers_learning_rate_falls_tenfold_every_thirty_epochs():
@@ -97,8 +97,8 @@ def test_the_balanced_recipe_is_the_demos():
 def test_changes_replace_a_recipes_options_and_its_methods_own_go_with_the_method():
     assert recipe("paper", "pets", "vit_b_32", epochs=3).epochs == 3
     assert recipe("paper", "pets", "vit_b_32", method="ce").loss_options == {}
-    changed = recipe("paper", "pets", "vit_b_32", loss_options={"foreground_weight": 0.01})
-    assert changed.loss_options == {"foreground_weight": 0.01}
+    changed = recipe("paper", "pets", "vit_b_32", loss_options={"input_foreground": 0.01})
+    assert changed.loss_options == {"input_foreground": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -846,7 +846,7 @@ def test_the_options_module_is_light_to_import():
 
 
 def test_layers_and_lazy_steps_are_options_of_the_loss_and_survive_a_stop(data, tmp_path, press_ctrl_c):
-    options = replace(SMALL, method="sib", loss_options={"layers": ["block4"], "layer_weight": 0.5, "every": 3})
+    options = replace(SMALL, method="sib", loss_options={"layers": ["block4"], "feature_background": 0.5, "every": 3})
     run(options, tmp_path / "whole", data)
     line = open_run(tmp_path / "whole", best=False).history[0]
     assert 0 < line["background_block4"] < 1
