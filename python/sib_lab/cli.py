@@ -87,6 +87,9 @@ def compare_command(
     annotated: Annotated[
         float, typer.Option(help="Share of the training masks that the losses may see.")
     ] = TrainConfig.annotated,
+    annotation: Annotated[
+        Literal["masks", "boxes"], typer.Option(help="What they see of these: as they are, or their bounding boxes.")
+    ] = "masks",
     augment: Annotated[
         bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips.", show_default="the preset's")
     ] = None,

@@ -160,11 +160,11 @@ class Material:
         return open_config_data(self.config)
 
     def training_data(self, config: TrainConfig) -> DataSets:
-        """The same images, of whose masks the training may see the share that ``config`` says."""
-        if config.annotated == self.config.annotated:
-            return self.data
+        """The same images, of whose masks the training may see the share, and the boxes or all, as ``config`` says."""
         train = copy(self.data.train)  # with the images that it keeps in memory
-        train.annotated = open_config_data(config).train.annotated
+        if config.annotated != self.config.annotated:
+            train.annotated = open_config_data(config).train.annotated
+        train.annotation = config.annotation
         return replace(self.data, train=train)
 
     @property
@@ -258,7 +258,8 @@ def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     """What a training method is, and what it was told about the objects."""
     config = plan.configs[method]
     share = data.train.annotated.double().mean().item()
-    told = f"was shown the objects in {100 * share:.0f} % of the training images" if share else "found no masks to use"
+    shown = "boxes around the objects" if config.annotation == "boxes" else "the objects"
+    told = f"was shown {shown} in {100 * share:.0f} % of the training images" if share else "found no masks to use"
     uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")
     if config.method == "sib" and config.masks == "self-made":
         uses, told = True, "made its own masks from the network's gradient"

@@ -178,6 +178,18 @@ def test_the_report_says_which_losses_were_shown_the_objects(finished, tiny, cop
     assert loss_sentence(plan, "sib", Material(plan, 0).data).endswith("made its own masks from the network's gradient")
     plan = plan_of(tiny, ("rrr",), annotated=0.25)
     assert loss_sentence(plan, "rrr", Material(plan, 0).data).endswith("objects in 25 % of the training images")
+    plan = plan_of(tiny, ("rrr",), annotation="boxes")
+    assert "; was shown boxes around the objects in 100 %" in loss_sentence(plan, "rrr", Material(plan, 0).data)
+
+
+def test_methods_of_one_comparison_may_be_shown_different_things_of_the_same_images(tiny):
+    configs = {"ce": tiny("ce"), "sib": tiny("sib", annotation="boxes"), "rrr": tiny("rrr", annotated=0.25)}
+    material = Material(Plan(configs, (0,)), 0)
+    own, boxes, few = (material.training_data(config).train for config in configs.values())
+    assert torch.equal(own[3].image, boxes[3].image) and own.annotated.all() and boxes.annotated.all()
+    assert few.annotated.double().mean() == 0.25 and few.annotation == own.annotation == "masks"
+    assert own[3].mask.sum() < boxes[3].mask.sum() and set(boxes[3].mask.unique().tolist()) == {0, 1}
+    assert material.data.train.annotation == "masks" and material.data.train.annotated.all()
 
 
 def test_the_folder_holds_the_report_the_numbers_and_the_gallery(finished):
