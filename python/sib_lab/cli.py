@@ -170,7 +170,7 @@ def evidence_command(
     ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the scale's")] = None,
 ) -> None:
-    """Compare S-IB with its controls in three situations: given masks, 10 % annotated, no annotation.
+    """Compare S-IB with its controls in four situations: given masks, boxes, 10 % annotated, none.
 
     ETH-80 objects stand on photographs that give the label away in 95 % of training. Whatever is finished in the folder
     is kept: the same command goes on after Ctrl-C.
