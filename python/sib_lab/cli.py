@@ -87,6 +87,9 @@ def compare_command(
     annotated: Annotated[
         float, typer.Option(help="Share of the training masks that the losses may see.")
     ] = TrainConfig.annotated,
+    annotation: Annotated[
+        Literal["masks", "boxes"], typer.Option(help="What they see of these: as they are, or their bounding boxes.")
+    ] = "masks",
     augment: Annotated[
         bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips.", show_default="the preset's")
     ] = None,
@@ -167,7 +170,7 @@ def evidence_command(
     ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the scale's")] = None,
 ) -> None:
-    """Compare S-IB with its controls in three situations: given masks, 10 % annotated, no annotation.
+    """Compare S-IB with its controls in four situations: given masks, boxes, 10 % annotated, none.
 
     ETH-80 objects stand on photographs that give the label away in 95 % of training. Whatever is finished in the folder
     is kept: the same command goes on after Ctrl-C.

@@ -42,7 +42,7 @@ from .data.base import limited
 from .keeper import surroundings
 from .networks import build_network
 from .report import IMAGES, MAPS
-from .results import COMPARISON, MEASURED, RUNS, run_name
+from .results import COMPARISON, EMPTY, MEASURED, RUNS, run_name
 from .runs import CONFIG, FINISHED, Run, RunError, open_config_data, open_run, read_record, write_text, write_whole
 from .train import train
 
@@ -51,7 +51,7 @@ OF_NETWORK = ("deletion", "insertion")  #: measures that ask the network: STEPS 
 GALLERY = 8  #: images in the report's gallery
 GALLERY_SIDE = 160  #: the largest side at which their maps are kept, px
 BATCH = 64  #: images classified or explained at a time
-DEFINITIONS = 1  #: counted up when a measure's definition changes, so that stored values are made anew
+DEFINITIONS = 2  #: counted up when a measure's definition changes, so that stored values are made anew
 USE_MASKS = ("sib", "rrr", "energy-loss")  #: training methods that take given masks where there are any
 #: Options that decide the machine alone: a run that was trained with others is taken as it is.
 MACHINE = {"device", "devices", "deterministic", "threads", "precision", "match"}
@@ -160,11 +160,11 @@ class Material:
         return open_config_data(self.config)
 
     def training_data(self, config: TrainConfig) -> DataSets:
-        """The same images, of whose masks the training may see the share that ``config`` says."""
-        if config.annotated == self.config.annotated:
-            return self.data
+        """The same images, of whose masks the training may see the share, and the boxes or all, as ``config`` says."""
         train = copy(self.data.train)  # with the images that it keeps in memory
-        train.annotated = open_config_data(config).train.annotated
+        if config.annotated != self.config.annotated:
+            train.annotated = open_config_data(config).train.annotated
+        train.annotation = config.annotation
         return replace(self.data, train=train)
 
     @property
@@ -258,7 +258,8 @@ def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     """What a training method is, and what it was told about the objects."""
     config = plan.configs[method]
     share = data.train.annotated.double().mean().item()
-    told = f"was shown the objects in {100 * share:.0f} % of the training images" if share else "found no masks to use"
+    shown = "boxes around the objects" if config.annotation == "boxes" else "the objects"
+    told = f"was shown {shown} in {100 * share:.0f} % of the training images" if share else "found no masks to use"
     uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")
     if config.method == "sib" and config.masks == "self-made":
         uses, told = True, "made its own masks from the network's gradient"
@@ -406,8 +407,10 @@ class Measurement:
         return todo
 
     def _measures(self) -> list[str]:
+        """What is measured of maps; with anything, how many are empty."""
         known = self.material.has_masks
-        return [name for name in self.plan.measures if known or name not in OF_MASKS]
+        found = [name for name in self.plan.measures if known or name not in OF_MASKS]
+        return [*found, EMPTY] if found else []
 
     def _key(self, name: str) -> dict:
         """What a stored part depends on."""
@@ -454,9 +457,9 @@ class Measurement:
         maps = self._explained((explanation,), progress=self._advance)[explanation]
         stored = self._values(explanation)
         wanted = [name for name in self._measures() if f"{name}/{explanation}" not in stored]
-        found = {}
+        found = {EMPTY: measure.empty_maps(maps)}
         if set(wanted) & set(OF_MASKS):
-            found = measure.measure_maps(maps, self.material.items.mask)
+            found |= measure.measure_maps(maps, self.material.items.mask)
         if "deletion" in wanted:
             found["deletion"] = measure.deletion(self.run.model, images, maps, target)
         if "insertion" in wanted:

@@ -1,7 +1,7 @@
 """What decides a training, and the recipes; light to import."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 #: How a network is trained: key -> one sentence. What each computes is in sib_lab/losses.py.
@@ -18,6 +18,7 @@ SCHEDULES = ("one-cycle", "step", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda")
 MASKS = ("auto", "given", "self-made")
+ANNOTATIONS = ("masks", "boxes")
 PRESETS = ("balanced", "paper")
 
 STEP_EPOCHS = 30  #: schedule "step": epochs between two decays (published)
@@ -44,6 +45,7 @@ class TrainConfig:
     size: int | None = None  #: side of the images, px; None: the data set's own
     agreement: float = 0.95  #: share of training images whose background agrees with the label, where that is chosen
     annotated: float = 1.0  #: share of the training masks that the loss may see
+    annotation: str = "masks"  #: what it sees of them: as they are, or their bounding "boxes"
     augment: bool = False
     limit: int | None = None  #: images per split
     skip_broken: bool = False
@@ -86,6 +88,7 @@ class TrainConfig:
             ("precision", PRECISIONS),
             ("device", DEVICES),
             ("masks", MASKS),
+            ("annotation", ANNOTATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -116,11 +119,15 @@ class TrainConfig:
         object.__setattr__(self, "match", tuple(self.match))
 
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that decide numbers and that ``saved`` (a config as a dict) has otherwise, with its values."""
+        """The options that decide numbers and that ``saved`` (a config as a dict) has otherwise, with its values.
+
+        What ``saved`` lacks was no option yet when it was saved: its default.
+        """
+        was = asdict(TrainConfig()) | dict(saved)
         return {
-            f.name: saved.get(f.name)
+            f.name: was[f.name]
             for f in fields(self)
-            if not f.metadata.get("of_the_machine") and _plain(saved.get(f.name)) != _plain(getattr(self, f.name))
+            if not f.metadata.get("of_the_machine") and _plain(was[f.name]) != _plain(getattr(self, f.name))
         }
 
 

@@ -3,6 +3,7 @@
 The maps keep their scale: none is stretched to [0,1], because the share of a map on the object depends on its zero.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -67,6 +68,7 @@ def explain(
 
     Returns:
         Method -> maps [N,H,W] >= 0 on the device of ``x``, in the order of ``methods``; float32 (float64 for such x).
+        Not finite where the network's values are not.
 
     Raises:
         ValueError: an unknown method, a layer that does not exist or has no feature map, classes out of range.
@@ -229,7 +231,11 @@ class _FeatureGrid:
 
 
 def _cam(extractor: GradCAM, logits: Tensor, target: list[int], layer: str | None) -> Tensor:
-    """The extractor's map [B,h,w] after ReLU, not scaled (torchcam's own default stretches each map to [0,1])."""
+    """The extractor's map [B,h,w] after ReLU, not scaled (torchcam's own default stretches each map to [0,1]).
+
+    NaN where the feature map or its gradient is not finite: torchcam adds up past NaN, so that a network that fails
+    would seem to find nothing.
+    """
     try:
         (cam,) = extractor(class_idx=target, scores=logits, normalized=False, retain_graph=True)
     except RuntimeError as error:
@@ -238,7 +244,8 @@ def _cam(extractor: GradCAM, logits: Tensor, target: list[int], layer: str | Non
                 f"layer: the scores do not depend on the output of {layer!r}: name another layer"
             ) from error
         raise
-    return cam
+    finite = [values.flatten(1).isfinite().all(1) for values in (*extractor.hook_a, *extractor.hook_g)]
+    return cam.masked_fill(~torch.stack(finite).all(0)[:, None, None], math.nan)
 
 
 # ---------------------------------------------------------------------------------- averages of gradients

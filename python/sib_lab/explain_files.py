@@ -55,8 +55,11 @@ def explain_files(
     with matplotlib.rc_context(pictures.STYLE):
         pictures.save(pictures.explained(x.numpy(), titles, arrays, explain.METHODS), out, dpi=110)
     console = console or Console()
-    for path, (name, p) in zip(files, found, strict=True):
-        console.print(f"{path}: {name} ({100 * p:.1f} %)", soft_wrap=True, highlight=False)
+    empty = {name: measure.empty_maps(values) == 1 for name, values in maps.items()}
+    for row, (path, (name, p)) in enumerate(zip(files, found, strict=True)):
+        nothing = ", ".join(explain.METHODS[method] for method, is_empty in empty.items() if is_empty[row])
+        told = f"; zero everywhere: {nothing}" if nothing else ""
+        console.print(f"{path}: {name} ({100 * p:.1f} %){told}", soft_wrap=True, highlight=False)
     console.print(f"Picture: {out}", soft_wrap=True, highlight=False)
     return found
 

@@ -1,7 +1,8 @@
 """How often a network is right, how much of an explanation lies on the object, and whether the network needs it.
 
-Every measure of maps gives one value an image, NaN where it is undefined: the object is empty, or the map is zero
-everywhere or holds a value that is not finite. Averages belong to :mod:`sib_lab.statistics`, which counts NaN.
+Every measure of maps gives one value an image. A map that is zero everywhere finds nothing and counts as 0;
+:func:`empty_maps` says which these are. NaN is for what is undefined: the object is empty, or the map holds a value
+that is not finite. Averages belong to :mod:`sib_lab.statistics`, which counts NaN.
 """
 
 import math
@@ -27,6 +28,7 @@ MEASURES = {
     "iou": "IoU",
     "iou_threshold": "IoU's threshold",
     "ehr": "EHR",
+    "empty": "Empty maps",
 }
 
 
@@ -181,7 +183,7 @@ def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
         masks: soft object masks [N,1,H,W] in [0,1]; the object is where they are above 0.5.
 
     Returns:
-        float64; NaN where the object is empty, or the map is zero everywhere or not finite.
+        float64; 0 where the map is zero everywhere; NaN where the object is empty or the map is not finite.
 
     Raises:
         ValueError: negative values in a map, or shapes that do not fit.
@@ -192,7 +194,8 @@ def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """1.0 where the map's maximum, or any of several equal ones, lies on the object, else 0.0 (Zhang et al. 2018).
 
-    Arguments, NaN and errors as for :func:`energy_pointing_game`.
+    A map that is zero everywhere has no maximum and counts as 0.0. Arguments, NaN and errors as for
+    :func:`energy_pointing_game`.
     """
     return _per_image(_maximum_on_object, maps, masks)
 
@@ -203,10 +206,11 @@ def intersection_over_union(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor
     Arguments, NaN and errors as for :func:`energy_pointing_game`.
 
     Returns:
-        IoU [N] in [0,1], and its t [N], the lowest where several are best.
+        IoU [N] in [0,1], 0 where the map is zero everywhere, and its t [N], the lowest where several are best; NaN
+        where the IoU is NaN or the map is zero everywhere, which no t divides.
     """
-    both = _per_image(_best_iou, maps, masks)
-    return both[:, 0], both[:, 1]
+    best, threshold = _per_image(_best_iou, maps, masks).unbind(1)
+    return best, threshold.masked_fill(empty_maps(maps) == 1, math.nan)
 
 
 def effective_heat_ratio(maps: Tensor, masks: Tensor) -> Tensor:
@@ -214,8 +218,8 @@ def effective_heat_ratio(maps: Tensor, masks: Tensor) -> Tensor:
 
     After Zhang et al. 2021 (Fine-Grained Neural Network Explanation ...): the thresholds are the map's quantiles 0,
     0.1, ..., 1 (linear interpolation); what is at or above one remains; the area is the trapezoid rule's. The scale
-    of a map does not matter, so it needs no scaling to [0,1]. Arguments, NaN and errors as for
-    :func:`energy_pointing_game`.
+    of a map does not matter, so it needs no scaling to [0,1]; one that is zero everywhere counts as 0. Arguments, NaN
+    and errors as for :func:`energy_pointing_game`.
     """
     return _per_image(_heat_ratio_area, maps, masks)
 
@@ -223,7 +227,7 @@ def effective_heat_ratio(maps: Tensor, masks: Tensor) -> Tensor:
 def measure_maps(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """All measures of maps on objects, by the keys of MEASURES: one float64 value an image [N].
 
-    Arguments, NaN and errors as for :func:`energy_pointing_game`.
+    Arguments and errors as for :func:`energy_pointing_game`; NaN as for the single measures and :func:`empty_maps`.
     """
     iou, threshold = intersection_over_union(maps, masks)
     return {
@@ -232,11 +236,13 @@ def measure_maps(maps: Tensor, masks: Tensor) -> dict[str, Tensor]:
         "iou": iou,
         "iou_threshold": threshold,
         "ehr": effective_heat_ratio(maps, masks),
+        "empty": empty_maps(maps),
     }
 
 
 def _per_image(measure: Callable[[Tensor, Tensor], Tensor], maps: Tensor, masks: Tensor) -> Tensor:
-    """``measure`` of heat [n,HW] float64 and object [n,HW] bool, a chunk of images at a time, NaN where undefined."""
+    """``measure`` of heat [n,HW] float64 and object [n,HW] bool, a chunk of images at a time; 0 for a map that is zero
+    everywhere, NaN where undefined."""
     check_maps(maps)
     if masks.shape != (len(maps), 1, *maps.shape[1:]):
         raise ValueError(
@@ -246,9 +252,11 @@ def _per_image(measure: Callable[[Tensor, Tensor], Tensor], maps: Tensor, masks:
     for some_maps, some_masks in zip(maps.split(CHUNK), masks.split(CHUNK), strict=True):
         heat = some_maps.detach().flatten(1).double()
         on_object = object_pixels(some_masks.to(maps.device)).flatten(1)
-        undefined = empty_maps(some_maps) | ~on_object.any(1)
-        values = measure(heat.masked_fill(undefined[:, None], 1), on_object)
-        parts.append(values.masked_fill(undefined.view(-1, *[1] * (values.dim() - 1)), math.nan))
+        empty = empty_maps(some_maps)
+        values = measure(heat.masked_fill((empty != 0)[:, None], 1), on_object)
+        of_image = (-1, *[1] * (values.dim() - 1))
+        values = values.masked_fill((empty == 1).view(of_image), 0)
+        parts.append(values.masked_fill((empty.isnan() | ~on_object.any(1)).view(of_image), math.nan))
     return torch.cat(parts)
 
 
@@ -261,9 +269,10 @@ def check_maps(maps: Tensor) -> None:
 
 
 def empty_maps(maps: Tensor) -> Tensor:
-    """Where a map says nothing: zero everywhere, or not finite somewhere; boolean [N]."""
-    maps = maps.flatten(1)
-    return ~maps.isfinite().all(1) | (maps == 0).all(1)
+    """Which maps [N,H,W] say nothing, [N] float64: 1.0 where a map is zero everywhere, else 0.0; NaN where it is not
+    finite."""
+    maps = maps.detach().flatten(1)
+    return (maps == 0).all(1).double().masked_fill(~maps.isfinite().all(1), math.nan)
 
 
 def _energy_share(heat: Tensor, on_object: Tensor) -> Tensor:
@@ -315,13 +324,14 @@ def deletion(
 
     Args:
         x: images [N,C,H,W] as the model takes them.
-        maps: explanations [N,H,W], >= 0; equal values go in reading order.
+        maps: explanations [N,H,W], >= 0; equal values go in reading order. So does a whole map of equal values, as
+            one that is zero everywhere is: it ranks nothing, and gets what an order without knowledge gets.
         target: class indices [N]; None: the class predicted for the whole image.
         steps: points of the curve less one, both ends included.
         batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. The result does not depend on it.
 
     Returns:
-        float64 on the device of ``x``; NaN where the map is zero everywhere or not finite.
+        float64 on the device of ``x``; NaN where the map is not finite.
 
     Raises:
         ValueError: negative values in a map, or shapes that do not fit.
@@ -428,7 +438,7 @@ def _areas(
                     progress(len(rows))
             curves = torch.cat([ends[0][:, None], torch.cat(between), ends[1][:, None]], 1)
             areas[method] = torch.trapezoid(curves, dx=1 / steps).masked_fill(
-                empty_maps(values).to(curves.device), math.nan
+                empty_maps(values).isnan().to(curves.device), math.nan
             )
     return {method: values.to(x.device) for method, values in areas.items()}
 

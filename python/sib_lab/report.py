@@ -9,6 +9,7 @@ import numpy as np
 
 from . import pictures
 from .results import (
+    EMPTY,
     GALLERY,
     MEAN,
     MEASURED,
@@ -65,6 +66,7 @@ def page(results: dict, examples: "Examples | None") -> str:
         scatter=scatter(results),
         curves=curves(results),
         cost=cost(results),
+        empty=empty_sentence(results),
         undefined=any(value["undefined"] for row in results["rows"] for value in row["values"].values()),
         differences=count_differences(results),
         gallery=[] if examples is None else examples.figures(results),
@@ -89,7 +91,7 @@ def options(config: dict) -> list[tuple[str, str]]:
 
 def is_of_maps(measure: str) -> bool:
     """Whether a measure judges explanation maps."""
-    return measure in ("epg", "pointing_game", "iou", "ehr", "deletion", "insertion")
+    return measure in ("epg", "pointing_game", "iou", "ehr", "deletion", "insertion", EMPTY)
 
 
 def measure_rows(results: dict, measure: str) -> list[dict]:
@@ -316,6 +318,25 @@ def accuracy_sentence(results: dict, method: str) -> str:
     return f"{name} against {first}: {'; '.join(parts)}." if parts else f"{name}: not measured."
 
 
+def empty_sentence(results: dict) -> str:
+    """How many maps of each training method are zero everywhere, over all explanations, images and seeds; empty where
+    no maps were measured."""
+    parts = []
+    for method, name in results["methods"].items():
+        numbers = [
+            value
+            for run in results["runs"]
+            if run["method"] == method
+            for key, value in run["numbers"].items()
+            if key.partition("/")[0] == EMPTY
+        ]
+        maps = sum(value["count"] for value in numbers)
+        empty = sum(round(value["mean"] * value["count"]) for value in numbers if value["count"])
+        if maps:
+            parts.append(f"{empty} of {maps} with {name}")
+    return f"Maps that are zero everywhere: {', '.join(parts)}." if parts else ""
+
+
 def in_words(names: list[str], methods: int) -> str:
     """The names, or where many training methods are compared their number alone."""
     return listed(names) if methods <= FEW or not names else f"{len(names)}"
@@ -327,8 +348,9 @@ def listed(names: list[str]) -> str:
 
 
 def count_differences(results: dict) -> dict:
-    """How many differences have an interval, and how many of these would exclude zero by chance alone."""
-    intervals = [d for row in results["rows"] for d in row["differences"].values() if d["excludes_zero"] is not None]
+    """How many differences of measures have an interval, and how many of these would exclude zero by chance alone."""
+    rows = [row for row in results["rows"] if row["key"].partition("/")[0] != EMPTY]  # which rarely differs at all
+    intervals = [d for row in rows for d in row["differences"].values() if d["excludes_zero"] is not None]
     return {
         "all": len(intervals),
         "excluding_zero": sum(d["excludes_zero"] for d in intervals),
@@ -410,7 +432,7 @@ class Examples:
 
 def one_map(values: np.ndarray, mask: np.ndarray | None, epg: float) -> dict:
     """A map's picture and what stands under it."""
-    text = f"{epg:.2f}" if math.isfinite(epg) else "" if values.any() else "all zero"
+    text = "all zero" if not values.any() else f"{epg:.2f}" if math.isfinite(epg) else ""
     return {"picture": pictures.map_tile(values.astype(np.float32), mask), "text": text}
 
 

@@ -23,6 +23,7 @@ RESULTS, METRICS, REPORT, GALLERY = "results.json", "metrics.csv", "report.html"
 RUNS, MEASURED = "runs", "measured"  #: folders: of all runs, and of the stored measurements inside each run
 #: Explanation "method" under which the mean over the six methods stands.
 MEAN = "mean"
+EMPTY = "empty"  #: the measure that counts maps which are zero everywhere
 MINUS = "\N{MINUS SIGN}"
 #: Of metrics.csv.
 COLUMNS = ("method", "measure", "mean", "half_width_95", "undefined_images", "difference", "its_half_width_95")
@@ -65,7 +66,8 @@ MEASURES = {
         "EPG",
         True,
         "energy-based pointing game: the share of a map's sum that lies on the object, between 0 and 1. A map that "
-        "says nothing reaches the object's share of the image, its chance level.",
+        "is the same everywhere reaches the object's share of the image, its chance level; one that is zero everywhere "
+        "counts as 0, here and in every measure of maps on objects.",
     ),
     "pointing_game": Measure(
         "Pointing game", True, "the share of images in which the brightest pixel of the map lies on the object."
@@ -94,6 +96,7 @@ MEASURES = {
         "area under the predicted class's probability while the map's hottest pixels are revealed first on a blurred "
         "copy: high means that the map names pixels that suffice.",
     ),
+    EMPTY: Measure("Empty maps", False, "the share of maps that are zero everywhere: the explanation finds nothing."),
     "seconds_per_step": Measure("Seconds a step", False, "the median time of one optimiser step on one batch."),
 }
 

@@ -63,7 +63,7 @@ def open_config_data(config: TrainConfig, root: Path | str | None = None):
     """
     from .data import open_data
 
-    names = ("size", "seed", "annotated", "agreement", "skip_broken", "augment", "limit")
+    names = ("size", "seed", "annotated", "annotation", "agreement", "skip_broken", "augment", "limit")
     options = {name: getattr(config, name) for name in names} | dict(config.data_options)
     return open_data(config.data, config.root if root is None else root, **options)
 

@@ -39,6 +39,10 @@ def train_command(
     annotated: Annotated[
         float | None, typer.Option(help="Share of the training masks that the loss may see.", show_default="1")
     ] = None,
+    annotation: Annotated[
+        str | None,
+        typer.Option(help="What it sees of them: masks, or boxes: their bounding boxes.", show_default="masks"),
+    ] = None,
     augment: Annotated[
         bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips.", show_default=PRESETS)
     ] = None,

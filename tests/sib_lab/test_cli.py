@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sib_lab import cli, runs
+from sib_lab import cli, explain, runs
 from sib_lab.explain_files import prepared, shortened
 from sib_lab.train import train
 from typer.testing import CliRunner
@@ -226,6 +226,21 @@ def test_explain_writes_six_maps_and_says_class_and_probability(run_folder, pict
         pixels = np.asarray(drawn.convert("RGB")).astype(int)
     dark = (pixels.sum(2) < 60).mean(0)
     assert (dark[pixels.shape[1] // 7 + 20 :] > 0).mean() > 0.3  # maps, not empty axes
+
+
+def test_explain_names_the_maps_that_are_zero_everywhere(run_folder, picture, tmp_path, monkeypatch):
+    original = explain.explain
+
+    def some_empty(*arguments, **options):
+        maps = original(*arguments, **options)
+        assert all(values.any() for values in maps.values())
+        maps["layercam"][0] = maps["smoothgrad"][0] = 0
+        return maps
+
+    monkeypatch.setattr(explain, "explain", some_empty)
+    result = sib_lab("explain", "--checkpoint", run_folder, "--out", tmp_path / "maps.png", picture, picture)
+    first, second, _ = result.stdout.splitlines()
+    assert first == f"{second}; zero everywhere: LayerCAM, SmoothGrad"
 
 
 def test_explain_takes_a_checkpoint_file_and_other_formats(run_folder, picture, tmp_path):

@@ -125,12 +125,36 @@ def test_the_epg_is_the_share_of_the_map_on_the_stroke_for_the_predicted_class(f
 
 def test_everything_is_measured_on_every_run(finished):
     _, found, printed = finished
-    maps = {f"{measure}/{name}" for measure in OF_MASKS for name in explain.METHODS}
+    maps = {f"{measure}/{name}" for measure in (*OF_MASKS, "empty") for name in explain.METHODS}
     for run in found["runs"]:
         assert maps | {"epg/mean", "seconds_per_step"} <= run["numbers"].keys()
     assert [run["name"] for run in found["runs"]] == NAMES and found["missing"] == []
     assert found["interval"] == "seeds" and "over 2 seeds" in printed
     assert 0.05 < found["chance"] < 0.2 and torch.__version__.startswith(found["versions"]["torch"])
+
+
+def test_maps_that_are_zero_everywhere_count_as_0_and_are_counted(copied, tiny, monkeypatch):
+    original = explain.explain
+
+    def some_empty(*arguments, **options):
+        maps = original(*arguments, **options)
+        if "vjp" in maps:
+            maps["vjp"][:3] = 0
+            maps["vjp"][3] = float("nan")
+        return maps
+
+    expected = results.stored_values(copied / "runs/ce-seed0")
+    (copied / "runs/ce-seed0/measured/vjp.json").unlink()
+    monkeypatch.setattr(explain, "explain", some_empty)
+    found, _ = run_comparison(plan_of(tiny), copied)
+    stored = results.stored_values(copied / "runs/ce-seed0")
+    assert stored["empty/vjp"] == [1, 1, 1, None] + 8 * [0]
+    for measure in OF_MASKS:
+        assert stored[f"{measure}/vjp"] == [0, 0, 0, None, *expected[f"{measure}/vjp"][4:]]
+    numbers = next(run["numbers"] for run in found["runs"] if run["name"] == "ce-seed0")
+    assert numbers["empty/vjp"] == {"mean": pytest.approx(3 / 11), "count": 11, "undefined": 1}
+    assert numbers["epg/vjp"]["mean"] == pytest.approx(sum(expected["epg/vjp"][4:]) / 11)
+    assert numbers["epg/vjp"]["undefined"] == 1
 
 
 def test_a_seed_gives_both_methods_the_same_data_and_the_same_initial_weights(finished):
@@ -154,6 +178,18 @@ def test_the_report_says_which_losses_were_shown_the_objects(finished, tiny, cop
     assert loss_sentence(plan, "sib", Material(plan, 0).data).endswith("made its own masks from the network's gradient")
     plan = plan_of(tiny, ("rrr",), annotated=0.25)
     assert loss_sentence(plan, "rrr", Material(plan, 0).data).endswith("objects in 25 % of the training images")
+    plan = plan_of(tiny, ("rrr",), annotation="boxes")
+    assert "; was shown boxes around the objects in 100 %" in loss_sentence(plan, "rrr", Material(plan, 0).data)
+
+
+def test_methods_of_one_comparison_may_be_shown_different_things_of_the_same_images(tiny):
+    configs = {"ce": tiny("ce"), "sib": tiny("sib", annotation="boxes"), "rrr": tiny("rrr", annotated=0.25)}
+    material = Material(Plan(configs, (0,)), 0)
+    own, boxes, few = (material.training_data(config).train for config in configs.values())
+    assert torch.equal(own[3].image, boxes[3].image) and own.annotated.all() and boxes.annotated.all()
+    assert few.annotated.double().mean() == 0.25 and few.annotation == own.annotation == "masks"
+    assert own[3].mask.sum() < boxes[3].mask.sum() and set(boxes[3].mask.unique().tolist()) == {0, 1}
+    assert material.data.train.annotation == "masks" and material.data.train.annotated.all()
 
 
 def test_the_folder_holds_the_report_the_numbers_and_the_gallery(finished):
@@ -330,7 +366,7 @@ def test_a_folder_without_masks_is_compared_by_accuracy_deletion_and_insertion(t
     configs = {method: recipe("balanced", "folder", method=method, **changes) for method in ("ce", "sib")}
     found, printed = run_comparison(Plan(configs, (0,), (*OF_MASKS, "deletion"), 3), tmp_path / "out")
     measures = {row["key"].partition("/")[0] for row in found["rows"]}
-    assert measures == {"accuracy", "deletion", "seconds_per_step"} and found["chance"] is None
+    assert measures == {"accuracy", "deletion", "empty", "seconds_per_step"} and found["chance"] is None
     assert found["data"]["name"] == "photos" and found["losses"]["sib"].endswith("found no masks to use")
     html = (tmp_path / "out/report.html").read_text()
     assert "no object masks" in html and "cat" in html and "on photos (2 classes" in html

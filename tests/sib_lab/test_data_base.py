@@ -8,7 +8,7 @@ import torch
 from data_samples import square, write_folder
 from sib_lab.data import SETS, DataError, Item, open_data, set_epoch, stack
 from sib_lab.data import digits_on_textures as textures
-from sib_lab.data.base import Common, limited, photo_transforms, stratified, visible
+from sib_lab.data.base import Common, bounding_box, limited, photo_transforms, stratified, visible
 from torch.utils.data import DataLoader
 
 TINY = {"train": 40, "validation": 20, "test": 20, "copies": 2}
@@ -92,6 +92,8 @@ def test_importing_the_list_of_sets_loads_no_torch_of_its_own():
         ("digits", {"train": 1790}, "at most 1797"),
         ("digits", {"agreement": 1.5}, "agreement must be a share between 0 and 1"),
         ("digits", {"annotated": -0.1}, "annotated must be a share between 0 and 1"),
+        ("digits", {"annotation": "points"}, "annotation must be one of masks, boxes, got 'points'"),
+        ("cifar100", {"annotation": "boxes"}, "cifar100 has no masks to take the boxes of: leave annotation out"),
         ("digits", {"limit": 0}, "limit must be at least 1"),
         ("cub200", {}, "cub200 needs root, the folder with CUB_200_2011"),
         ("cub200", {"root": "/nowhere/at/all"}, "root is not a folder: /nowhere/at/all"),
@@ -158,6 +160,36 @@ def test_a_share_of_the_masks_can_be_hidden_from_the_training_only():
     assert not batch.mask[~batch.annotated].any() and batch.mask[batch.annotated].flatten(1).any(1).all()
     assert less.train.annotated.sum() == 20 and not (less.train.annotated & ~half.train.annotated).any()
     assert half.test["uncorrelated"].annotated.all() and half.validation["matched"].annotated.all()
+
+
+def test_the_training_can_be_shown_boxes_instead_of_masks_and_nothing_else_changes():
+    masks = open_data("digits", annotated=0.5, **TINY)
+    boxes = open_data("digits", annotated=0.5, annotation="boxes", **TINY)
+    as_masks, as_boxes = (stack(data.train, range(80)) for data in (masks, boxes))
+    for field in ("image", "label", "annotated", "group"):
+        assert torch.equal(getattr(as_masks, field), getattr(as_boxes, field))
+    for mask, box, annotated in zip(as_masks.mask[:, 0], as_boxes.mask[:, 0], as_masks.annotated, strict=True):
+        places = [(i, j) for i in range(40) for j in range(40) if mask[i, j] > mask.max() / 2]
+        rows, columns = {i for i, _ in places}, {j for _, j in places}
+        for i in range(40):
+            for j in range(40):
+                inside = annotated and min(rows) <= i <= max(rows) and min(columns) <= j <= max(columns)
+                assert box[i, j] == float(inside)
+    for name in masks.test:
+        assert torch.equal(stack(masks.test[name], range(20)).mask, stack(boxes.test[name], range(20)).mask)
+    for name in masks.validation:
+        assert torch.equal(stack(masks.validation[name], range(20)).mask, stack(boxes.validation[name], range(20)).mask)
+
+
+@pytest.mark.parametrize(("dtype", "highest"), [(torch.uint8, 255), (torch.float32, 1.0)])
+def test_a_bounding_box_keeps_the_type_and_is_empty_without_an_object(dtype, highest):
+    mask = torch.zeros(1, 5, 6, dtype=dtype)
+    assert not bounding_box(mask).any()
+    mask[0, 1, 2], mask[0, 3, 4], mask[0, 0, 0] = highest // 2 or 0.6, highest, highest // 4 or 0.3
+    mask[0, 1, 2] += 1 if dtype == torch.uint8 else 0
+    expected = torch.zeros_like(mask)
+    expected[:, 1:4, 2:5] = highest
+    assert bounding_box(mask).dtype == dtype and torch.equal(bounding_box(mask), expected)
 
 
 def test_what_was_never_annotated_stays_so():

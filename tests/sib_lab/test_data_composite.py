@@ -50,6 +50,24 @@ def test_splits_and_groups_are_as_asked(root):
         assert split.annotated.all() and len(set(torch.bincount(split.labels).tolist())) == 1
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_the_boxes_of_a_composite_follow_its_transforms(root, augment):
+    masks, boxes = (
+        open_data("composite", root, size=48, augment=augment, annotation=annotation).train
+        for annotation in ("masks", "boxes")
+    )
+    for as_mask, as_box in zip(masks, boxes, strict=True):
+        assert torch.equal(as_mask.image, as_box.image)
+        object_, box = as_mask.mask[0] > 0.5, as_box.mask[0] > 0.5
+        if not augment:
+            rows, columns = object_.any(1).nonzero(), object_.any(0).nonzero()
+            expected = torch.zeros(48, 48)
+            expected[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = 1
+            assert torch.equal(as_box.mask[0], expected)
+        assert not ((as_mask.mask[0] > 0.9) & ~box).any()  # edges may fall between two pixels
+        assert box.sum() >= 0.9 * box.any(1).sum() * box.any(0).sum()  # all but corners between pixels
+
+
 def objects(split):
     return {(photograph.label, photograph.object) for photograph in split.photographs}
 

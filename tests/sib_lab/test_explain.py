@@ -302,9 +302,8 @@ def test_an_image_that_is_not_finite_has_no_share_on_the_object_and_spoils_no_ot
     broken[2, 0, 4, 4] = math.nan
     expected, values = explain(model, images), explain(model, broken)
     for name in METHODS:
-        before, after = (energy_pointing_game(v[name], torch.ones(5, 1, 32, 32)).isnan() for v in (expected, values))
-        assert after[2] and (after.sum() == 1 or name == "gradcam")  # which is often zero in an untrained network
-        assert torch.equal(after[[0, 1, 3, 4]], before[[0, 1, 3, 4]])
+        share = energy_pointing_game(values[name], torch.ones(5, 1, 32, 32))
+        assert share.isnan().tolist() == [False, False, True, False, False]
         torch.testing.assert_close(values[name][[0, 1, 3, 4]], expected[name][[0, 1, 3, 4]])
 
 

@@ -13,6 +13,7 @@ from sib_lab.measure import (
     correct,
     deletion,
     effective_heat_ratio,
+    empty_maps,
     energy_pointing_game,
     insertion,
     intersection_over_union,
@@ -56,11 +57,11 @@ def test_a_soft_mask_counts_where_it_is_above_one_half():
     assert energy_pointing_game(maps, masks_of([[0.5, 0.51], [0.49, 0]])).item() == pytest.approx(0.2)
 
 
-def test_epg_is_1_on_a_full_mask_and_undefined_for_an_empty_one_or_a_zero_map():
-    maps = torch.stack([torch.ones(3, 3), torch.ones(3, 3), torch.zeros(3, 3)])
-    masks = torch.stack([torch.ones(1, 3, 3), torch.zeros(1, 3, 3), torch.ones(1, 3, 3)])
-    full, empty, zero = energy_pointing_game(maps, masks).tolist()
-    assert full == 1 and math.isnan(empty) and math.isnan(zero)
+def test_epg_is_1_on_a_full_mask_0_of_a_zero_map_and_undefined_for_an_empty_mask():
+    maps = torch.stack([torch.ones(3, 3), torch.zeros(3, 3), torch.ones(3, 3)])
+    masks = torch.stack([torch.ones(1, 3, 3), torch.ones(1, 3, 3), torch.zeros(1, 3, 3)])
+    full, zero, undefined = energy_pointing_game(maps, masks).tolist()
+    assert (full, zero) == (1, 0) and math.isnan(undefined)
 
 
 def test_epg_of_a_flat_map_is_the_objects_share_of_the_image():
@@ -218,6 +219,7 @@ def test_all_measures_at_once_are_the_single_ones():
         torch.stack([values["iou"], values["iou_threshold"]]), torch.stack(intersection_over_union(maps, masks))
     )
     assert torch.equal(values["ehr"], effective_heat_ratio(maps, masks))
+    assert torch.equal(values["empty"], empty_maps(maps))
 
 
 def test_a_full_mask_gets_1_from_every_measure():
@@ -228,7 +230,7 @@ def test_a_full_mask_gets_1_from_every_measure():
     assert values["iou_threshold"].eq(0.15).all()
 
 
-@pytest.mark.parametrize("broken", ["empty mask", "zero map", "nan", "infinite", "all nan"])
+@pytest.mark.parametrize("broken", ["empty mask", "nan", "nan in zeros", "infinite", "all nan"])
 def test_every_measure_is_undefined_there_and_only_there(broken):
     maps, masks = random_maps(3)
     expected = measure_maps(maps, masks)
@@ -236,11 +238,50 @@ def test_every_measure_is_undefined_there_and_only_there(broken):
     if broken == "empty mask":
         masks[1] = 0.5
     else:
-        maps[1] = {"zero map": 0.0, "all nan": math.nan}.get(broken, 1.0)
-        maps[1, 0, 0] = {"nan": math.nan, "infinite": math.inf}.get(broken, maps[1, 0, 0].item())
+        maps[1] = {"nan in zeros": 0.0, "all nan": math.nan}.get(broken, 1.0)
+        maps[1, 0, 0] = math.inf if broken == "infinite" else math.nan
     for key, values in measure_maps(maps, masks).items():
-        assert values.isnan().tolist() == [False, True, False]
+        defined = key == "empty" and broken == "empty mask"  # a map may be counted whatever the object is
+        assert values.isnan().tolist() == [False, not defined, False]
         assert torch.equal(values[[0, 2]], expected[key][[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_map_that_is_zero_everywhere_counts_as_0_and_is_counted(dtype):
+    maps, masks = random_maps(3)
+    maps = maps.to(dtype)
+    expected = measure_maps(maps, masks)
+    assert expected.pop("empty").tolist() == [0, 0, 0]
+    maps[1] = 0
+    values = measure_maps(maps, masks)
+    assert values.pop("empty").tolist() == [0, 1, 0]
+    assert values["iou_threshold"].isnan().tolist() == [False, True, False]
+    for key, of in values.items():
+        assert of[1] == 0 or key == "iou_threshold"
+        assert torch.equal(of[[0, 2]], expected[key][[0, 2]])
+
+
+def test_a_map_with_a_single_smallest_value_is_not_empty():
+    maps = torch.zeros(2, 3, 3)
+    maps[1, 2, 2] = torch.finfo(torch.float32).smallest_normal
+    masks = masks_of([[1, 1, 1]] * 3, [[0, 0, 0], [0, 0, 0], [0, 0, 1]])
+    values = measure_maps(maps, masks)
+    assert values["empty"].tolist() == [1, 0]
+    assert all(values[key].tolist() == [0, 1] for key in ("epg", "pointing_game", "iou", "ehr"))
+
+
+def test_measures_pixel_by_pixel_where_some_maps_are_empty():
+    maps, masks = random_maps(20)
+    maps[::4] = 0
+    values = measure_maps(maps, masks)
+    for row, (heat, on) in enumerate(zip(maps.tolist(), (masks[:, 0] > 0.5).tolist(), strict=True)):
+        pixels = [(heat[i][j], on[i][j]) for i in range(9) for j in range(7)]
+        total, highest = sum(value for value, _ in pixels), max(value for value, _ in pixels)
+        assert values["empty"][row] == float(not total) == float(row % 4 == 0)
+        share = sum(value for value, inside in pixels if inside) / total if total else 0.0
+        assert values["epg"][row].item() == pytest.approx(share, abs=1e-12)
+        hit = any(inside for value, inside in pixels if value == highest > 0)
+        assert values["pointing_game"][row] == float(hit)
 
 
 def test_a_flat_map_says_nothing_but_is_defined():
@@ -252,6 +293,7 @@ def test_a_flat_map_says_nothing_but_is_defined():
         "iou": 0.25,
         "iou_threshold": 0.15,
         "ehr": pytest.approx(0.25),
+        "empty": 0,
     }
 
 
@@ -264,9 +306,11 @@ def test_negative_values_are_refused(function):
 
 
 def test_images_of_one_pixel_can_be_measured():
-    values = measure_maps(torch.tensor([[[2.0]], [[2.0]], [[0.0]]]), torch.tensor([1.0, 0, 1]).view(3, 1, 1, 1))
-    for key, value in values.items():
-        assert value[0] == (0.15 if key == "iou_threshold" else 1) and value[1:].isnan().all()
+    values = measure_maps(torch.tensor([[[2.0]], [[0.0]], [[2.0]]]), torch.tensor([1.0, 1, 0]).view(3, 1, 1, 1))
+    assert values.pop("empty").tolist() == [0, 1, 0]
+    assert values.pop("iou_threshold").nan_to_num(-1).tolist() == [0.15, -1, -1]
+    for value in values.values():
+        assert value[:2].tolist() == [1, 0] and value[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -501,13 +545,23 @@ def test_several_methods_at_once_are_the_single_ones(soft, scene):
         torch.testing.assert_close(both[method]["insertion"], insertion(soft, x, values))
 
 
-def test_a_map_without_a_ranking_has_no_area(soft, scene):
+def test_a_map_that_is_not_finite_has_no_area(soft, scene):
     x, maps = scene
     expected = deletion(soft, x, maps)
-    maps[0], maps[3, 0, 0] = 0, math.nan
+    maps[0], maps[3, 0, 0] = math.inf, math.nan
     for function in (deletion, insertion):
         assert function(soft, x, maps).isnan().tolist() == [True, False, False, True]
     torch.testing.assert_close(deletion(soft, x, maps)[1:3], expected[1:3])
+
+
+def test_a_map_that_is_zero_everywhere_goes_in_reading_order_as_any_flat_one(soft, scene):
+    x, _ = scene
+    falling = torch.arange(42.0, 0, -1).view(1, 7, 6).expand(4, 7, 6)
+    for function in (deletion, insertion):
+        expected = function(soft, x, falling)
+        assert expected.isfinite().all() and expected.std() > 1e-4
+        for value in (0.0, 0.3):
+            assert torch.equal(function(soft, x, torch.full((4, 7, 6), value)), expected)
 
 
 def test_the_network_is_used_in_eval_mode_and_restored(soft, scene):

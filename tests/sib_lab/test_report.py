@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import re
@@ -63,6 +64,7 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
                         "deletion": rng.random(images) / 2,
                     }
                     values["epg"][: 2 * number] = math.nan
+                values["empty"] = np.arange(images) < number * place  # one of S-IB's Integrated Gradients, two VJPs
                 of = {f"{m}/{explanation}": [None if np.isnan(v) else float(v) for v in values[m]] for m in values}
                 store(measured / f"{explanation}.json", of)
             curve = {
@@ -168,6 +170,42 @@ def test_undefined_images_are_counted_and_left_out(tmp_path):
     assert values["ce"]["mean"] == pytest.approx(0.3) and values["ce"]["undefined"] == 1
     assert values["sib"]["mean"] is None and values["sib"]["undefined"] == 3
     assert "0.300" in printed(found) and "†" in printed(found) and "undefined" in printed(found)
+
+
+def test_empty_maps_are_a_measured_number_in_every_output(written):
+    folder, found = written
+    empty = row(found, "empty/integrated_gradients")
+    assert empty["values"]["ce"]["mean"] == 0 and empty["values"]["sib"]["mean"] == pytest.approx(1 / 40)
+    for run in found["runs"]:
+        counts = [run["numbers"][f"empty/{name}"] for name in EXPLANATIONS]
+        expected = [0, 1, 2] if run["method"] == "sib" else [0, 0, 0]
+        assert [round(number["mean"] * number["count"]) for number in counts] == expected
+    lines = csv.DictReader((folder / results.METRICS).read_text().splitlines())
+    means = [float(line["mean"]) for line in lines if line["method"] == "sib" and line["measure"].startswith("empty/")]
+    assert means == pytest.approx([0, 1 / 40, 2 / 40])
+    assert re.search(r"Empty maps\W+\n\W+Grad-CAM +│ +0.000 ± 0.000", printed(found))
+    html = (folder / results.REPORT).read_text()
+    assert "Empty maps <span>(lower is better)</span></summary>" in html
+    assert "Maps that are zero everywhere: 0 of 360 with Cross-entropy, 9 of 360 with S-IB." in html
+
+
+def test_maps_that_are_not_finite_are_counted_apart_from_empty_ones(tmp_path):
+    stored_comparison(tmp_path, ("ce",), (0,), images=4)
+    measured = tmp_path / results.RUNS / "ce-seed0" / results.MEASURED
+    store(measured / "gradcam.json", {"epg/gradcam": [0.5, 0, None, 0.1], "empty/gradcam": [0, 1, None, 0]})
+    found = results.collect(tmp_path)
+    values = row(found, "empty/gradcam")["values"]["ce"]
+    assert values["mean"] == pytest.approx(1 / 3) and values["undefined"] == 1
+    values = row(found, "epg/gradcam")["values"]["ce"]
+    assert values["mean"] == pytest.approx(0.2) and values["undefined"] == 1
+    # of 12 maps one is not finite, which is no map
+    assert report.empty_sentence(found) == "Maps that are zero everywhere: 1 of 11 with Cross-entropy."
+
+
+def test_a_gallery_map_that_is_zero_everywhere_is_said_to_be():
+    zero, some = np.zeros((4, 4)), np.eye(4)
+    texts = [report.one_map(values, None, epg)["text"] for values, epg in ((zero, 0.0), (some, 0.25), (some, math.nan))]
+    assert texts == ["all zero", "0.25", ""]
 
 
 def test_a_seed_that_one_method_has_not_finished_is_named_and_left_out_of_its_pairs(tmp_path):

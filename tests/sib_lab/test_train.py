@@ -119,6 +119,7 @@ def test_changes_replace_a_recipes_options_and_its_methods_own_go_with_the_metho
         ({"match": (1e-4,)}, "match is an option of method gradient-penalty, got method sib"),
         ({"devices": 3}, "batch_size 32 cannot be shared evenly by 3 devices"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"annotation": "points"}, "annotation must be one of masks, boxes, got 'points'"),
     ],
 )
 def test_an_option_that_cannot_be_is_named(changes, message):
@@ -140,6 +141,13 @@ def test_only_options_of_the_machine_may_differ_between_a_run_and_its_end():
         "seed": 0,
         "loss_options": {},
     }
+
+
+def test_an_option_that_a_run_was_saved_without_had_its_default():
+    saved = runs.plain(vars(SMALL))
+    del saved["annotation"]
+    assert SMALL.differing(saved) == {}
+    assert replace(SMALL, annotation="boxes").differing(saved) == {"annotation": "masks"}
 
 
 # --------------------------------------------------------------------------------------------- batches
@@ -806,15 +814,17 @@ def test_without_options_the_command_trains_the_balanced_recipe(from_words):
 def test_every_option_of_the_command_reaches_the_config(from_words):
     words = (
         "--method rrr --preset paper --data folder --root photos --option masks=m --option boxes=b --size 64 "
-        "--agreement 0.5 --annotated 0.25 --augment --limit 9 --skip-broken --network resnet18 --weights w.pt "
-        "--strength 3 --masks given --loss-option a=0.5 --loss-option b=word --seed 4 --epochs 5 --batch-size 6 "
-        "--learning-rate 0.1 --weight-decay 0.2 --schedule constant --warm-up 0.3 --precision bf16-mixed --device cpu "
-        "--devices 2 --fast --threads 3 --workers 7 --save-minutes 8 --save-steps 10 --fresh --quiet"
+        "--agreement 0.5 --annotated 0.25 --annotation boxes --augment --limit 9 --skip-broken --network resnet18 "
+        "--weights w.pt --strength 3 --masks given --loss-option a=0.5 --loss-option b=word --seed 4 --epochs 5 "
+        "--batch-size 6 --learning-rate 0.1 --weight-decay 0.2 --schedule constant --warm-up 0.3 --precision "
+        "bf16-mixed --device cpu --devices 2 --fast --threads 3 --workers 7 --save-minutes 8 --save-steps 10 "
+        "--fresh --quiet"
     )
     seen = from_words(*words.split())
     assert seen["resume"] is False and seen["quiet"] is True
     assert seen["config"] == TrainConfig(
-        data="folder", root="photos", size=64, agreement=0.5, annotated=0.25, augment=True, limit=9, skip_broken=True,
+        data="folder", root="photos", size=64, agreement=0.5, annotated=0.25, annotation="boxes", augment=True,
+        limit=9, skip_broken=True,
         data_options={"masks": "m", "boxes": "b"}, network="resnet18", weights="w.pt", method="rrr", strength=3.0,
         masks="given", loss_options={"a": 0.5, "b": "word"}, seed=4, epochs=5, batch_size=6, learning_rate=0.1,
         weight_decay=0.2, schedule="constant", warm_up=0.3, precision="bf16-mixed", device="cpu", devices=2,

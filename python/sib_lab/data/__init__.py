@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import ANNOTATIONS
 from .errors import DataError
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def open_data(
     size: int | None = None,
     seed: int = 0,
     annotated: float = 1.0,
+    annotation: str = "masks",
     agreement: float = 0.95,
     skip_broken: bool = False,
     augment: bool = False,
@@ -143,6 +145,8 @@ def open_data(
         seed: of every split, choice and placement: one seed gives one data set.
         annotated: share in [0,1] of the annotated training images whose mask the training may see; the masks of
             validation and test images are always kept.
+        annotation: what the training may see of these masks: "masks" as they are, or "boxes", the bounding box of each
+            (made before transforms, which it follows); those of validation and test images stay as they are.
         agreement: share in [0,1] of training images whose background is that of their class (digits, composite).
         skip_broken: leave out what is missing or broken and name it in ``DataSets.skipped`` instead of stopping; every
             file is then read in full (headers alone for ImageNet).
@@ -162,6 +166,10 @@ def open_data(
     for option, share in (("annotated", annotated), ("agreement", agreement)):
         if not 0 <= share <= 1:
             raise DataError(f"{option} must be a share between 0 and 1, got {share:g}.")
+    if annotation not in ANNOTATIONS:
+        raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, got {annotation!r}.")
+    if annotation == "boxes" and info.annotation == "none":
+        raise DataError(f"{name} has no masks to take the boxes of: leave annotation out.")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 image, got {limit}.")
     if seed < 0:
@@ -170,7 +178,9 @@ def open_data(
 
     common = Common(size, seed, annotated, agreement, skip_broken, augment, limit)
     opener = import_module(f".{info.module}", __name__).open_set
-    return opener(_checked_root(name, root), common, **_converted(name, opener, options))
+    data = opener(_checked_root(name, root), common, **_converted(name, opener, options))
+    data.train.annotation = annotation
+    return data
 
 
 def _checked_root(name: str, root: Path | str | None) -> Path | None:

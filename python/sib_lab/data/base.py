@@ -56,7 +56,12 @@ class ItemDataset(Dataset, ABC):
     the epoch (see :meth:`set_epoch`).
 
     A subclass gives :meth:`layers`; geometry is done on the four layers together, so a mask follows its image.
+
+    Attributes:
+        annotation: what items show of the masks: "masks" as they are, or "boxes", the bounding box of each.
     """
+
+    annotation = "masks"
 
     def __init__(
         self,
@@ -83,7 +88,10 @@ class ItemDataset(Dataset, ABC):
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of a data set of {len(self)}")
         row %= len(self)
-        layers = as_float(self.transform(self.layers(row), row))
+        layers = self.layers(row)
+        if self.annotation == "boxes":
+            layers = torch.cat([layers[:3], bounding_box(layers[3:])])
+        layers = as_float(self.transform(layers, row))
         annotated = bool(self.annotated[row])
         mask = layers[3:] if annotated else torch.zeros_like(layers[3:])
         return Item(normalise(layers[:3]), int(self.labels[row]), mask, annotated, int(self.groups[row]))
@@ -103,6 +111,18 @@ class ArrayItems(ItemDataset):
     def layers(self, row: int) -> Tensor:
         image = self.images[row]
         return image if len(image) == 4 else torch.cat([image, torch.zeros_like(image[:1])])
+
+
+def bounding_box(mask: Tensor) -> Tensor:
+    """A mask of the smallest box around what is above half of a mask's maximum, [1,H,W] in its type: 255 (uint8) or
+    1.0 inside; zeros for a mask of zeros."""
+    box = torch.zeros_like(mask)
+    inside = mask[0] > mask.max() / 2
+    rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
+    if len(rows):
+        highest = 1 if mask.is_floating_point() else 255
+        box[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = highest
+    return box
 
 
 def as_float(layers: Tensor) -> Tensor:
