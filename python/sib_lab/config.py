@@ -152,6 +152,7 @@ PAPER_WEAK_FOREGROUND = ("cub200", "dogs", "pets")
 BALANCED_RATE = {
     "small_cnn": 4e-3,
     "gap_cnn": 4e-3,
+    "small_resnet": 4e-3,
     "resnet18": 1e-3,
     "resnet50": 1e-3,
     "densenet121": 1e-3,

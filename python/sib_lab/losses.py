@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_ext import SIBStep, SpatialIBLoss, fused_double_backward
+from sib_ext.information import INPUT
 from sib_ext.loss import PRESETS, WEIGHTS
 from sib_ext.seeds import SEEDS, vjp
 
@@ -373,6 +374,8 @@ def wrapped_name(model: nn.Module, place: str) -> str:
 
 
 def _renamed(place: str, source: nn.Module, target: nn.Module) -> str:
+    if place == INPUT:
+        return place
     name, _, function = place.rpartition(".") if place.endswith("()") else (place, "", "")
     module = submodule(source, name)
     found = next(name for name, other in target.named_modules() if other is module)

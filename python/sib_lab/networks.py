@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sib_ext.layers import find_feature_map
 
-NETWORKS = ("small_cnn", "gap_cnn", "resnet18", "resnet50", "densenet121", "vit_b_32")
+NETWORKS = ("small_cnn", "gap_cnn", "small_resnet", "resnet18", "resnet50", "densenet121", "vit_b_32")
 ALSO = "module:function of your own, or timm:<name> where timm is installed"
 LEAST_SIZE = 32  #: px: below, the deeper networks have no feature map left
 
@@ -70,6 +70,43 @@ class SmallCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = self.block4(self.block3(self.pool(self.block2(self.block1(x)))))
         return self.head(features.amax((2, 3)) if self.pooling == "max" else features.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with BatchNorm beside a shortcut (He et al. 2016), ReLU; ``stride`` divides the resolution."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.first = block(channels_in, channels_out, stride=stride)
+        self.second = nn.Sequential(
+            nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out)
+        )
+        self.shortcut = nn.Sequential()
+        if channels_in != channels_out or stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+            )
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """A narrow residual network of output stride 8 whose last positions each see the whole of a 64 px image.
+
+    Images [B,3,H,W] -> logits [B,classes].
+    """
+
+    def __init__(self, classes: int = 10):
+        super().__init__()
+        self.stem = block(3, 16, stride=2)
+        plan = [(16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 48, 2), (48, 48, 1), (48, 64, 1), (64, 64, 1)]
+        self.blocks = nn.Sequential(*(Residual(*of_block) for of_block in plan))
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
 # ------------------------------------------------------------------------------------------------ by name
@@ -146,6 +183,7 @@ def _resnet(name: str) -> Callable[[int, int], nn.Module]:
 _BUILDERS: dict[str, Callable[[int, int], nn.Module]] = {
     "small_cnn": lambda classes, size: SmallCNN(classes),
     "gap_cnn": lambda classes, size: SmallCNN(classes, (16, 32, 48, 64), "mean"),
+    "small_resnet": lambda classes, size: SmallResNet(classes),
     "resnet18": _resnet("resnet18"),
     "resnet50": _resnet("resnet50"),
     "densenet121": _densenet121,

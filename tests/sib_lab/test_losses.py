@@ -30,6 +30,8 @@ from sib_ext import SIBStep, SpatialIBLoss
 
 B, C, H, W, K = 4, 2, 5, 6, 3
 FIXED = {"seed": "target_logit"}  #: of the balanced preset: no draws, so that a loss can be compared with itself
+PLAIN = {"every": 1, "jitter": 0}  #: of the step: every term in every step
+KINDS = ("background", "foreground", "empty")
 
 
 class Linear(nn.Module):
@@ -191,8 +193,8 @@ def test_a_smaller_feature_map_is_upsampled_as_torchcam_shows_it(batch):
         RightForTheRightReasons(2.0),
         EnergyLoss(2.0, "input_x_gradient"),
         EnergyLoss(2.0, "gradcam", "features"),
-        SpatialIB(SpatialIBLoss(**FIXED)),
-        CentreMask(SpatialIBLoss(**FIXED), 0.3),
+        SpatialIB(SpatialIBLoss(**FIXED), **PLAIN),
+        CentreMask(SpatialIBLoss(**FIXED), 0.3, **PLAIN),
     ],
     ids=repr,
 )
@@ -207,16 +209,17 @@ def test_the_gradient_of_every_loss_is_the_difference_quotient(criterion, net, b
 def test_s_ib_is_the_librarys_step(net, batch, options):
     x, y, mask, annotated = batch
     criterion = SpatialIBLoss(**options)
-    expected = SIBStep(net, criterion).terms(x, y, mask, annotated)
-    parts = SpatialIB(criterion)(net, x, y, mask, annotated)
-    for name in ("loss", "cross_entropy", "background", "foreground"):
-        assert torch.equal(parts[name], getattr(expected, name)) if name in parts else getattr(expected, name) is None
+    expected = SIBStep(net, criterion, **PLAIN).terms(x, y, mask, annotated)
+    parts = SpatialIB(criterion, **PLAIN)(net, x, y, mask, annotated)
+    assert torch.equal(parts["loss"], expected.loss) and torch.equal(parts["cross_entropy"], expected.cross_entropy)
+    by_place = {f"{kind}_{n}": v for kind in ("background", "foreground") for n, v in getattr(expected, kind).items()}
+    by_place |= {f"empty_{name}": count / B for name, count in expected.empty.items()}
+    assert by_place == {name: value for name, value in parts.items() if name.split("_")[0] in KINDS}
+    assert ("background_features" in parts) == ("preset" not in options) and "background_input" in parts
     assert parts["vjp_variance"] == pytest.approx(expected.vjp.flatten(1).var(1).mean().item())
-    assert {f"background_{name}" for name in expected.layers} == {n for n in parts if n.startswith("background_")}
-    assert bool(expected.layers) == ("preset" not in options)
 
-    without = SIBStep(net, criterion).terms(x, y)
-    assert torch.equal(SpatialIB(criterion, given=False)(net, x, y, mask, annotated)["loss"], without.loss)
+    without = SIBStep(net, criterion, **PLAIN).terms(x, y)
+    assert torch.equal(SpatialIB(criterion, given=False, **PLAIN)(net, x, y, mask, annotated)["loss"], without.loss)
     assert without.loss != expected.loss
 
 
@@ -234,7 +237,7 @@ class Functional(nn.Module):
 @pytest.mark.parametrize("layers", ["auto", "relu()"])
 def test_a_feature_map_that_a_function_makes_has_its_name_in_the_network(layers):
     model = Forward(Functional(), contextlib.nullcontext)
-    parts = SpatialIB(SpatialIBLoss(**FIXED), layers=layers)(model, torch.randn(4, 3, 16, 16), torch.arange(4))
+    parts = SpatialIB(SpatialIBLoss(**FIXED), layers=layers, **PLAIN)(model, torch.randn(4, 3, 16, 16), torch.arange(4))
     assert "background_relu()" in parts
 
 
@@ -242,8 +245,8 @@ def test_the_centre_mask_stands_in_for_every_given_one(net, batch):
     x, y, mask, annotated = batch
     centre = centre_mask(H, W, 0.3).expand(B, 1, H, W)
     criterion = SpatialIBLoss(**FIXED)
-    expected = SIBStep(net, criterion).terms(x, y, centre)
-    assert torch.equal(CentreMask(criterion, 0.3)(net, x, y, mask, annotated)["loss"], expected.loss)
+    expected = SIBStep(net, criterion, **PLAIN).terms(x, y, centre)
+    assert torch.equal(CentreMask(criterion, 0.3, **PLAIN)(net, x, y, mask, annotated)["loss"], expected.loss)
 
 
 @pytest.mark.parametrize("area", [0.01, 0.1, 0.25, 0.5, 0.99])
@@ -281,7 +284,7 @@ def test_what_a_mask_says_does_not_matter_where_it_is_no_annotation(net, batch):
         RightForTheRightReasons(2.0),
         EnergyLoss(2.0, "gradcam", "features"),
         EnergyLoss(2.0, "input_x_gradient"),
-        SpatialIB(SpatialIBLoss(**FIXED)),
+        SpatialIB(SpatialIBLoss(**FIXED), **PLAIN),
     ):
         losses = [criterion(net, x, y, m, annotated)["loss"] for m in (mask, other)]
         assert torch.equal(*losses)
@@ -419,6 +422,7 @@ def test_no_method_is_cross_entropy_by_another_name(method, net, batch):
 @pytest.mark.parametrize("method", ["sib", "centre-mask", "gradient-penalty", "rrr", "energy-loss"])
 def test_the_strength_multiplies_the_main_term(method, net, batch):
     extra = FIXED if method in ("sib", "centre-mask", "gradient-penalty") else {}
+    extra = extra | PLAIN if method in ("sib", "centre-mask") else extra
     distances = []
     for strength in (0.0, 1.0, 3.0):
         parts = criterion_of(method, strength=strength, loss_options=extra)(net, *batch)
@@ -427,10 +431,10 @@ def test_the_strength_multiplies_the_main_term(method, net, batch):
 
 
 def test_methods_get_their_own_constants():
-    assert criterion_of("sib-paper").criterion.background_weight == 1000
+    assert criterion_of("sib-paper").criterion.input_background == 1000
     assert criterion_of("sib-paper").given is False and criterion_of("sib-paper", masks="given").given is True
     assert criterion_of("sib").given is True and criterion_of("sib", masks="self-made").given is False
-    assert criterion_of("sib", loss_options={"input_foreground": 0.3}).criterion.foreground_weight == 0.3
+    assert criterion_of("sib", loss_options={"input_foreground": 0.3}).criterion.input_foreground == 0.3
     assert criterion_of("centre-mask").area == 0.15
     assert make_criterion(TrainConfig(method="centre-mask")).area == 0.2
     assert criterion_of("centre-mask", loss_options={"centre_area": 0.4}).area == 0.4

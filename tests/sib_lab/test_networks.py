@@ -15,6 +15,7 @@ from sib_ext import SpatialIBLoss
 LAYERS = {
     "small_cnn": "block4",
     "gap_cnn": "block4",
+    "small_resnet": "blocks",
     "resnet18": "layer4",
     "resnet50": "layer4",
     "densenet121": "relu",
@@ -58,7 +59,7 @@ def test_every_network_takes_a_double_backward_step_and_names_its_layer(name):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.endswith("_cnn")])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith(("small", "gap"))])
 def test_a_network_computes_what_torchvisions_does_under_the_same_names(name):
     theirs = state_of(name).eval()
     model = build_network(name, 3, 64).eval()
@@ -100,7 +101,7 @@ def test_networks_can_be_copied():
 @pytest.mark.parametrize(
     "name, classes, size, sentence",
     [
-        ("alexnet", 3, 64, "no network 'alexnet': choose one of small_cnn, gap_cnn, resnet18"),
+        ("alexnet", 3, 64, "no network 'alexnet': choose one of small_cnn, gap_cnn, small_resnet, resnet18"),
         ("resnet18", 1, 64, "at least 2 classes, got 1"),
         ("resnet18", 3, 16, "images of at least 32 px, got size 16"),
         ("vit_b_32", 3, 100, "size must be a multiple of 32, got 100"),
