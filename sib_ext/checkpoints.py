@@ -23,9 +23,7 @@ from .passes import Autocast, Noise, running_statistics, stand_in, with_state
 
 
 @contextlib.contextmanager
-def units(
-    model: nn.Module, places: Sequence[str], ordinary: set[str], active: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
+def units(model: nn.Module, places: Sequence[str], ordinary: set[str], active: Callable[[], bool]) -> Iterator[None]:
     """Around a forward pass, and around what a checkpoint recomputes of it.
 
     Args:
@@ -202,7 +200,7 @@ class _Unit:
 
     def _outputs(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         around = functools.partial(units, self.module, (), set())
-        with self.noise.again(), self.autocast.again(), fused_double_backward(around), around():
+        with self.noise.again(), self.autocast.again(), fused_double_backward(around) as mode, around(mode.is_active):
             output = self._call(inputs)
         return [v for v in tree_flatten(output)[0] if isinstance(v, Tensor)]
 

@@ -311,6 +311,9 @@ _RULES = {
 }
 
 
+Around = Callable[[Callable[[], bool]], contextlib.AbstractContextManager]
+
+
 class fused_double_backward(TorchFunctionMode):
     """A context for the forward pass: ``with fused_double_backward(): logits = model(x)``.
 
@@ -320,31 +323,46 @@ class fused_double_backward(TorchFunctionMode):
     :class:`sib_ext.SIBStep` serves that.
     """
 
-    def __init__(
-        self, around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext, active: bool = True
-    ):
+    def __init__(self, around: Around = contextlib.nullcontext, passive: float = 0):
+        """
+        Args:
+            around: a context for what checkpoints run again inside it, given the function that says whether the mode is
+                active there.
+            passive: so many of the calls of such layers are left as they are; infinite: all until :meth:`activate`.
+        """
         super().__init__()
-        self.around, self._active = around, active
-        self._within: Callable | None = None  #: the checkpoint that it was activated in: half of one cannot be fused
+        self.around, self.passive = around, passive
+        self.passed, self._in = 0, None  #: how many in the checkpoint of that hook
         self.recomputes = False  #: a checkpoint was met, whose function will run again
 
-    def activate(self) -> None:
-        """What follows is fused, where ``active`` was False at first; in a checkpoint, what follows that."""
-        if not self._active:
-            self._active, self._within = True, checkpoint_hook()
-
     def is_active(self) -> bool:
-        if self._within is not None and checkpoint_hook() is not self._within:
-            self._within = None
-        return self._active and self._within is None
+        return self.passive == 0
+
+    def activate(self) -> None:
+        """What follows is fused."""
+        if not self.is_active():
+            self._enter(checkpoint_hook())
+            self.passive = 0
+
+    def _enter(self, hook: Callable | None) -> None:
+        if hook is not self._in:
+            self.passed, self._in = 0, hook
+
+    def passed_in(self, hook: Callable) -> int:
+        """How many calls were left as they are in the checkpoint of that hook."""
+        return self.passed if hook is self._in else 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule = None
-        if (
-            self.is_active() and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
-        ):  # not inside torch.func
+        if torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None:  # not inside torch.func
             rule = _RULES.get(function)
-            self.recomputes |= _carried_into_recomputation(self.around)
+            if self.is_active():
+                self.recomputes |= _carried_into_recomputation(self)
+            elif rule is not None:
+                rule = None
+                self._enter(checkpoint_hook())
+                self.passed += 1
+                self.passive -= 1
         return (rule or function)(*args, **(kwargs or {}))
 
 
@@ -362,7 +380,7 @@ def is_recomputation(hook: Callable) -> bool:
     return hook.__qualname__.startswith(checkpoint._recomputation_hook.__name__)
 
 
-def _carried_into_recomputation(around: Callable[[], contextlib.AbstractContextManager]) -> bool:
+def _carried_into_recomputation(mode: fused_double_backward) -> bool:
     """What a non-reentrant checkpoint recomputes must save what it saved at first: it, too, runs inside this mode.
 
     Raises:
@@ -378,14 +396,14 @@ def _carried_into_recomputation(around: Callable[[], contextlib.AbstractContextM
             "in the model, or use the torch that sib_ext was tested with"
         )
     if not isinstance(frames[0].recompute_fn, _Recomputation):
-        frames[0].recompute_fn = _Recomputation(frames[0].recompute_fn, around)
+        frames[0].recompute_fn = _Recomputation(frames[0].recompute_fn, mode.around, mode.passed_in(hook))
     return True
 
 
 class _Recomputation:
-    def __init__(self, function: Callable, around: Callable[[], contextlib.AbstractContextManager]):
-        self.function, self.around = function, around
+    def __init__(self, function: Callable, around: Around, passed: int):
+        self.function, self.around, self.passed = function, around, passed
 
     def __call__(self, *arguments):
-        with fused_double_backward(self.around), self.around():
+        with fused_double_backward(self.around, self.passed) as mode, self.around(mode.is_active):
             return self.function(*arguments)

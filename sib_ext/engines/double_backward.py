@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
         RuntimeError: the logits do not depend on x, or on a layer, in a differentiable way.
     """
     leaf = x.detach().requires_grad_(task.of_input)
-    fused = fused_double_backward(active=task.of_input)
-    fused.around = functools.partial(units, task.model, task.layers, task.ordinary, fused.is_active)
+    around = functools.partial(units, task.model, task.layers, task.ordinary)
+    fused = fused_double_backward(around, passive=0 if task.of_input else math.inf)
     reached = functools.partial(_reached, task, fused)
-    with fused, captured(task.model, task.layers, reached) as found, fused.around():
+    with fused, captured(task.model, task.layers, reached) as found, around(fused.is_active):
         logits = task.logits(leaf, target)
     features = _features(task, found)
     if not logits.requires_grad:
