@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .graph import graph_nodes
 from .reference import accumulation_dtype
@@ -236,7 +237,7 @@ def twice_differentiable(logits: Tensor, inputs: Sequence[Tensor]) -> Iterator[N
     """
     sharded = []
     if dist.is_available() and dist.is_initialized():
-        for node in graph_nodes([logits.grad_fn], [tensor.grad_fn for tensor in inputs]):
+        for node in graph_nodes([logits.grad_fn], _furthest(inputs)):
             if node.name() == "SyncBatchNormBackward":
                 raise RuntimeError(
                     "the model has a SyncBatchNorm in train mode, which PyTorch cannot differentiate twice, as the "
@@ -258,6 +259,12 @@ def twice_differentiable(logits: Tensor, inputs: Sequence[Tensor]) -> Iterator[N
     finally:
         for group, reshard in zip(sharded, before, strict=True):
             group.reshard_after_backward = reshard
+
+
+def _furthest(inputs: Sequence[Tensor]) -> list[Node]:
+    """The nodes behind which there is none of the inputs; empty where one is a leaf."""
+    nodes = {tensor.grad_fn for tensor in inputs}
+    return [] if None in nodes else [node for node in nodes if nodes.isdisjoint(set(graph_nodes([node])) - {node})]
 
 
 def _parameter_group(node):

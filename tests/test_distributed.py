@@ -33,8 +33,18 @@ LOSSES = {
     },
     "gaussian terms": {"background": "gaussian", "foreground": "gaussian", "transform": "expm1"},
     "background alone": {"background": "gaussian", "input_foreground": 0.0, "transform": "exp"},
-    "cross-entropy alone": {"input_background": 0.0, "input_foreground": 0.0},
+    "cross-entropy alone": {"input_background": 0.0, "input_foreground": 0.0, "feature_background": 0.0},
+    "log capacity": {"foreground": "log_capacity", "input_foreground": 1.0, "kappa": 0.3},
     "class weights and label smoothing": {"weight": torch.tensor([0.2, 1.0, 5.0]).double(), "label_smoothing": 0.1},
+}
+
+PLAIN = {"every": 1, "jitter": 0}  #: of SIBStep: every term in every step
+OF_FEATURES = {
+    "input_background": 0.0,
+    "input_foreground": 0.0,
+    "feature_foreground": 1.0,
+    "mask_source": "activation",
+    "background": "magnitude_ratio",
 }
 
 # ------------------------------------------------------------------------------------------------------ two processes
@@ -95,8 +105,13 @@ def ddp_step(rank, sizes, options, dtype, mask=None, **more):
     own = None if mask is None else mask[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
     terms = loss_of(options, dtype, **more).terms(model(x), y, x, own)
     terms.loss.backward()
-    scalars = {name: getattr(terms, name) for name in ("loss", "cross_entropy", "background", "foreground")}
-    return {n: v and v.detach() for n, v in scalars.items()}, [p.grad for p in problem.parameters]
+    return {name: value.detach() for name, value in scalars_of(terms).items()}, [p.grad for p in problem.parameters]
+
+
+def scalars_of(terms):
+    """The loss and its parts, terms by kind and place."""
+    by_place = {f"{k} {n}": v for k in ("background", "foreground") for n, v in getattr(terms, k).items()}
+    return {"loss": terms.loss, "cross_entropy": terms.cross_entropy} | by_place
 
 
 def joined_step(sizes, options, dtype, mask=None):
@@ -112,11 +127,10 @@ def flat(tensors):
 def assert_same_step(ranks, expected, tolerance):
     terms, expected_gradients = expected
     for scalars, found in ranks:
+        truth = scalars_of(terms)
+        assert set(scalars) == {"loss"} or set(scalars) == set(truth)
         for name, value in scalars.items():
-            truth = getattr(terms, name)
-            assert (value is None) == (truth is None), name
-            if value is not None:
-                assert_near(value, truth, tolerance)
+            assert_near(value, truth[name], tolerance)
         assert_near(flat(found), flat(expected_gradients), tolerance)
 
 
@@ -291,7 +305,7 @@ def test_in_float32_a_step_of_fsdp2_agrees_to_a_millionth(on_ranks, preset):
         assert_near(flat(found), flat(expected), 1e-6)
 
 
-def fsdp_engine_training(rank):
+def fsdp_engine_training(rank, options):
     """SIBStep finds its layer on the sharded model: the name, whether the search left it sharded, and the gradients."""
     from torch.distributed.fsdp import fully_shard
 
@@ -302,16 +316,17 @@ def fsdp_engine_training(rank):
     own = slice(4 * rank, 4 * rank + 4)
     name = last_feature_map(model, x[own])
     sharded = all(isinstance(p, dist.tensor.DTensor) and p.grad is None for p in model.parameters())
-    step = SIBStep(model, loss_of(LOSSES["balanced"], process_group="world"))
+    step = SIBStep(model, loss_of(options, process_group="world"), **PLAIN)
     kept = train(model, x[own], y[own], lambda logits, y, x: step(x, y))
     return name, step.layers, sharded, kept
 
 
-def test_the_last_feature_map_of_a_sharded_model_is_found_and_trained(on_ranks):
+@pytest.mark.parametrize("options", [LOSSES["balanced"], OF_FEATURES], ids=["input too", "features alone"])
+def test_the_last_feature_map_of_a_sharded_model_is_found_and_trained(on_ranks, options):
     model, (x, y) = blocks(torch.float64), images(8, torch.float64)
-    step = SIBStep(model, loss_of(LOSSES["balanced"]), ("1",))
+    step = SIBStep(model, loss_of(options), ("1",), **PLAIN)
     expected = train(model, x, y, lambda logits, y, x: step(x, y))
-    for name, layers, sharded, found in on_ranks(fsdp_engine_training):
+    for name, layers, sharded, found in on_ranks(fsdp_engine_training, options):
         assert (name, layers, sharded) == ("1", ("1",), True)
         for gradients_found, truth in zip(found, expected, strict=True):
             assert_near(flat(gradients_found), flat(truth), 1e-11)
@@ -327,7 +342,7 @@ def reshard_flags(rank, wanted):
     groups = [module._get_fsdp_state()._fsdp_param_group for module in (model[0], model)]
     x, y = images(4, torch.float32)
     logits = model(x.requires_grad_())
-    with pytest.raises(ArithmeticError), twice_differentiable(logits):
+    with pytest.raises(ArithmeticError), twice_differentiable(logits, [x]):
         inside = [group.reshard_after_backward for group in groups]
         raise ArithmeticError
     SpatialIBLoss(process_group="world", window=3)(logits, y, x).backward()
@@ -409,8 +424,8 @@ def test_two_processes_with_projections_equal_one_with_the_same(on_ranks, name, 
         assert_near(scalars["loss"], loss, 1e-12)
         assert_near(flat(found), flat(expected), 1e-12)
         # Teeth: it was projected, and only the foreground was.
-        assert relative_error(scalars["foreground"], exact[0].foreground["input"]) > 1e-6
-        assert_near(scalars["background"], exact[0].background["input"], 1e-12)
+        assert relative_error(scalars["foreground input"], exact[0].foreground["input"]) > 1e-6
+        assert_near(scalars["background input"], exact[0].background["input"], 1e-12)
 
 
 def test_rows_shorter_than_the_projection_are_exchanged_as_they_are(on_ranks):
@@ -559,8 +574,9 @@ def test_sync_batch_norm_gets_a_clear_message(on_ranks):
 
 def local_batch_norm_step(rank):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4).eval(), nn.BatchNorm2d(4), nn.Flatten())
-    logits = model(torch.randn(2, 3, 4, 4))
-    with twice_differentiable(logits):
+    images_ = torch.randn(2, 3, 4, 4, requires_grad=True)
+    logits = model(images_)
+    with twice_differentiable(logits, [images_]):
         assert logits.shape == (2, 16)
 
 
@@ -617,7 +633,7 @@ def engine_step(rank, sizes, more, of_ddp=None, wrap="ddp"):
     model = DistributedDataParallel(model, **(of_ddp or {}))
     if wrap == "compiled outside":
         model = torch.compile(model, backend="aot_eager")
-    step = SIBStep(model, loss_of(LOSSES["balanced"], process_group="world"), layers=(), **more)
+    step = SIBStep(model, loss_of(LOSSES["balanced"], process_group="world"), (), **PLAIN | more)
     for _ in range(2):  # DDP takes another way in its second iteration
         model.zero_grad()
         terms = step.terms(x, y)
@@ -636,6 +652,30 @@ def test_a_step_on_two_processes_equals_the_loss_on_the_joined_batch(on_ranks, o
     assert_same_step(ranks, joined_step(sizes, LOSSES["balanced"], torch.float64), 1e-12)
 
 
+def feature_step(rank, sizes, options, more, of_ddp):
+    problem = problem_of(sizes)
+    x, y = part(problem, sizes, rank)
+    model = DistributedDataParallel(problem.model, **of_ddp)
+    step = SIBStep(model, loss_of(options, process_group="world"), **PLAIN | more)
+    for _ in range(2):
+        model.zero_grad()
+        terms = step.terms(x, y)
+        terms.loss.backward()
+    assert step.layers
+    return {name: value.detach() for name, value in scalars_of(terms).items()}, [p.grad for p in problem.parameters]
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 2)], ids=["equal batches", "unequal batches"])
+@pytest.mark.parametrize("more", [{}, {"microbatch": 2}], ids=str)
+@pytest.mark.parametrize("of_ddp", [{}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [OF_FEATURES, OF_FEATURES | {"input_background": 1.0}], ids=["alone", "beside"])
+def test_terms_for_feature_maps_are_those_of_the_joined_batch(on_ranks, options, of_ddp, more, sizes):
+    problem = problem_of(sizes)
+    terms = SIBStep(problem.model, loss_of(options), **PLAIN).terms(problem.x, problem.y)
+    expected = terms, gradients(terms.loss, problem.parameters)
+    assert_same_step(on_ranks(feature_step, sizes, options, more, of_ddp), expected, 1e-12)
+
+
 @pytest.mark.parametrize(
     "more", [{"engine": "double_backward"}, {"microbatch": 2, "engine": "double_backward"}], ids=str
 )
@@ -649,7 +689,7 @@ def unused_step(rank, more):
     """A parameter that no logit needs, and DDP not told of it: an error in the second step, as with any loss."""
     problem = problem_of((4, 4))
     problem.model.unused = nn.Linear(2, 2).double()
-    step = SIBStep(DistributedDataParallel(problem.model), loss_of(LOSSES["balanced"]), layers=(), **more)
+    step = SIBStep(DistributedDataParallel(problem.model), loss_of(LOSSES["balanced"]), (), **PLAIN | more)
     x, y = part(problem, (4, 4), rank)
     try:
         for _ in range(2):

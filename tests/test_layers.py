@@ -351,7 +351,9 @@ def test_what_the_head_consumes_is_found_and_trained(run, place, size):
         step = SIBStep(model, SpatialIBLoss(window=3))
         terms = step.terms(x, torch.arange(4))
         terms.loss.backward()
-        assert step.layers == tuple(terms.layers) == (place,) and 0 < terms.layers[place] < 1
+        assert (
+            step.layers == (place,) and list(terms.background) == ["input", place] and 0 < terms.background[place] < 1
+        )
 
 
 def test_a_layer_that_runs_in_evaluation_alone_is_found_there():
@@ -394,7 +396,7 @@ def test_where_nothing_fits_one_warning_names_the_argument(run, normalised):
     assert step.layers == ()
     (message,) = [str(w.message) for w in caught]
     assert caught[0].filename == __file__
-    assert 'layers=["block4.relu()"]' in message and "no layer gets a background term" in message
+    assert 'layers=["block4.relu()"]' in message and "no feature map gets a term" in message
 
 
 def test_two_views_have_a_map_where_one_place_runs_once():

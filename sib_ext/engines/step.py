@@ -220,6 +220,11 @@ class SIBStep:
         if self._finds_layers:
             name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
+            if not (name or self.criterion.has_input_terms):
+                raise ValueError(
+                    "layers: nothing is left of the S-IB loss, as no feature map was found and the input has no terms: "
+                    "name a place, layers=[...], or give the criterion input_background"
+                )
         return Task(eager, self.criterion, self.layers, self.output, self.scaler, of_input, self._ordinary)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ SMALL = 0.02  # parameters that are zero, which hide what is behind them, become
 
 NOTHING_FOUND = (
     "layers: no feature map was found on the way to the logits ([B,C,h,w], [B,h,w,C] or tokens [B,T,C], at a place "
-    "that runs once in a forward pass and has a row for each image), so no layer gets a background term, the main one "
+    "that runs once in a forward pass and has a row for each image), so no feature map gets a term, the main one "
     'of the balanced preset. Name places yourself, layers=["block4"] (a module) or layers=["block4.relu()"] (a '
     "function that it calls), or give layers=() to do without."
 )
