@@ -573,7 +573,7 @@ FEW = 128  #: images, where they are few
 
 
 def train(
-    loss: Callable[..., Tensor], strength: float, seed: int, steps: int = 250, batch: int = 128, few: bool = False
+    loss: Callable[..., Tensor], strength: float, seed: int, steps: int = 200, batch: int = 128, few: bool = False
 ) -> Network:
     """A :class:`Network` after ``steps`` of Adam with given masks, on fresh images, or always on the same ``batch``."""
     generator = torch.Generator().manual_seed(seed)
@@ -788,7 +788,7 @@ def main() -> None:
 
     def write(name: str, draw_it: Callable[[], Figure]) -> None:
         with matplotlib.rc_context(STYLE):
-            save(draw_it(), path := folder / f"theory_{name}.png", dpi=90)
+            save(draw_it(), path := folder / f"theory_{name}.png", dpi=115)
         Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
 
     informations = seed_information()
@@ -807,9 +807,9 @@ def main() -> None:
     write("seeds", lambda: seeds_figure(informations, foreground, truth["label"]))
     kept = [(f"the {k} largest of {PIXELS} kept", "{:.4f} ± {:.4f}".format(*kept_information(k))) for k in (1, 3, 8)]
     show(console, "I(RM;Y), nats, variances, one logit; the mask", ("made of R", ""), kept)
-    orientations = [(n, masked_orientations(m, 100, torch.Generator().manual_seed(0))) for n, m in MASKS.items()]
+    orientations = [(n, masked_orientations(m, 50, torch.Generator().manual_seed(0))) for n, m in MASKS.items()]
     rows = [(name, f"{int((o > 0).sum())} > 0, {int((o < 0).sum())} < 0") for name, o in orientations]
-    show(console, "det d(RM)/dR on 100 images", ("mask", ""), rows)
+    show(console, "det d(RM)/dR on 50 images", ("mask", ""), rows)
 
     shown = [list(STRENGTHS).index(s) for s in (0, 0.5, 0.9, 0.99, 1)]
     columns = [f"{STRENGTHS[i]:g}" for i in shown]

@@ -146,6 +146,18 @@ def test_the_label_leaks_where_the_sign_of_r_is_the_labels(informations):
     assert variances["target_log_prob"] < variances["x"]
 
 
+def test_a_part_common_to_all_logits_changes_r_and_not_the_posterior(world):
+    """Logits -|x - mu_k|^2/2: R of the label's logit is minus the noise, R of all of them is x itself."""
+    x, label, _ = world.draw(32, 0.0, torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    means = torch.tensor([[-1.0], [1.0]]).double() * world.OBJECT_MEAN * torch.from_numpy(world.templates()[0])
+    logits = -0.5 * (x.flatten(1)[:, None] - means).square().sum(2)
+    torch.testing.assert_close(logits.softmax(1), world.posterior_logits(x, 0.0).softmax(1))
+    R = world.sib.vjp(logits, x, label, "target_logit").flatten(1)
+    torch.testing.assert_close(R, means[label] - x.flatten(1))
+    torch.testing.assert_close(world.sib.vjp(logits, x, label, "logit_sum"), -2 * x)
+
+
 def test_the_published_seeds_information_where_labels_differ_in_the_mean(world, informations):
     # The two z > 0 with one h(z), w = tanh(z/2): w^3 - w + 4h = 0.
     mean = world.OBJECT_MEAN
