@@ -38,15 +38,6 @@ STRENGTHS = np.append(np.linspace(0, 0.9, 10), (0.95, 0.99, 1))
 SIGNS = np.array([-1.0, 1.0])
 
 
-def capacity(field: Tensor, mask: Tensor, kappa: float = 1.0) -> Tensor:
-    """[B] nats: the mean over the mask of 1/2 log(1 + s^2/kappa), s = field / its mean over batch and positions.
-
-    ``field`` [B,1,H,W] >= 0, ``mask`` [B,1,H,W] in [0,1], ``kappa`` > 0: a Gaussian channel a position.
-    """
-    nats = 0.5 * torch.log1p((field / field.mean()).square() / kappa)
-    return (mask * nats).sum((1, 2, 3)) / mask.sum((1, 2, 3))
-
-
 def background_share(field: Tensor, mask: Tensor) -> Tensor:
     """[B] in [0,1]: sum field (1 - mask) / sum field, of ``field`` [B,1,H,W] >= 0 and ``mask`` [B,1,H,W] in [0,1]."""
     return (field * (1 - mask)).sum((1, 2, 3)) / field.sum((1, 2, 3))
@@ -455,7 +446,7 @@ def estimates(x: Tensor, logits: Tensor, label: Tensor, seed: str) -> dict[str, 
         "foreground hsic_unbiased": sib.foreground_hsic_unbiased(gram_vjp, gram_input),
         "foreground cka": sib.foreground_cka(gram_vjp, gram_input),
         "foreground gaussian": sib.foreground_gaussian(moments, count),
-        "foreground capacity": capacity(field, mask),
+        "foreground capacity": sib.foreground_capacity(field, mask),
     }
     return {name: float(value.mean()) for name, value in values.items()}
 
@@ -552,12 +543,12 @@ def background_half(logits: Tensor, label: Tensor, x: Tensor, mask: Tensor) -> T
 
 def foreground_half(logits: Tensor, label: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     field = sib.magnitude(sib.vjp(logits, x, label, "random_logit"))
-    return F.cross_entropy(logits, label) - 0.5 * capacity(field, mask).mean()
+    return F.cross_entropy(logits, label) - 0.5 * sib.foreground_capacity(field, mask).mean()
 
 
 def both_halves(logits: Tensor, label: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     field = sib.magnitude(sib.vjp(logits, x, label, "random_logit"))
-    terms = background_share(field, mask).mean() - 0.5 * capacity(field, mask).mean()
+    terms = background_share(field, mask).mean() - 0.5 * sib.foreground_capacity(field, mask).mean()
     return F.cross_entropy(logits, label) + terms
 
 

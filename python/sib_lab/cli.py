@@ -169,6 +169,7 @@ def evidence_command(
         bool, typer.Option(help="Train the controls, too; without them there is time for many seeds.")
     ] = True,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the scale's")] = None,
+    network: Annotated[str | None, typer.Option(help="Its name.", show_default="the scale's")] = None,
 ) -> None:
     """Compare S-IB with its controls in four situations: given masks, boxes, 10 % annotated, none.
 
@@ -183,7 +184,7 @@ def evidence_command(
         if scale == "auto":
             scale = "gpu" if torch.cuda.is_available() else "cpu"
         chosen = tuple(range(first_seed, first_seed + seeds))
-        evidence(root, out, scale, chosen, threads, controls=controls, epochs=epochs)
+        evidence(root, out, scale, chosen, threads, controls=controls, epochs=epochs, network=network)
 
 
 @app.command("report", epilog="Example: sib-lab report runs/compare")

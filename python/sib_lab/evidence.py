@@ -31,6 +31,8 @@ OBJECTS, BACKGROUNDS = "eth80_128.zip", "backgrounds"  #: in the data's folder
 BASELINE, OURS = "ce", "sib"
 #: Trained once for all situations: cross-entropy looks at no mask, the centre mask only at the objects' mean size.
 EVERYWHERE = (BASELINE, "centre-mask")
+#: S-IB without a part of itself: options of its loss.
+PARTS = {"sib-features": {"input_background": 0.0}, "sib-background": {"feature_foreground": 0.0}}
 UNCORRELATED = "accuracy/uncorrelated"
 #: What :func:`shown` compares with cross-entropy and a situation has a goal of: key -> name for people.
 GAINS = {
@@ -58,6 +60,7 @@ class Situation:
     iou_gain: float  #: goal: of every one of the six explanations
     insertion_gain: float = 0.0  #: goal: of the mean of the six explanations
     empty: float = 0.0  #: goal: at most so many empty maps of 100, of each of the six explanations in every seed
+    parts: tuple[str, ...] = ()  #: of PARTS, that are trained beside S-IB
     annotation: str = "masks"  #: what the losses see of the masks: as they are, or their bounding "boxes"
 
 
@@ -70,6 +73,7 @@ SITUATIONS = {
         accuracy_matched_gain=0.05,
         epg_gain=0.25,
         iou_gain=0.05,
+        parts=tuple(PARTS),
     ),
     "boxes": Situation(
         "boxes",
@@ -158,9 +162,10 @@ def plan_of(situation: Situation, root: Path, scale: Scale, seeds: tuple[int, ..
         data_options={"objects": str(root / OBJECTS), "backgrounds": str(root / BACKGROUNDS)},
     )
     configs: dict[str, TrainConfig] = {}
-    for method in (BASELINE, OURS, *situation.controls):
+    for method in (BASELINE, OURS, *situation.parts, *situation.controls):
         strength = RRR_STRENGTH if method == "rrr" else None
-        configs[method] = replace(base, method=method, strength=strength)
+        of_method = {"method": OURS, "loss_options": PARTS[method]} if method in PARTS else {"method": method}
+        configs[method] = replace(base, strength=strength, **of_method)
         if method not in EVERYWHERE:
             seen = {"annotated": situation.annotated, "annotation": situation.annotation}
             configs[method] = replace(configs[method], **seen)
@@ -177,14 +182,16 @@ def evidence(
     console: Console | None = None,
     controls: bool = True,
     epochs: int | None = None,
+    network: str | None = None,
 ) -> dict:
     """Does what is not done yet of all situations in ``folder``, and writes what they show together.
 
     Args:
         root: the folder with the objects and the backgrounds.
         scale: a key of SCALES.
-        controls: False: cross-entropy and S-IB alone, for many seeds.
+        controls: False: cross-entropy, S-IB and its parts alone, for many seeds.
         epochs: of every training, at least 1; None: the scale's.
+        network: see :func:`sib_lab.networks.build_network`; None: the scale's.
 
     Returns:
         the content of evidence.json.
@@ -198,7 +205,8 @@ def evidence(
     found = {}
     trained: dict[str, Path] = {}
     situations = chosen_situations(controls)
-    size = SCALES[scale] if epochs is None else replace(SCALES[scale], epochs=epochs)
+    given = {"epochs": epochs, "network": network}
+    size = replace(SCALES[scale], **{name: value for name, value in given.items() if value is not None})
     for key, situation in situations.items():
         console.rule(f"{situation.name}")
         plan = plan_of(situation, root, size, seeds, threads)
@@ -261,7 +269,7 @@ def shown(situation: Situation, found: dict) -> dict:
         "iou_gain": iou[_worst(iou)],
         "insertion_gain": gain([f"insertion/{method}" for method in explain.SIX]),
     }
-    leads = {control: _as_differences(of_six("epg", control)) for control in situation.controls}
+    leads = {other: _as_differences(of_six("epg", other)) for other in (*situation.parts, *situation.controls)}
     empty = {method: _most_empty(list(of_seeds.values())) for method, of_seeds in numbers.items()}
     return {
         "situation": situation.name,
@@ -279,9 +287,11 @@ def shown(situation: Situation, found: dict) -> dict:
             **{key: _is_reached(value, getattr(situation, key)) for key, value in gains.items()},
             "empty": max(empty[OURS].values()) <= situation.empty,
             "ahead_of_controls": all(
-                lead["excludes_zero"] and lead["mean"] > 0 for of in leads.values() for lead in of.values()
+                lead["excludes_zero"] and lead["mean"] > 0
+                for control in situation.controls
+                for lead in leads[control].values()
             )
-            if leads
+            if situation.controls
             else None,
         },
         "numbers": {

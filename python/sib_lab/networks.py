@@ -73,7 +73,7 @@ class SmallCNN(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions with BatchNorm beside a shortcut (He et al. 2016), ReLU; ``stride`` divides the resolution."""
+    """Two 3x3 convolutions with BatchNorm beside a shortcut (He et al. 2016); ``stride`` divides the resolution."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()

@@ -33,6 +33,9 @@ COLUMNS = ("method", "measure", "mean", "half_width_95", "undefined_images", "di
 NAMES = {
     "ce": "Cross-entropy",
     "sib": "S-IB",
+    "sib-features": "S-IB, feature map alone",
+    "sib-background": "S-IB, background half",
+    "sib-foreground": "S-IB, foreground half",
     "sib-paper": "Published S-IB",
     "gradient-penalty": "Gradient penalty",
     "centre-mask": "Centre mask",

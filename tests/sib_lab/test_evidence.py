@@ -95,7 +95,8 @@ def test_missing_pictures_are_named(tmp_path):
 def test_a_plan_has_the_situations_methods_and_tells_cross_entropy_nothing(key, tmp_path):
     situation = ev.SITUATIONS[key]
     plan = ev.plan_of(situation, tmp_path, ev.SCALES["gpu"], (0, 1, 2), None)
-    assert list(plan.configs) == ["ce", "sib", *situation.controls]
+    assert list(plan.configs) == ["ce", "sib", *situation.parts, *situation.controls]
+    assert all(plan.configs[m].loss_options == ev.PARTS[m] and plan.configs[m].method == "sib" for m in situation.parts)
     assert {c.annotated for m, c in plan.configs.items() if m not in ev.EVERYWHERE} == {situation.annotated}
     assert {plan.configs[m].annotated for m in ev.EVERYWHERE if m in plan.configs} == {1.0}
     shown = {m: c.annotation for m, c in plan.configs.items()}
