@@ -150,6 +150,7 @@ def foreground_capacity(field: Tensor, mask: Tensor, mean: Tensor | None = None,
         kappa: > 0.
     """
     check_positive("kappa", kappa)
+    field, mask = widen(field), widen(mask)
     mean = field.mean() if mean is None else mean
     relative = field / torch.where(mean > TINY, mean, 1)
     area = mask.sum((1, 2, 3))

@@ -18,6 +18,7 @@ FIXED = {
     "seed": "target_logit",
     "mask_source": "vjp",
     "background": "energy_ratio",
+    "input_background": 1.0,
     "foreground": "cka",
     "input_foreground": 0.1,
     "feature_foreground": 0.0,

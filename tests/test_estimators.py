@@ -41,6 +41,8 @@ def estimate_all(fields, count=COUNT):
         ),
         **{f"foreground {name}": f(gram_vjp, gram_input) for name, f in GRAM_FOREGROUND.items()},
         "foreground gaussian": sib.foreground_gaussian(moments, count),
+        "foreground capacity": sib.foreground_capacity(sib.magnitude(fields.vjp), fields.mask),
+        "foreground log_capacity": sib.foreground_log_capacity(sib.magnitude(fields.vjp), fields.mask),
     }
 
 
@@ -193,7 +195,7 @@ def test_the_order_of_samples_and_of_pixels_does_not_matter(name):
     [
         "background energy_ratio",
         "background gaussian, relative noise",
-        *(f"foreground {n}" for n in (*GRAM_FOREGROUND, "gaussian")),
+        *(f"foreground {n}" for n in (*GRAM_FOREGROUND, "gaussian", "capacity", "log_capacity")),
     ],
 )
 def test_the_scale_of_the_vjp_does_not_matter_to_scale_free_estimators(name, scale):
@@ -248,6 +250,66 @@ def test_gradients_through_the_statistics_equal_finite_differences(name):
         pytest.skip("its noise is detached on purpose, which finite differences do not know")
     assert torch.autograd.gradcheck(function, fields, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, fields, fast_mode=True)
+
+
+# ------------------------------------------------------------------------------------------------- capacity
+
+
+def test_capacity_is_that_of_a_gaussian_channel_at_every_position_of_the_foreground():
+    """Sample by sample and position by position; the noise is relative to the mean of the batch."""
+    field, mask = SIX.fields().vjp.abs().sum(1, keepdim=True), SIX.fields().mask
+    mean = float(field.mean())
+    for b, found in enumerate(sib.foreground_capacity(field, mask, kappa=0.4)):
+        pairs = list(zip(field[b].flatten().tolist(), mask[b].flatten().tolist(), strict=True))
+        nats = sum(m * 0.5 * math.log(1 + (f / mean) ** 2 / 0.4) for f, m in pairs)
+        assert float(found) == pytest.approx(nats / sum(m for _, m in pairs), rel=1e-12)
+    log = sib.foreground_log_capacity(field, mask, kappa=0.4)
+    assert_near(log, (sib.foreground_capacity(field, mask, kappa=0.4) + 0.05).log(), 1e-12)
+
+
+def test_the_mean_of_a_larger_batch_can_be_given():
+    field, mask = SIX.fields().vjp.abs().sum(1, keepdim=True), SIX.fields().mask
+    whole = sib.foreground_log_capacity(field, mask)
+    parts = [sib.foreground_log_capacity(field[i : i + 2], mask[i : i + 2], field.mean()) for i in (0, 2, 4)]
+    assert_near(torch.cat(parts), whole, 1e-12)
+
+
+def test_capacity_spreads_over_the_object():
+    """Concave where the field is strong: of one sum, the flat field carries the most."""
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    mask[:, :, 2:6, 2:6] = 1
+    spread = mask.clone()
+    peak = torch.zeros_like(mask)
+    peak[:, :, 3, 3] = 16
+    half = torch.zeros_like(mask)
+    half[:, :, 2:6, 2:4] = 2
+    values = [float(sib.foreground_capacity(field, mask)) for field in (spread, half, peak)]
+    assert values[0] > values[1] > values[2] > 0
+
+
+def test_log_capacity_makes_a_fading_sample_pay_though_the_others_gain():
+    """Of two ways to share one strength over a batch the even one is the better; for the plain mean it is not."""
+    mask = torch.ones(2, 1, 4, 4, dtype=torch.float64)
+    even, uneven = mask.clone(), mask.clone()
+    uneven[0] *= 0.1
+    uneven[1] *= 1.9
+    assert sib.foreground_log_capacity(even, mask).mean() > sib.foreground_log_capacity(uneven, mask).mean() + 0.5
+    assert float(sib.foreground_log_capacity(0 * mask, mask).mean()) == pytest.approx(math.log(0.05))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_capacity_of_narrow_fields_accumulates_in_float32(dtype):
+    vjp, _, mask = SIX.fields(dtype)
+    found = sib.foreground_capacity(sib.magnitude(vjp), mask)
+    assert found.dtype == torch.float32
+    assert_near(found, sib.foreground_capacity(sib.magnitude(vjp.double()), mask.double()).float(), 1e-5)
+
+
+@pytest.mark.parametrize("kappa", [0, -1.0, math.nan])
+def test_capacity_refuses_noise_that_is_not_positive(kappa):
+    field, mask = SIX.fields().vjp.abs().sum(1, keepdim=True), SIX.fields().mask
+    with pytest.raises(ValueError, match="kappa must be a finite number > 0"):
+        sib.foreground_capacity(field, mask, kappa=kappa)
 
 
 # -------------------------------------------------------------------------------------------- small batches

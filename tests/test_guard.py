@@ -11,6 +11,8 @@ from sib_ext import CollapseWarning, SIBStep, SpatialIBLoss
 from sib_ext.guard import LOOK, PATIENCE, CollapseGuard
 from sib_ext.information import Information
 
+from .compare import assert_near
+
 GUESSING = math.log(8)
 
 
@@ -65,6 +67,45 @@ def test_a_network_that_forgets_while_the_terms_fall_is_named():
 )
 def test_it_is_silent_otherwise(cross_entropies, terms):
     assert watched(cross_entropies, terms) == []
+
+
+def warnings_of(guard, steps):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for cross_entropy, terms in steps:
+            guard.watch(torch.tensor(cross_entropy), terms, 8)
+    return [str(w.message) for w in caught if w.category is CollapseWarning]
+
+
+def test_terms_of_the_input_in_some_steps_alone_are_watched_beside_those_of_features_in_all():
+    """The sum of both counts, however rarely one of them is there."""
+    values = falling(2.0, 0.6, STEPS)
+    steps = [
+        (0.97 * GUESSING, found(torch.tensor(v) if i % 4 == 0 else None, torch.tensor(0.5)))
+        for i, v in enumerate(values)
+    ]
+    (message,) = warnings_of(CollapseGuard(), steps)
+    assert "taking over" in message
+    guard = CollapseGuard()
+    assert (
+        warnings_of(
+            guard,
+            [
+                (0.97 * GUESSING, found(torch.tensor(1.0) if i % 4 == 0 else None, torch.tensor(0.5)))
+                for i in range(STEPS)
+            ],
+        )
+        == []
+    )
+    assert_near(guard.means[1:3], torch.tensor([1.0, 0.5]), 1e-5)
+
+
+def test_maps_that_are_switched_off_are_named_once():
+    steps = [(1.0, found(None, torch.tensor(1.0), empty=1, samples=4)) for _ in range(STEPS)]
+    (message,) = warnings_of(CollapseGuard(), steps)
+    assert "25 % of the samples" in message and "raise feature_foreground" in message
+    rare = [(1.0, found(None, torch.tensor(1.0), empty=int(i % 50 == 0), samples=4)) for i in range(STEPS)]
+    assert warnings_of(CollapseGuard(), rare) == []
 
 
 def test_a_training_whose_terms_take_over_says_so():

@@ -333,6 +333,75 @@ def test_a_feature_map_adds_the_background_share_of_its_class_activation(problem
         assert_near(found, truth, 1e-10)
 
 
+def alone(problem, x=None, mask=SOFT, **options):
+    """Terms of a feature map without any of the input."""
+    without = {"input_background": 0, "input_foreground": 0, "feature_background": 0.7, "feature_foreground": 0.3}
+    x = problem.x.detach() if x is None else x
+    features, logits = through_features(problem, x)
+    criterion = SpatialIBLoss(**FIXED | {"mask_source": "activation"} | without | options)
+    return features, logits, criterion.terms(logits, problem.y, x, mask, features=features)
+
+
+def test_terms_of_a_feature_map_alone_need_no_gradient_of_the_images(problem):
+    features, logits, terms = alone(problem, background="magnitude_ratio", kappa=0.5)
+    (R_A,) = torch.autograd.grad(logits.gather(1, problem.y[:, None]).sum(), features, create_graph=True)
+    field = sib.class_activation(features, R_A)
+    share = ((1 - SOFT) * field).sum((1, 2, 3)) / field.sum((1, 2, 3))
+    capacity = sib.foreground_log_capacity(field, SOFT, kappa=0.5)
+    expected = F.cross_entropy(logits, problem.y) + 0.7 * share.mean() - 0.3 * capacity.mean()
+    assert terms.vjp is None and list(terms.background) == list(terms.foreground) == ["features"]
+    assert_near(terms.loss, expected, 1e-12)
+    found, truth = (gradients(loss, problem.parameters) for loss in (terms.loss, expected))
+    for one, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_a_mask_can_be_made_of_the_feature_map_alone(problem):
+    features, logits, terms = alone(problem, mask=None, window=PAPER_WINDOW)
+    (R_A,) = torch.autograd.grad(logits.gather(1, problem.y[:, None]).sum(), features)
+    field = sib.class_activation(features, R_A)
+    relative = field / field.mean((1, 2, 3), keepdim=True)
+    assert_near(terms.mask, density_mask(relative, window=PAPER_WINDOW), 1e-9)
+
+
+def test_the_empty_maps_are_counted(problem):
+    """A ReLU'd map of which two samples have nothing."""
+    features, _ = through_features(problem, problem.x)
+    kept = torch.tensor([1.0, 0, 1, 0, 1], dtype=torch.float64).view(-1, 1, 1, 1)
+    features = features * kept
+    logits = problem.model.head(features.mean((2, 3)))
+    terms = SpatialIBLoss(**FIXED, window=3).terms(logits, problem.y, problem.x, SOFT, features=features)
+    assert {name: int(count) for name, count in terms.empty.items()} == {"input": 0, "features": 2}  # BatchNorm mixes
+    terms.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in problem.parameters)
+
+
+def test_without_features_a_loss_of_features_alone_says_what_is_missing(problem):
+    criterion = SpatialIBLoss(input_background=0)
+    with pytest.raises(ValueError, match="features are missing.*features=.*SIBStep"):
+        criterion(problem.logits(), problem.y, problem.x)
+
+
+def test_features_that_do_not_require_grad_are_named(problem):
+    features, _ = through_features(problem, problem.x)
+    features = features.detach()
+    logits = problem.model.head(features.mean((2, 3)))
+    with pytest.raises(RuntimeError, match="features: 'features' does not require grad"):
+        SpatialIBLoss(input_background=0)(logits, problem.y, problem.x.detach(), features=features)
+
+
+def test_the_inputs_place_is_no_name_for_a_feature_map(problem):
+    features, logits = through_features(problem, problem.x)
+    for named in ({"input": features}, {}):
+        with pytest.raises(ValueError, match="features must name one map or more, none of them 'input'"):
+            SpatialIBLoss()(logits, problem.y, problem.x, features=named)
+
+
+def test_masks_of_the_inputs_vjp_are_refused_where_it_is_not_formed():
+    with pytest.raises(ValueError, match="mask_source='vjp' makes masks of the input's VJP, which is not formed"):
+        SpatialIBLoss(input_background=0, mask_source="vjp")
+
+
 def test_named_features_keep_their_names(problem):
     features, logits = through_features(problem, problem.x)
     terms = SpatialIBLoss(**FIXED).terms(logits, problem.y, problem.x, SOFT, features={"block": features})

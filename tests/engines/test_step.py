@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import re
 import sys
@@ -114,6 +115,91 @@ def test_every_kth_step_has_terms_k_times_as_strong(batch):
     assert_near(found[1].loss, terms.cross_entropy, 1e-6)
     total = sum(gradient(model, step(*batch)) for _ in range(3))
     assert error(total, 3 * gradient(model, full(*batch))) < 1e-5
+
+
+def test_feature_maps_have_their_terms_in_every_step(batch):
+    """And in those of the input, too, once as strong."""
+    criterion = loss_of(feature_foreground=0.5)
+    step = step_of(Network(norm=per_sample), criterion, "auto", every=2)
+    first, second = step.terms(*batch), step.terms(*batch)
+    assert list(first.background) == ["input", "body"] and first.vjp is not None
+    assert list(second.background) == list(second.foreground) == ["body"] and second.vjp is None
+    assert_near(second.background["body"], first.background["body"], 1e-6)
+    of_features = 1.5 * second.background["body"] - 0.5 * second.foreground["body"]
+    assert_near(second.loss, second.cross_entropy + of_features, 1e-6)
+    of_input = first.background["input"] - 0.1 * first.foreground["input"]
+    assert_near(first.loss, second.loss + 2 * of_input, 1e-5)
+
+
+def test_a_step_between_is_that_of_a_loss_without_terms_for_the_input(batch):
+    model = Network(norm=per_sample)
+    step = step_of(model, loss_of(feature_foreground=0.5), "auto", every=4)
+    step(*batch)
+    alone = step_of(model, loss_of(feature_foreground=0.5, input_background=0, input_foreground=0), "auto")
+    assert error(gradient(model, step(*batch)), gradient(model, alone(*batch))) < 1e-6
+
+
+@pytest.mark.parametrize(("preset", "every", "jitter"), [("balanced", 4, 0.25), ("paper", 1, 0.0)])
+def test_the_schedule_is_the_presets(preset, every, jitter):
+    step = SIBStep(Network(), SpatialIBLoss(preset))
+    assert (step.every, step.jitter) == (every, jitter)
+    assert f"every={every}" in repr(step)
+
+
+class Seen(Network):
+    def forward(self, x):
+        self.images = x.detach()
+        return super().forward(x)
+
+
+def test_jitter_moves_the_images_of_steps_with_terms_for_the_input_alone(batch):
+    x = batch[0] * torch.tensor([1.0, 2, 3, 4, 5, 6])[: len(batch[0]), None, None, None]
+    model = Seen()
+    step = step_of(model, loss_of(), every=2, jitter=0.25)
+    before = x.clone()
+    strengths = []
+    for number in range(40):
+        step(x, *batch[1:])
+        noise = model.images - x
+        if number % 2:
+            assert not noise.any()
+        else:
+            span = x.amax((1, 2, 3)) - x.amin((1, 2, 3))
+            strengths.append(noise.flatten(1).std(1) / span)
+    assert torch.equal(x, before)
+    strengths = torch.stack(strengths)
+    assert strengths.max() < 0.25 * 1.15 and strengths.min() < 0.05
+    assert 0.09 < strengths.mean() < 0.16  # uniform from 0 to 0.25, an image each
+    assert (strengths.std(0) > 0.03).all() and (strengths.std(1) > 0.01).all()
+
+
+def test_jitter_is_drawn_from_torchs_generator(batch):
+    def images_of():
+        model = Seen()
+        torch.manual_seed(3)
+        step_of(model, loss_of(), jitter=0.25)(*batch)
+        return model.images
+
+    assert torch.equal(images_of(), images_of())
+
+
+def test_where_nothing_is_left_of_the_loss_it_is_refused(batch):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, CLASSES))
+    step = step_of(flat, loss_of(input_background=0, input_foreground=0), "auto")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="nothing is left of the S-IB loss"):
+        step(*batch)
+
+
+@pytest.mark.parametrize("layers", ["auto", ("body",)])
+def test_masks_of_the_inputs_vjp_need_it_in_every_step(layers):
+    with pytest.raises(ValueError, match="mask_source='vjp'.*every=4.*take mask_source='activation' or every=1"):
+        step_of(Network(), loss_of(mask_source="vjp"), layers, every=4)
+
+
+@pytest.mark.parametrize("jitter", [-0.1, math.nan, "much"])
+def test_a_jitter_out_of_range_is_refused(jitter):
+    with pytest.raises(ValueError, match="jitter must be a finite number >= 0"):
+        step_of(Network(), loss_of(), jitter=jitter)
 
 
 def test_the_place_in_the_cycle_survives_a_checkpoint(batch):
