@@ -34,7 +34,6 @@ from sib_ext.ops import dispatch  # noqa: E402
 
 CLASSES = 100
 SMALL = 64  # px, and two images: where gradients are compared in float64
-EVERY = 8
 ROUNDS = 5
 
 
@@ -79,8 +78,10 @@ NETWORKS = ("resnet18", "resnet50", "densenet121", "vit_b_32", "resnet18_groupno
 ON_A_GPU = ("resnet50", "resnet18")
 
 
-#: Without a term at the last feature map; every other S-IB step has one.
-INPUT_ALONE = ("loss alone", "compiled")
+#: Which terms an engine's step has, of the input and of the last feature map; where not both.
+TERMS = {"loss alone": (True, False), "compiled": (True, False), "features": (False, True)}
+#: Every term in every step, so that steps can be compared.
+EXACT = {"every": 1, "jitter": 0.0}
 
 
 def balanced(**options) -> SpatialIBLoss:
@@ -105,14 +106,15 @@ def steps(model: nn.Module, name: str, compiled: bool) -> dict[str, Callable[[Te
         "plain": lambda x, y: cross_entropy(model(x), y),
         "published": in_pytorch_alone(published),
         "loss alone": in_pytorch_alone(criterion),
-        "double_backward": SIBStep(model, criterion, engine="double_backward"),
-        f"every={EVERY}": SIBStep(model, criterion, engine="double_backward", every=EVERY),
+        "double_backward": SIBStep(model, criterion, engine="double_backward", **EXACT),
+        "default": SIBStep(model, criterion, engine="double_backward"),
+        "features": SIBStep(model, balanced(input_background=0), engine="double_backward"),
         "microbatch": None,
     }
     if compiled:
         plain = torch.compile(model)
         found["plain, compiled"] = lambda x, y: cross_entropy(plain(x), y)
-        found["compiled"] = SIBStep(model, criterion, layers=(), engine="compiled")
+        found["compiled"] = SIBStep(model, criterion, layers=(), engine="compiled", **EXACT)
     return found
 
 
@@ -133,7 +135,7 @@ def prepared(arguments, name: str) -> tuple[dict, nn.Module]:
     model = network(name, arguments.size).to(arguments.device)
     found = steps(model, name, arguments.compiled)
     part = max(2, arguments.batch // 4)
-    found["microbatch"] = SIBStep(model, balanced(), microbatch=part)
+    found["microbatch"] = SIBStep(model, balanced(), microbatch=part, **EXACT)
     wanted = arguments.engines.split(";") if arguments.engines else list(found)
     return {engine: step for engine, step in found.items() if engine in wanted}, model
 
@@ -170,7 +172,7 @@ def seconds(arguments, engines: dict, model: nn.Module, failed: dict[str, str]) 
             if engine in failed:
                 continue
             with kept_apart(failed, engine):
-                repeats = EVERY if engine.startswith("every") else 1
+                repeats = step.every if engine == "default" else 1
                 synchronise(arguments.device)
                 start = time.perf_counter()
                 for _ in range(repeats):
@@ -192,7 +194,7 @@ def peak(arguments, engine: str, name: str) -> int:
     step = engines[engine]
     # Kernels choose their workspaces.
     run(model, step, *(t[:2] for t in (x, y)), arguments.precision)
-    if engine.startswith("every"):
+    if engine == "default":
         step.steps = 0
     model.zero_grad(set_to_none=True)
     return measure.peak_extra_bytes(lambda: run(model, step, x, y, arguments.precision), arguments.device)
@@ -226,9 +228,10 @@ def gradient_errors(arguments, name: str) -> dict[str, float]:
         return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
     double = copy.deepcopy(model).double()
-    criterion = balanced(impl="reference")
 
-    def exactly(features: bool) -> Callable:
+    def exactly(of_input: bool, of_features: bool) -> Callable:
+        criterion = balanced(impl="reference", **({} if of_input else {"input_background": 0}))
+
         def step(x, y):
             x, kept = x.requires_grad_(), {}
             layer = double.get_submodule(last_feature_map(double, x.detach()))
@@ -236,19 +239,19 @@ def gradient_errors(arguments, name: str) -> dict[str, float]:
             with sdpa_kernel(SDPBackend.MATH):
                 logits = double(x)
                 handle.remove()
-                return criterion(logits, y, x, features=kept if features else None)
+                return criterion(logits, y, x, features=kept if of_features else None)
 
         return step
 
-    truths = {features: gradients(double, exactly(features), x.double()) for features in (True, False)}
+    truths = {terms: gradients(double, exactly(*terms), x.double()) for terms in {(True, True), *TERMS.values()}}
     found = {}
-    for engine in ("loss alone", "double_backward", "microbatch", "compiled"):
+    for engine in ("loss alone", "double_backward", "features", "microbatch", "compiled"):
         if engine not in engines:
             continue
         step = engines[engine]
         if engine == "microbatch":  # BatchNorm sees the parts: only one part is comparable
-            step = SIBStep(model, balanced(), microbatch=len(x))
-        truth = truths[engine not in INPUT_ALONE]
+            step = SIBStep(model, balanced(), microbatch=len(x), **EXACT)
+        truth = truths[TERMS.get(engine, (True, True))]
         found[engine] = float((gradients(model, step, x) - truth).norm() / truth.norm())
     return found
 

@@ -12,7 +12,7 @@
 #     small       25  every native kernel on small inputs against the formulas
 #     native      95  the tests of the native kernels
 #     headline    85  both ops at the headline size: native, the reference, the reference compiled
-#     step        80  the exact and the lazy step on ResNet-50 and ResNet-18 against the plain one
+#     step        80  the exact step, the default and the feature map alone on ResNet-50 and ResNet-18 against the plain one
 #     memcheck    60  compute-sanitizer over the small inputs
 #     racecheck   60
 #     growth      60  time against B and H*W
@@ -127,7 +127,7 @@ stage_small() { run "$PYTHON" -m tests.gpu.exercise --device "$DEVICE"; }
 stage_native() { tests tests/gpu -k native; }
 stage_headline() { bench_ops --only headline,balanced --implementations "native,reference,reference compiled"; }
 stage_step() {
-  local engines="plain;double_backward;every=8;published"
+  local engines="plain;double_backward;default;features;published"
   bench_step native --engines "$engines" || {
     [[ $why == "out of time" ]] || bench_step reference --engines "$engines" --name bench_step_reference
     return 1

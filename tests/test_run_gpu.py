@@ -156,7 +156,7 @@ def test_every_stage_runs_on_a_cpu(call, tmp_path):
         "growth exponent in H*W",
         "plain products: native, ms",
         "resnet18: exact step, x plain",
-        "resnet18: lazy step, x plain",
+        "resnet18: default step, x plain",
     ):
         assert found["figures"][figure]["value"] != 0
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
