@@ -104,7 +104,7 @@ def test_compare_trains_what_is_asked_for_and_prints_the_table(tmp_path):
     assert (config.seed, config.epochs, config.batch_size, config.threads) == (3, 1, 16, 1)
     assert config.strength == 2 and config.loss_options == {"input_foreground": 0.5}
     assert runs.open_run(tmp_path / "two/runs/ce-seed3").config.loss_options == {}
-    assert "; strength 2; foreground_weight = 0.5." in (tmp_path / "two/report.html").read_text()
+    assert "; strength 2; input_foreground = 0.5." in (tmp_path / "two/report.html").read_text()
     assert config.data_options == {"copies": "1", "train": "64", "validation": "20", "test": "20"}
 
     report = tmp_path / "two/report.html"
