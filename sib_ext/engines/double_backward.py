@@ -48,6 +48,11 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
 
 def _reached(task: Task, fused: fused_double_backward, feature_map: Tensor) -> None:
     fused.activate()
+    if feature_map.is_inference():
+        raise RuntimeError(
+            "layers: a feature map was computed under torch.inference_mode, which autograd cannot use: run what is "
+            "frozen under torch.no_grad"
+        )
     if not (task.of_input or feature_map.requires_grad):
         feature_map.requires_grad_()  # all that it was computed from is frozen
 
