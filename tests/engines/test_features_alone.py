@@ -194,6 +194,12 @@ def frozen(make: Callable[[], nn.Module], *places: str) -> nn.Module:
     return model
 
 
+def unused(middle: Callable) -> nn.Module:
+    model = Network(middle)
+    model.unused = nn.Linear(2, 2)
+    return model
+
+
 BROKEN, PLAIN = of(Once.apply), of(F.silu)
 #: name -> (the model, the same in plain operations)
 PAIRS = {
@@ -205,6 +211,7 @@ PAIRS = {
     "grid_sample": (of(sampled), of(sampled_by_a_matrix)),
     "cdist": (of(distances), of(plain_distances)),
     "reentrant checkpoint": (functools.partial(Network, Reentrant), functools.partial(Network, Layers)),
+    "unused after a reentrant checkpoint": (functools.partial(unused, Reentrant), functools.partial(unused, Layers)),
     "frozen early layers": tuple(functools.partial(frozen, make, "backbone.stem") for make in (BROKEN, PLAIN)),
     "frozen backbone": tuple(functools.partial(frozen, make, "backbone") for make in (BROKEN, PLAIN)),
 }
