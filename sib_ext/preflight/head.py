@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..engines.double_backward import differentiable
 from ..fused_layers import input_gradients
 from ..layers import captured
 from .errors import NotFinite
@@ -56,11 +57,11 @@ def ordinary_backward(model: nn.Module, x: Tensor, logits: Callable, place: str)
         Exception: whatever the step would raise.
     """
 
-    def differentiable(tensor: Tensor) -> None:
+    def reached(tensor: Tensor) -> None:
         if not tensor.requires_grad:
-            tensor.requires_grad_()
+            differentiable(tensor)
 
-    with captured(model, (place,), differentiable) as found:
+    with captured(model, (place,), reached) as found:
         outputs = logits(model(x.detach().clone()))
     s = sum(z.float().square().sum() for z in outputs)
     (vjp,) = input_gradients((s,), (torch.ones_like(s),), (found[place],))

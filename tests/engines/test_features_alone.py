@@ -15,7 +15,7 @@ from sib_ext import SIBStep
 from sib_ext.layers import find_feature_map
 
 from .networks import CLASSES, IMAGES, SIDE
-from .step_check import check_step, elementary, error, flat, of_features, seed
+from .step_check import check_step, elementary, error, fixed, flat, of_features, seed
 
 WIDTH, HALF = 8, SIDE // 2
 
@@ -291,3 +291,79 @@ def test_the_loss_alone_takes_any_backbone(make, plain):
     seed(0)
     truth, gradients = elementary(plain().double(), criterion, ["backbone"], None, x, y, mask, IMAGES, 1)
     assert error(loss.detach(), truth) < 1e-9 and error(flat(model), gradients) < 1e-9
+
+
+# ------------------------------------------------------------------------------------------------- and beside it
+
+
+def test_steps_between_those_with_terms_of_the_input_are_as_free():
+    x, y, mask = batch(torch.float64)
+    options = {"feature_background": 5.0, "feature_foreground": 1.0}
+    found = []
+    for criterion, every in ((fixed(**options), 2), (of_features(), 1)):
+        seed(0)
+        model = BROKEN().double()
+        step = SIBStep(model, criterion, "backbone", every=every, jitter=0)
+        step.steps = 1
+        step(x, y, mask).backward()
+        found.append(flat(model))
+    assert error(found[0], found[1]) < 1e-12
+    step = SIBStep(BROKEN().double(), fixed(**options), "backbone", every=2, jitter=0)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        step(x, y, mask).backward()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_with_a_grad_scaler(options):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    check_step(BROKEN, *batch(), "auto", of_features(), exact=PLAIN, scaler=scaler, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_of_several_feature_maps_what_runs_before_the_first_is_free(options):
+    check_step(BROKEN, *batch(), ("backbone.body.1", "backbone"), of_features(), exact=PLAIN, **options)
+
+
+def test_before_the_last_feature_map_but_after_the_first_is_not():
+    loss = SIBStep(BROKEN(), of_features(), ("backbone.stem", "backbone"))(*batch())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        loss.backward()
+
+
+class Overwriting(Network):
+    """A map that a function overwrites, as in DenseNet."""
+
+    def forward(self, x):
+        with self.under():
+            h = self.backbone(x)
+        return self.head(F.relu(h, inplace=True).mean((2, 3)))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("layers", ["backbone", "relu()"])
+@pytest.mark.parametrize("under", [torch.enable_grad, torch.no_grad])
+def test_a_frozen_feature_map_may_be_overwritten(under, layers, options):
+    make = functools.partial(frozen, functools.partial(Overwriting, under=under), "backbone")
+    plain = functools.partial(frozen, Overwriting, "backbone")
+    check_step(make, *batch(), layers, of_features(), exact=plain, **options)
+
+
+class Permuted(Network):
+    """A map that is a view: [B,h,w,C]."""
+
+    def __init__(self, under=torch.enable_grad):
+        super().__init__(functools.partial(Do, F.silu), under)
+        self.backbone.body.append(Do(lambda h: h.permute(0, 2, 3, 1)))
+        self.backbone.requires_grad_(False)
+
+    def forward(self, x):
+        with self.under():
+            h = self.backbone(x)
+        return self.head(h.mean((1, 2)))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("under", [torch.enable_grad, torch.no_grad])
+def test_a_frozen_feature_map_may_be_a_view(under, options):
+    make = functools.partial(Permuted, under=under)
+    check_step(make, *batch(), "backbone", of_features(), exact=Permuted, **options)
