@@ -21,6 +21,7 @@ class Search:
             logits: what the model returns -> the tensors that s is made of.
             place: of a feature map; what runs after it alone is judged.
         """
+        self.place = place or ""
         self.own, self.double, self.logits = model, twin(model).double(), logits
         self.whole, self.whole_in_double, self.x = self.own, self.double, x.detach().clone().requires_grad_()
         if place is not None:
@@ -46,7 +47,9 @@ class Search:
 
     def calls_before_the_logits(self) -> dict[str, list[tuple]]:
         """The inputs of every module between x, or the feature map, and the logits."""
-        return _calls_before_the_logits(self.own, self.whole, self.x, self.logits)
+        calls = _calls_before_the_logits(self.own, self.whole, self.x, self.logits)
+        # A module around the feature map has a part that runs before it.
+        return {name: found for name, found in calls.items() if not self.place.startswith(f"{name}.")}
 
     def _below(self, name: str, module: nn.Module) -> list[Finding]:
         """Findings on what ``module`` calls; one that does not pass gives way to those inside it that do not."""
