@@ -22,3 +22,8 @@ def graph_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The leaves that require grad and that the tensors were computed from."""
     nodes = graph_nodes([tensor.grad_fn for tensor in tensors])
     return [node.variable for node in nodes if hasattr(node, "variable")]
+
+
+def has_reentrant_checkpoint(tensor: Tensor) -> bool:
+    """On the way to the tensor."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_nodes([tensor.grad_fn]))

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from .. import distributed, seeds
 from ..checkpoints import units
@@ -48,8 +49,35 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
 
 def _reached(task: Task, fused: fused_double_backward, feature_map: Tensor) -> None:
     fused.activate()
-    if not (task.of_input or feature_map.requires_grad):
-        feature_map.requires_grad_()  # all that it was computed from is frozen
+    if feature_map.is_inference():
+        raise RuntimeError(
+            "layers: a feature map was computed under torch.inference_mode, which autograd cannot use: run what is "
+            "frozen under torch.no_grad"
+        )
+    if not (task.of_input or feature_map.requires_grad):  # all that it was computed from is frozen
+        differentiable(feature_map)
+
+
+def differentiable(tensor: Tensor) -> None:
+    """From here on there is a graph, although the tensor was computed without one; it may still be overwritten."""
+    if tensor._is_view():
+        tensor.requires_grad_()
+        return
+    with torch.enable_grad():
+        _Start.apply(tensor, torch.zeros((), device=tensor.device, requires_grad=True))
+
+
+class _Start(Function):
+    """The tensor itself, no leaf any more."""
+
+    @staticmethod
+    def forward(ctx, tensor, anchor):
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None
 
 
 CUT = ": look for torch.no_grad, .detach() and .data in its forward pass"

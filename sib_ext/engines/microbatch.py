@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from ..graph import graph_leaves
+from ..graph import graph_leaves, has_reentrant_checkpoint
 from ..passes import Autocast, Noise, stand_in, with_state
 from . import double_backward
 from .vjps import Task, VJPs
@@ -62,14 +64,31 @@ class InParts:
         for images, labels in zip(x.split(self.size), target.split(self.size), strict=True):
             buffers = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
             parts.append(_Part(images, labels, Noise(x.device), buffers))
-            found = values_of(task, images, labels, False)
+            with _WithoutGraph() as hidden:
+                found = values_of(task, images, labels, False)
             used |= {id(leaf) for leaf in graph_leaves(found[:1])}
+            if has_reentrant_checkpoint(found[0]):  # whose parameters the graph does not show
+                used |= hidden.parameters
             values.append([t.detach() for t in found])
         # Only those that the logits were computed from: a parameter left out keeps grad None, and DDP sees it unused.
         named = {n: p for n, p in task.model.named_parameters() if p.requires_grad and id(p) in used}
         joined = [torch.cat(column) for column in zip(*values, strict=True)]
         again = _Again(values_of, task, parts, joined, tuple(named), Autocast(x.device.type))
         return _Repeated.apply(again, *named.values())
+
+
+class _WithoutGraph(TorchFunctionMode):
+    """Notes the parameters that functions take while gradients are off."""
+
+    def __init__(self):
+        super().__init__()
+        self.parameters: set[int] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            self.parameters |= {id(p) for p in tree_leaves((args, kwargs)) if isinstance(p, nn.Parameter)}
+        return function(*args, **kwargs)
 
 
 class _Repeated(Function):

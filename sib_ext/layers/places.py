@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 _JOINING = {"cat", "concat", "concatenate"}
 _FUNCTION = re.compile(r"(?:(?P<module>.+)\.)?(?P<function>\w+)\(\)")
-See = Callable[[str, Tensor], None]
+See = Callable[[str, Tensor], Tensor | None]  # what it returns, if anything, takes the place of the map
 
 
 def place_of(module: str, function: str) -> str:
@@ -35,14 +35,14 @@ def check_places(model: nn.Module, names: Sequence[str], argument: str = "layers
 
 @contextmanager
 def captured(
-    model: nn.Module, names: Sequence[str], reached: Callable[[Tensor], None] = lambda tensor: None
+    model: nn.Module, names: Sequence[str], reached: Callable[[Tensor], Tensor | None] = lambda tensor: None
 ) -> Iterator[dict[str, Tensor]]:
     """Inside, a forward pass fills the dictionary with the tensors at the named places.
 
     Of a tuple or list it is the first tensor. Close it before the backward pass, in which checkpoints run again.
 
     Args:
-        reached: called with each tensor as it is there, before the model goes on.
+        reached: called with each tensor as it is there, before the model goes on, with what that returns, if anything.
 
     Raises:
         ValueError: an output that is no tensor, or a module that runs twice.
@@ -51,10 +51,11 @@ def captured(
     modules = dict(model.named_modules())
     functions = {name for name in names if _FUNCTION.fullmatch(name)}
 
-    def keep(place: str, tensor: Tensor) -> None:
-        if place in functions:
-            found[place] = tensor
-            reached(tensor)
+    def keep(place: str, tensor: Tensor) -> Tensor | None:
+        if place not in functions:
+            return None
+        found[place] = tensor
+        return reached(tensor)
 
     with ExitStack() as stack:
         for name in names:
@@ -65,8 +66,8 @@ def captured(
         yield found
 
 
-def _of_module(name: str, found: dict[str, Tensor], reached: Callable[[Tensor], None]) -> Callable:
-    def hook(module, inputs, output) -> None:
+def _of_module(name: str, found: dict[str, Tensor], reached: Callable[[Tensor], Tensor | None]) -> Callable:
+    def hook(module, inputs, output):
         tensor = first_tensor(output)
         if tensor is None:
             raise ValueError(
@@ -75,7 +76,10 @@ def _of_module(name: str, found: dict[str, Tensor], reached: Callable[[Tensor], 
         if name in found:
             raise ValueError(f"layers: {name!r} runs more than once in a forward pass: name a module that runs once")
         found[name] = tensor
-        reached(tensor)
+        instead = reached(tensor)
+        if instead is None or tensor is output:
+            return instead
+        return type(output)(instead if part is tensor else part for part in output)
 
     return hook
 
@@ -132,7 +136,8 @@ class _Functions(TorchFunctionMode):
             return result
         elementwise = first is not None and result.shape == first.shape and not result._is_view()
         if elementwise or name in _JOINING:
-            self.see(place_of(self.running[-1], name), result)
+            instead = self.see(place_of(self.running[-1], name), result)
+            return result if instead is None else instead
         return result
 
 

@@ -5,15 +5,17 @@ the head, attention matrices and the inside of an attention pooling run late, to
 graph for *bottlenecks*, tensors that all of x goes through on its way to the logits, and starts from the last of them.
 """
 
+import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..graph import has_reentrant_checkpoint
 from ..outputs import logits_of
 from ..passes import Noise, kept, stand_in, with_state
 from .choice import Candidate, chosen
@@ -122,7 +124,7 @@ def _found(model: nn.Module, image: Tensor, output: Callable | None, functions: 
     projection = LARGE * torch.randn(logits.shape, generator=generator).to(logits)
     s = (projection * logits).sum()
     necks = bottlenecks(s.grad_fn, start)
-    gradients = torch.autograd.grad(s, [m.tensor for m in maps], allow_unused=True)
+    gradients = _gradients(model, s, [m.tensor for m in maps])
     found = []
     for m, gradient in zip(maps, gradients, strict=True):
         neck = necks.get(m.tensor.grad_fn) == {m.tensor.output_nr}
@@ -130,6 +132,24 @@ def _found(model: nn.Module, image: Tensor, output: Callable | None, functions: 
         if name is not None and gradient is not None:
             found.append(Candidate(name, m, neck, *_reached(gradient, m.layout)))
     return chosen(found)
+
+
+def _gradients(model: nn.Module, s: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """ds/d(tensor), None where s does not depend on it."""
+    if not has_reentrant_checkpoint(s):
+        return torch.autograd.grad(s, tensors, allow_unused=True)
+    # Such a checkpoint only takes part in a backward pass that reaches for every leaf.
+    found: dict[int, Tensor] = {}
+    handles = [t.register_hook(functools.partial(found.__setitem__, i)) for i, t in enumerate(tensors)]
+    before = [(p, p.grad) for p in model.parameters()]
+    try:
+        s.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, gradient in before:
+            parameter.grad = gradient
+    return [found.get(i) for i in range(len(tensors))]
 
 
 def _reached(gradient: Tensor, layout: Layout) -> tuple[bool, bool]:

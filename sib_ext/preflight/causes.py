@@ -3,8 +3,8 @@
 import re
 from typing import NamedTuple
 
+from .errors import NoPath, NotFinite
 from .graph import is_once_differentiable
-from .probe import NoPath, NotFinite
 from .twin import first_line
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from .causes import FIX_CUT, FIX_FUNCTION, explain, named
+from .errors import NotFinite
 from .finding import FAILS, OK, UNVERIFIED, WRONG, Finding
 from .functions import rules
 from .precision import in_float64, to_float64
-from .probe import NotFinite, Probe
+from .probe import Probe
 from .twin import first_line
 
 NOISY = "central differences are too noisy here", "check with more or larger images"

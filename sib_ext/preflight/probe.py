@@ -8,18 +8,12 @@ from torch import Tensor, nn
 
 from ..outputs import tensors_of
 from .differences import against_differences
+from .errors import NoPath, NotFinite
 from .graph import custom_functions
+from .head import Head
 from .twin import kept, mapped, reseed, tensors_in
 
 JITTER = 0.05  # parameters move by this share, away from special points such as zero biases and zero gains
-
-
-class NoPath(Exception):
-    """The output does not depend on the input in a differentiable way."""
-
-
-class NotFinite(Exception):
-    """A derivative is NaN or infinite."""
 
 
 def _random_like(tensor: Tensor, seed: int) -> Tensor:
@@ -61,6 +55,7 @@ class Probe:
             curved: s has a quadratic part, so that cotangents depend on the outputs, as in training.
         """
         self.module, self.logits, self.curved = module, logits, curved
+        self.of_map = isinstance(module, Head)
         self.inputs = kept(inputs)
         self.leaves = [t for t in tensors_in(self.inputs) if t.requires_grad]
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -77,7 +72,8 @@ class Probe:
     @property
     def variables(self) -> list[Tensor]:
         """What phi is differentiated by."""
-        return self.parameters if self.whole else self.parameters + self.leaves + self.cotangents
+        inner = self.leaves if self.of_map else [] if self.whole else self.leaves + self.cotangents
+        return self.parameters + inner
 
     def outputs(self) -> list[Tensor]:
         """Of a forward from the same state and random numbers every time."""

@@ -9,29 +9,47 @@ from ..graph import graph_nodes
 from ..outputs import tensors_of
 from .causes import NO_PATH
 from .finding import OK, UNVERIFIED, Finding, because_of
+from .head import Head
 from .judge import judge
 from .twin import kept, reseed, signature, tensors_in, twin
 
 
 class Search:
-    def __init__(self, model: nn.Module, x: Tensor, logits: Callable):
-        """``logits``: what the model returns -> the tensors that s is made of."""
+    def __init__(self, model: nn.Module, x: Tensor, logits: Callable, place: str | None = None):
+        """
+        Args:
+            logits: what the model returns -> the tensors that s is made of.
+            place: of a feature map; what runs after it alone is judged.
+        """
+        self.place = place or ""
         self.own, self.double, self.logits = model, twin(model).double(), logits
-        self.x = x.detach().clone().requires_grad_()
+        self.whole, self.whole_in_double, self.x = self.own, self.double, x.detach().clone().requires_grad_()
+        if place is not None:
+            self.whole = Head(self.own, x, place)
+            self.whole_in_double = Head(self.double, x.double(), place)
+            self.x = self.whole.feature_map().requires_grad_()
+            self.whole_in_double.feature_map()
         self.calls: dict[str, list[tuple]] = {}
         self.no_path = False
 
     def findings(self) -> list[Finding]:
         """The model's first, and alone if it is ok."""
-        whole = judge("", self.own, self.double, ((self.x,), {}), self.logits)
+        whole = judge("", self.whole, self.whole_in_double, ((self.x,), {}), self.logits)
+        whole = replace(whole, type=type(self.own).__name__)
         if whole.status == OK:
             return [whole]
         self.no_path = whole.reason == NO_PATH
-        self.calls = _calls_before_the_logits(self.own, self.x, self.logits)
+        self.calls = self.calls_before_the_logits()
         below = self._below("", self.own)
         if at_fault := [f for f in below if f.at_fault]:
             whole = replace(whole, reason=because_of(at_fault), fix="")
         return [whole, *below]
+
+    def calls_before_the_logits(self) -> dict[str, list[tuple]]:
+        """The inputs of every module between x, or the feature map, and the logits."""
+        calls = _calls_before_the_logits(self.own, self.whole, self.x, self.logits)
+        # A module around the feature map has a part that runs before it.
+        return {name: found for name, found in calls.items() if not self.place.startswith(f"{name}.")}
 
     def _below(self, name: str, module: nn.Module) -> list[Finding]:
         """Findings on what ``module`` calls; one that does not pass gives way to those inside it that do not."""
@@ -81,8 +99,8 @@ class _Calls:
         return not nodes_of_outputs or any(n is None or n in nodes for n in nodes_of_outputs)
 
 
-def _calls_before_the_logits(model: nn.Module, x: Tensor, logits: Callable) -> dict[str, list[tuple]]:
-    """The inputs of every module between x and the logits."""
+def _calls_before_the_logits(model: nn.Module, run: Callable, x: Tensor, logits: Callable) -> dict[str, list[tuple]]:
+    """``run``: x -> what the model returns."""
     calls: dict[str, _Calls] = {}
 
     def entering(name: str) -> Callable:
@@ -109,7 +127,7 @@ def _calls_before_the_logits(model: nn.Module, x: Tensor, logits: Callable) -> d
             handles.append(module.register_forward_hook(leaving(name)))
     try:
         reseed(x.device)
-        nodes = set(graph_nodes([z.grad_fn for z in logits(model(x))]))
+        nodes = set(graph_nodes([z.grad_fn for z in logits(run(x))]))
         calls = {name: found for name, found in calls.items() if found.come_before(nodes)}
     except Exception:
         pass  # the model's own finding says so; what ran until then is recorded

@@ -206,7 +206,8 @@ def check_step(
     assert traces(model) == left, "modes, attributes or hooks of the model have changed"
     for (name, p), of_plain_step in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (of_plain_step.grad is None), f"grad of {name}: {p.grad} after a step"
-    assert hooks.backwards == of_plain.backwards, "hooks of parameters were fired more than once, or not at all"
+    once = dict.fromkeys(of_plain.backwards, 1)  # also where reentrant checkpoints of parts fire them for each
+    assert hooks.backwards == once, "hooks of parameters were fired more than once, or not at all"
     if not step.microbatch and step.engine != "compiled":
         assert {n for n, c in hooks.forwards.items() if c} == {n for n, c in of_plain.forwards.items() if c}
 
