@@ -246,11 +246,14 @@ def plain_loop(data, make_step, options=SMALL):
 
 @pytest.mark.parametrize("method", ["ce", "sib"])
 def test_training_is_a_plain_training_loop_bit_for_bit(data, tmp_path, method):
-    # A seed without chance: the trainer sets torch's generator before every step, a plain loop does not.
-    fixed = {} if method == "ce" else {"seed": "target_logit"}
-    make_step = cross_entropy_step if method == "ce" else lambda model: SIBStep(model, SpatialIBLoss(**fixed))
-    model, losses = plain_loop(data, make_step)
-    options = replace(SMALL, method=method, loss_options=fixed)
+    # Without chance: the trainer sets torch's generator before every step, a plain loop does not.
+    fixed, of_step = ({}, {}) if method == "ce" else ({"seed": "target_logit"}, {"jitter": 0.0})
+
+    def sib_step(model):
+        return SIBStep(model, SpatialIBLoss(**fixed), **of_step)
+
+    model, losses = plain_loop(data, cross_entropy_step if method == "ce" else sib_step)
+    options = replace(SMALL, method=method, loss_options=fixed | of_step)
     run(options, tmp_path, data)
     trained = open_run(tmp_path, best=False)
     assert same_weights(trained.model, model)
@@ -270,13 +273,14 @@ def test_training_is_a_plain_training_loop_bit_for_bit(data, tmp_path, method):
 def test_every_method_trains_and_logs_its_parts(data, tmp_path, method):
     done = run(replace(SMALL, method=method, epochs=1), tmp_path, data)
     assert done.finished and done.epoch == 1 and len(done.history) == 1
+    of_map = {f"{kind}_block4" for kind in ("background", "foreground", "empty")}
     parts = {
         "ce": set(),
         "gradient-penalty": {"penalty", "vjp_variance"},
         "rrr": {"background"},
         "energy-loss": {"background"},
-        "sib-paper": {"background", "foreground", "vjp_variance"},
-    }.get(method, {"background", "background_block4", "vjp_variance"})
+        "sib-paper": {"background_input", "foreground_input", "empty_input", "vjp_variance"},
+    }.get(method, {"background_input", "empty_input", "vjp_variance"} | of_map)
     (line,) = lines(tmp_path / METRICS)
     measured = {"accuracy_matched", "cross_entropy_matched", "accuracy_uncorrelated", "cross_entropy_uncorrelated"}
     seconds = {"seconds_median", "seconds_p20", "seconds_p80"}
