@@ -7,7 +7,7 @@ from typing import Any
 #: How a network is trained: key -> one sentence. What each computes is in sib_lab/losses.py.
 METHODS = {
     "ce": "cross-entropy alone",
-    "sib": "S-IB, balanced preset: background shares of VJP and feature map down, with given masks where there are any",
+    "sib": "S-IB, balanced preset: background down, foreground information up; with given masks where there are any",
     "sib-paper": "S-IB as published (arXiv 2511.09239), with a mask made from the VJP",
     "gradient-penalty": "control: the VJP's squared norm, or its mismatch to another run's, everywhere, no mask",
     "centre-mask": "control: S-IB with one fixed mask in the middle of the image, as large as the objects",
@@ -57,7 +57,7 @@ class TrainConfig:
 
     # loss, see sib_lab.losses
     method: str = "sib"
-    strength: float | None = None  #: weight of the method's main term; None: the method's own
+    strength: float | None = None  #: weight of the method's main term, factor of all of S-IB's; None: the method's own
     masks: str = "auto"  #: of S-IB: "given" where annotated; "self-made" always; "auto": given except sib-paper
     match: tuple[float, ...] = ()  #: VJP variances, evenly over training, that gradient-penalty's weight follows
     loss_options: Mapping[str, Any] = field(default_factory=dict)  #: further arguments of the method's loss

@@ -17,6 +17,9 @@ from .runs import write_whole
 COLOURS = {
     "ce": "#8792a2",
     "sib": "#0f766e",
+    "sib-features": "#4fb3a9",
+    "sib-background": "#12414f",
+    "sib-foreground": "#a3d9cf",
     "sib-paper": "#6aa84f",
     "gradient-penalty": "#c2571a",
     "centre-mask": "#b88a00",
