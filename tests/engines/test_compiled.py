@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from sib_ext import SIBStep
 from sib_ext.engines import compiled
 
 from ..compare import assert_near
@@ -195,7 +194,7 @@ def test_a_compiled_model_with_layers_is_trained_by_the_exact_engine(batch, eage
     model, criterion = Network().double(), loss_of()
     x, y, mask = batch[0].double(), *batch[1:]
     _, truth = truth_of(model, criterion, batch, ("body",))
-    loss = SIBStep(torch.compile(model), criterion)(x, y, mask)
+    loss = step_of(torch.compile(model), criterion, "auto")(x, y, mask)
     assert error(gradient(model, loss), truth) < 1e-11
 
 
