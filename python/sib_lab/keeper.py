@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -107,7 +108,8 @@ class Keeper:
         for kind, group, lines in (("epochs", "epoch", epochs), ("curves", "step", points)):
             for line in lines[self.written[kind] :]:
                 for name in line.keys() - {"epoch", "step"}:
-                    self.writer.add_scalar(f"{group}/{name}", line[name], int(line["step"]))
+                    if not math.isnan(line[name]):  # a part that these steps did not have
+                        self.writer.add_scalar(f"{group}/{name}", line[name], int(line["step"]))
             self.written[kind] = len(lines)
         self.writer.flush()
 
