@@ -48,7 +48,15 @@ def information(
         given, annotated: as :func:`sib_ext.masks.given_mask` returns them.
         features: name -> class activation [B,1,h,w] of a feature map (:func:`sib_ext.functional.class_activation`),
             at least one where R is None; its terms are those in the mask brought to its size.
+
+    Raises:
+        ValueError: a feature map of the input's name, whose terms could not be told apart.
     """
+    if INPUT in features:
+        raise ValueError(
+            f"layers: a feature map's place is named {INPUT!r}, as the terms of the input are: name another place, or "
+            "wrap the model, nn.Sequential(model), whose places have other names"
+        )
     with without_autocast(x.device.type):
         M = _mask(loss, R, x, features, given, annotated)
         weights = _sample_weights(loss, x, given, annotated, joined)

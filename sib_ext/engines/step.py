@@ -162,7 +162,7 @@ class SIBStep:
         if set(state) != expected:
             raise ValueError(f"state must be what state_dict() of a step returned, got the keys {sorted(state)}")
         self.steps = state["steps"]
-        if self._finds_layers:  # layers that were named stay
+        if self._finds_layers and state["layers"]:  # layers that were named stay; who found none looks itself
             check_places(unwrapped(self.model), state["layers"])
             self.layers, self._finds_layers = tuple(state["layers"]), state["finds_layers"]
 
@@ -198,7 +198,7 @@ class SIBStep:
         if of_input and self.jitter:
             x = _jittered(x, self.jitter)
         task = self._task(x, of_input)
-        if not of_input and not self.layers:
+        if not of_input and not task.layers:
             cross_entropy = self._cross_entropy(self._plain_logits(task, x, target), target, x)
             return SIBTerms(cross_entropy, cross_entropy)
         joined = self.criterion.joined(x)
@@ -220,12 +220,13 @@ class SIBStep:
         if self._finds_layers:
             name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
-            if not (name or self.criterion.has_input_terms):
-                raise ValueError(
-                    "layers: nothing is left of the S-IB loss, as no feature map was found and the input has no terms: "
-                    "name a place, layers=[...], or give the criterion input_background"
-                )
-        return Task(eager, self.criterion, self.layers, self.output, self.scaler, of_input, self._ordinary)
+        layers = self.layers if self.criterion.has_feature_terms else ()  # weights may change in a training
+        if self.criterion.has_terms and not (layers or self.criterion.has_input_terms):
+            raise ValueError(
+                "layers: nothing is left of the S-IB loss, as there is no feature map and the input has no terms: "
+                "name a place, layers=[...], or give the criterion input_background"
+            )
+        return Task(eager, self.criterion, layers, self.output, self.scaler, of_input, self._ordinary)
 
     def _cross_entropy(self, logits: Tensor, target: Tensor, x: Tensor) -> Tensor:
         joined = distributed.JoinedBatch(x, self.criterion.process_group)

@@ -188,6 +188,38 @@ def test_where_nothing_is_left_of_the_loss_it_is_refused(batch):
     step = step_of(flat, loss_of(input_background=0, input_foreground=0), "auto")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="nothing is left of the S-IB loss"):
         step(*batch)
+    alone = loss_of(input_background=0, input_foreground=0)
+    for again in (step, step_of(Network(), alone, ())):  # a second time, and where no layer is wanted
+        with pytest.raises(ValueError, match="nothing is left of the S-IB loss"):
+            again(*batch)
+
+
+def test_the_state_of_a_step_without_layers_does_not_end_the_search(batch):
+    step = step_of(Network(), loss_of(), "auto")
+    step.load_state_dict(step_of(Network(), loss_of("paper")).state_dict())
+    assert "body" in step.terms(*batch).background
+
+
+def test_feature_weights_may_fall_to_zero_in_a_training(batch):
+    step = step_of(Network(), loss_of(), "auto")
+    assert "body" in step.terms(*batch).background
+    step.criterion.feature_background = 0.0
+    assert list(step.terms(*batch).background) == ["input"]
+
+
+def test_a_place_of_the_inputs_name_is_refused(batch):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input, self.head = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.input(x).mean((2, 3)))
+
+    with pytest.raises(ValueError, match="named 'input'.*wrap"):
+        step_of(Named(), loss_of(), "auto")(*batch)
+    terms = step_of(nn.Sequential(Named()), loss_of(), "auto").terms(*batch)
+    assert list(terms.background) == ["input", "0.input"]
 
 
 @pytest.mark.parametrize("layers", ["auto", ("body",)])
