@@ -26,8 +26,14 @@ from sib_ext import functional as sib
 from sib_ext.distributed import JoinedBatch
 
 SIZES = (256, 1024, 4096)
-OPTIONS = {"seed": "target_logit", "mask_source": "vjp", "background": "energy_ratio", "foreground": "cka"}
-WEIGHTS = {"input_background": 1.0, "input_foreground": 0.1}
+OPTIONS = {
+    "seed": "target_logit",
+    "mask_source": "vjp",
+    "background": "energy_ratio",
+    "foreground": "cka",
+    "input_background": 1.0,
+    "input_foreground": 0.1,
+}
 TERMS = {"hsic": sib.foreground_hsic, "hsic_unbiased": sib.foreground_hsic_unbiased, "cka": sib.foreground_cka}
 
 
@@ -51,7 +57,7 @@ class Measurement:
         torch.manual_seed(0)
         model, self.x, y = resnet18(num_classes=10), crops(batch).requires_grad_(), torch.randint(10, (batch,))
         self.weights = list(model.parameters())
-        criterion = SpatialIBLoss(**OPTIONS, **WEIGHTS)
+        criterion = SpatialIBLoss(**OPTIONS)
         logits = model(self.x)
         terms = criterion.terms(logits, y, self.x)
         self.vjp, self.mask, self.weight = terms.vjp, terms.mask, criterion.input_foreground

@@ -25,6 +25,7 @@ from rich.table import Table
 from scipy.optimize import brentq
 from scipy.special import expit, log_expit, ndtr, xlogy
 from scipy.stats import chi, norm
+from sib_lab.losses import background_share
 from sib_lab.pictures import COLOURS, FAINT, INK, STYLE, save
 from torch import Tensor, nn
 
@@ -36,11 +37,6 @@ OBJECT_MEAN, CUE_MEAN = 1.25, 2.0  #: of the two sufficient statistics, whose no
 LN2 = math.log(2)
 STRENGTHS = np.append(np.linspace(0, 0.9, 10), (0.95, 0.99, 1))
 SIGNS = np.array([-1.0, 1.0])
-
-
-def background_share(field: Tensor, mask: Tensor) -> Tensor:
-    """[B] in [0,1]: sum field (1 - mask) / sum field, of ``field`` [B,1,H,W] >= 0 and ``mask`` [B,1,H,W] in [0,1]."""
-    return (field * (1 - mask)).sum((1, 2, 3)) / field.sum((1, 2, 3))
 
 
 # ------------------------------------------------------------------------------------------------ the world

@@ -25,7 +25,7 @@ from sib_lab import measure, pictures
 from sib_lab.compare import OF_MASKS, Material, Plan, compare
 from sib_lab.evidence import BASELINE, OURS, SCALES, SITUATIONS, check_data, plan_of
 from sib_lab.explain import METHODS, SIX
-from sib_lab.losses import captured
+from sib_lab.losses import background_share, captured
 from sib_lab.networks import cam_layer
 from sib_lab.report import IMAGES, MAPS
 from sib_lab.results import EMPTY, MEASURED, RUNS, run_name
@@ -69,11 +69,10 @@ def of_activation(T: Tensor, mask: Tensor) -> dict[str, float]:
     of the object, mean: (sum M sqrt T)^2 / (sum M sum M T), 1 where T is even on it, 0 where T is empty. ``empty``: the
     share of T that are zero everywhere.
     """
-    whole, inside, area = T.sum((1, 2, 3)), (mask * T).sum((1, 2, 3)), mask.sum((1, 2, 3))
-    filled = whole > 0
+    inside, area, filled = (mask * T).sum((1, 2, 3)), mask.sum((1, 2, 3)), T.flatten(1).any(1)
     spread = (mask * T.sqrt()).sum((1, 2, 3)).square() / (area * inside).clamp_min(1e-30)
     return {
-        "background": (1 - inside[filled] / whole[filled]).mean().item(),
+        "background": background_share(T, mask)[filled].mean().item(),
         "capacity": math.exp(sib.foreground_log_capacity(T, mask).mean().item()) - FLOOR,
         "coverage": spread.mean().item(),
         "empty": (~filled).double().mean().item(),
