@@ -39,16 +39,18 @@ class CollapseGuard:
         """Once a training step that has terms."""
         if (self.warned and self.warned_of_empty) or torch.compiler.is_compiling():
             return
-        nothing = torch.full_like(cross_entropy, math.nan)
         empty = torch.stack(list(found.empty.values())).amax() / len(found.mask)
-        parts = (cross_entropy, *(nothing if t is None else t for t in (found.input, found.features)), empty)
-        now = torch.stack([part.detach().float() for part in parts])
+        parts = [
+            part if part is None else part.detach().float() for part in (cross_entropy, found.input, found.features)
+        ]
+        parts.append(empty)
+        absent = torch.full_like(empty, math.nan)
+        now = torch.stack([absent if part is None else part for part in parts])
         before = torch.full_like(now, math.nan) if self.means is None else self.means.to(now.device)
         # A step that is not finite (a GradScaler that looks for its scale) does not count, nor does what it lacks.
-        has = torch.tensor([True, found.input is not None, found.features is not None, True], device=now.device)
-        finite = (now.isfinite() | ~has).all()
+        finite = torch.stack([part for part in parts if part is not None]).isfinite().all()
         known = torch.where(before.isfinite(), torch.lerp(now, before, SMOOTHING), now)
-        self.means = torch.where(has & finite, known, before)
+        self.means = torch.where(finite & now.isfinite(), known, before)
         self.steps += 1
         capturing = now.is_cuda and torch.cuda.is_current_stream_capturing()
         if self.steps % LOOK == 0 and not capturing:
