@@ -64,12 +64,15 @@ class SIBStep:
         scaler: "torch.amp.GradScaler | None" = None,
         output: Callable | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(criterion, SpatialIBLoss):
+            raise ValueError(f"criterion must be a sib_ext.SpatialIBLoss, got {type(criterion).__name__}")
         self.model, self.criterion = model, criterion
         self.layers = () if layers == "auto" else (layers,) if isinstance(layers, str) else tuple(layers)
-        self._finds_layers = layers == "auto" and getattr(criterion, "has_feature_terms", False)
-        constants = PRESETS.get(getattr(criterion, "preset", None), {})
-        self.every = constants.get("every") if every is None else every
-        self.jitter = constants.get("jitter") if jitter is None else jitter
+        self._finds_layers = layers == "auto" and criterion.has_feature_terms
+        self.every = PRESETS[criterion.preset]["every"] if every is None else every
+        self.jitter = PRESETS[criterion.preset]["jitter"] if jitter is None else jitter
         self.microbatch, self.scaler, self.output = microbatch, scaler, output
         self._check_options(engine)
         self.engine, self._why = self._chosen(engine)
@@ -79,10 +82,6 @@ class SIBStep:
         self.steps = 0
 
     def _check_options(self, engine: str) -> None:
-        if not isinstance(self.model, nn.Module):
-            raise ValueError(f"model must be a torch.nn.Module, got {type(self.model).__name__}")
-        if not isinstance(self.criterion, SpatialIBLoss):
-            raise ValueError(f"criterion must be a sib_ext.SpatialIBLoss, got {type(self.criterion).__name__}")
         check_choice("engine", engine, ENGINES)
         for name, value in (("every", self.every), ("microbatch", self.microbatch)):
             if (name, value) != ("microbatch", None) and (type(value) is not int or value < 1):
