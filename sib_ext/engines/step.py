@@ -193,7 +193,13 @@ class SIBStep:
         given, annotated = self.criterion.given(mask, x, annotated)
         x = x.detach()
         of_input = self.criterion.has_input_terms and self.steps % self.every == 0
-        self.steps += 1
+        terms = self._terms(x, target, given, annotated, of_input)
+        self.steps += 1  # a step that failed, and was caught, is still due
+        return terms
+
+    def _terms(
+        self, x: Tensor, target: Tensor, given: Tensor | None, annotated: Tensor | None, of_input: bool
+    ) -> SIBTerms:
         if of_input and self.jitter:
             x = _jittered(x, self.jitter)
         task = self._task(x, of_input)

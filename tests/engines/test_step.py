@@ -200,6 +200,14 @@ def test_the_state_of_a_step_without_layers_does_not_end_the_search(batch):
     assert "body" in step.terms(*batch).background
 
 
+def test_a_step_that_failed_is_still_due(batch):
+    x, y, mask = batch
+    step = step_of(Network(), loss_of(), every=4)
+    with pytest.raises(ValueError, match="target must lie in"):
+        step(x, y + CLASSES, mask)
+    assert "input" in step.terms(*batch).background and "input" not in step.terms(*batch).background
+
+
 def test_feature_weights_may_fall_to_zero_in_a_training(batch):
     step = step_of(Network(), loss_of(), "auto")
     assert "body" in step.terms(*batch).background
