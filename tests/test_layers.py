@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 import warnings
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -588,6 +589,27 @@ def test_wrong_places_are_named():
         with captured(strings, ["0"]):
             strings(x)
     assert not any(m._forward_hooks for m in [*model.modules(), *strings.modules()])
+
+
+class Pair(NamedTuple):
+    count: int
+    map: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "kind", [Pair, lambda *parts: tuple(parts), lambda *parts: list(parts)], ids=["named", "tuple", "list"]
+)
+def test_what_takes_the_place_of_a_captured_tensor_goes_on_in_the_model(kind):
+    class Returns(nn.Module):
+        def forward(self, x):
+            return kind(3, x)
+
+    model = nn.Sequential(Returns())
+    x = torch.ones(2, 3)
+    with captured(model, ["0"], lambda tensor: 2 * tensor) as found:
+        output = model(x)
+    assert type(output) is type(kind(3, x)) and output[0] == 3
+    assert output[1] is found["0"] and torch.equal(found["0"], 2 * x)
 
 
 def test_of_a_tuple_the_first_tensor_is_captured():

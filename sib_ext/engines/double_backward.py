@@ -47,24 +47,22 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
     return VJPs(logits, None if of_x is None else _unscaled(task, of_x), features, unscaled)
 
 
-def _reached(task: Task, fused: fused_double_backward, feature_map: Tensor) -> None:
+def _reached(task: Task, fused: fused_double_backward, feature_map: Tensor) -> Tensor | None:
     fused.activate()
     if feature_map.is_inference():
         raise RuntimeError(
             "layers: a feature map was computed under torch.inference_mode, which autograd cannot use: run what is "
             "frozen under torch.no_grad"
         )
-    if not (task.of_input or feature_map.requires_grad):  # all that it was computed from is frozen
-        differentiable(feature_map)
+    frozen = not (task.of_input or feature_map.requires_grad)  # and all that it was computed from
+    return differentiable(feature_map) if frozen else None
 
 
-def differentiable(tensor: Tensor) -> None:
-    """From here on there is a graph, although the tensor was computed without one; it may still be overwritten."""
-    if tensor._is_view():
-        tensor.requires_grad_()
-        return
+def differentiable(tensor: Tensor) -> Tensor:
+    """The tensor, or of a view a copy, with a graph from here on; it may still be overwritten."""
+    tensor = tensor.clone() if tensor._is_view() else tensor
     with torch.enable_grad():
-        _Start.apply(tensor, torch.zeros((), device=tensor.device, requires_grad=True))
+        return _Start.apply(tensor, torch.zeros((), device=tensor.device, requires_grad=True))
 
 
 class _Start(Function):

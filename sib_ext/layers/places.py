@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 _JOINING = {"cat", "concat", "concatenate"}
 _FUNCTION = re.compile(r"(?:(?P<module>.+)\.)?(?P<function>\w+)\(\)")
@@ -42,7 +43,8 @@ def captured(
     Of a tuple or list it is the first tensor. Close it before the backward pass, in which checkpoints run again.
 
     Args:
-        reached: called with each tensor as it is there, before the model goes on, with what that returns, if anything.
+        reached: called with each tensor as it is there; what it returns, if anything, takes the tensor's place in the
+            dictionary and in the model.
 
     Raises:
         ValueError: an output that is no tensor, or a module that runs twice.
@@ -51,22 +53,21 @@ def captured(
     modules = dict(model.named_modules())
     functions = {name for name in names if _FUNCTION.fullmatch(name)}
 
-    def keep(place: str, tensor: Tensor) -> Tensor | None:
-        if place not in functions:
-            return None
-        found[place] = tensor
-        return reached(tensor)
+    def keep(place: str, tensor: Tensor) -> Tensor:
+        instead = reached(tensor)
+        found[place] = tensor if instead is None else instead
+        return found[place]
 
     with ExitStack() as stack:
         for name in names:
             if name not in functions:
-                stack.callback(modules[name].register_forward_hook(_of_module(name, found, reached)).remove)
+                stack.callback(modules[name].register_forward_hook(_of_module(name, found, keep)).remove)
         if functions:
-            stack.enter_context(functions_seen(model, keep))
+            stack.enter_context(functions_seen(model, lambda place, t: keep(place, t) if place in functions else None))
         yield found
 
 
-def _of_module(name: str, found: dict[str, Tensor], reached: Callable[[Tensor], Tensor | None]) -> Callable:
+def _of_module(name: str, found: dict[str, Tensor], keep: See) -> Callable:
     def hook(module, inputs, output):
         tensor = first_tensor(output)
         if tensor is None:
@@ -75,11 +76,8 @@ def _of_module(name: str, found: dict[str, Tensor], reached: Callable[[Tensor], 
             )
         if name in found:
             raise ValueError(f"layers: {name!r} runs more than once in a forward pass: name a module that runs once")
-        found[name] = tensor
-        instead = reached(tensor)
-        if instead is None or tensor is output:
-            return instead
-        return type(output)(instead if part is tensor else part for part in output)
+        instead = keep(name, tensor)
+        return output if instead is tensor else tree_map(lambda part: instead if part is tensor else part, output)
 
     return hook
 

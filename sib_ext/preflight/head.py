@@ -57,9 +57,8 @@ def ordinary_backward(model: nn.Module, x: Tensor, logits: Callable, place: str)
         Exception: whatever the step would raise.
     """
 
-    def reached(tensor: Tensor) -> None:
-        if not tensor.requires_grad:
-            differentiable(tensor)
+    def reached(tensor: Tensor) -> Tensor | None:
+        return None if tensor.requires_grad else differentiable(tensor)
 
     with captured(model, (place,), reached) as found:
         outputs = logits(model(x.detach().clone()))

@@ -367,3 +367,21 @@ class Permuted(Network):
 def test_a_frozen_feature_map_may_be_a_view(under, options):
     make = functools.partial(Permuted, under=under)
     check_step(make, *batch(), "backbone", of_features(), exact=Permuted, **options)
+
+
+class OverwrittenView(Permuted):
+    """As tokens that a position is added to in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.position = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x):
+        h = self.backbone(x)
+        h += self.position
+        return self.head(F.silu(h).mean((1, 2)))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_frozen_view_may_be_overwritten(options):
+    check_step(OverwrittenView, *batch(), "backbone", of_features(), **options)
