@@ -54,8 +54,8 @@ def information(
     """
     if INPUT in features:
         raise ValueError(
-            f"layers: a feature map's place is named {INPUT!r}, as the terms of the input are: name another place, or "
-            "wrap the model, nn.Sequential(model), whose places have other names"
+            f"a feature map is named {INPUT!r}, as the terms of the input are: give it another name in features=; for "
+            "SIBStep name another place, layers=[...], or wrap the model, nn.Sequential(model), which renames places"
         )
     with without_autocast(x.device.type):
         M = _mask(loss, R, x, features, given, annotated)

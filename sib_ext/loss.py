@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from . import distributed, estimators, masks, seeds
 from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
 from .guard import CollapseGuard
-from .information import INPUT, TRANSFORMS, Information, information
+from .information import TRANSFORMS, Information, information
 from .layers import class_activation_of
 from .ops.density_mask import PADDINGS
 
@@ -91,8 +91,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             ``"random_logit"``.
         mask: how M is made when none is given: ``"density"`` (published), ``"hard_density"``, ``"mean_sigmoid"``,
             ``"top_p"``.
-        mask_source: of what: ``"vjp"``, R (published), or ``"activation"``, the class activation of the last of the
-            feature maps, and where there are none the magnitude of R; each relative to its mean.
+        mask_source: of what: ``"vjp"``, R (published), or ``"activation"``, the class activation of the feature map
+            that is named last, and where there are none the magnitude of R; each relative to its mean.
         background: ``"variance"`` (published), ``"energy"``, ``"energy_ratio"``, ``"magnitude_ratio"``, ``"gaussian"``.
         foreground: of the input: ``"hsic"`` (published, B >= 2), ``"hsic_unbiased"`` (B >= 4), ``"cka"`` (B >= 2),
             ``"gaussian"``, which compare R with x, or ``"log_capacity"``. Feature maps have ``"log_capacity"`` always.
@@ -102,7 +102,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             (:func:`sib_ext.functional.class_activation`), >= 0.
         self_made_share: of samples without an annotation in the terms of a batch that has both kinds, in [0,1): terms
             are (1 - share) times the mean over the annotated samples plus share times the mean over the others.
-            Where all are of one kind, the mean; 0: samples without an annotation never have terms.
+            Where all are of one kind, the mean; 0: samples without an annotation never have terms. HSIC and CKA
+            compare all samples of the batch and know no share.
         transform: f: ``"exp"`` (published), ``"expm1"`` (the same gradient, no offset), ``"identity"``.
         detach_mask: True keeps the gradient from flowing through a self-made mask (published: False).
         window: side of the mask's box average in pixels, odd, or ``"auto"`` = 31 scaled from 224 px (density masks).
@@ -310,8 +311,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
                 "features were given, but have no term (feature_background=0, feature_foreground=0): give one of these "
                 "weights, or no features"
             )
-        if INPUT in features or not features:
-            raise ValueError(f"features must name one map or more, none of them {INPUT!r}, got {list(features)}")
+        if not features:
+            raise ValueError("features must name one map or more, got none: leave them out for the input's terms alone")
         return features
 
     # ------------------------------------------------------------- the parts, as sib_ext.engines composes them

@@ -392,8 +392,8 @@ def test_features_that_do_not_require_grad_are_named(problem):
 
 def test_the_inputs_place_is_no_name_for_a_feature_map(problem):
     features, logits = through_features(problem, problem.x)
-    for named in ({"input": features}, {}):
-        with pytest.raises(ValueError, match="features must name one map or more, none of them 'input'"):
+    for named, words in (({"input": features}, "named 'input'.*another name in features="), ({}, "got none")):
+        with pytest.raises(ValueError, match=words):
             SpatialIBLoss()(logits, problem.y, problem.x, features=named)
 
 
