@@ -8,7 +8,7 @@ value per sample. Everything is to be *minimised* in the background and *maximis
 import torch
 from torch import Tensor
 
-from .checks import check_positive, describe
+from .checks import check_field, check_mask_shape, check_positive, describe
 from .reference import widen
 
 # The smallest denominator: keeps 0/0 at 0 and lies far under any VJP energy that float32 can tell from nothing.
@@ -148,8 +148,17 @@ def foreground_capacity(field: Tensor, mask: Tensor, mean: Tensor | None = None,
         mask: M [B,1,h,w] in [0,1].
         mean: of F over the batch and all positions, a scalar; None: of ``field``. Its gradient counts.
         kappa: > 0.
+
+    Raises:
+        ValueError: another shape, or kappa out of range.
     """
     check_positive("kappa", kappa)
+    check_field("field", field)
+    if field.shape[1] != 1:
+        raise ValueError(
+            f"field must be a map [B,1,h,w], got {describe(field)}: take sib_ext.functional.magnitude of it"
+        )
+    check_mask_shape("mask", mask, field)
     field, mask = widen(field), widen(mask)
     mean = field.mean() if mean is None else mean
     relative = field / torch.where(mean > TINY, mean, 1)

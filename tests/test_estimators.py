@@ -305,6 +305,14 @@ def test_capacity_of_narrow_fields_accumulates_in_float32(dtype):
     assert_near(found, sib.foreground_capacity(sib.magnitude(vjp.double()), mask.double()).float(), 1e-5)
 
 
+def test_capacity_refuses_other_shapes():
+    vjp, _, mask = SIX.fields()
+    with pytest.raises(ValueError, match=r"field must be a map \[B,1,h,w\].*magnitude"):
+        sib.foreground_capacity(vjp, mask)
+    with pytest.raises(ValueError, match="mask must be"):
+        sib.foreground_log_capacity(sib.magnitude(vjp), mask[:, :, :1, :1])
+
+
 @pytest.mark.parametrize("kappa", [0, -1.0, math.nan])
 def test_capacity_refuses_noise_that_is_not_positive(kappa):
     field, mask = SIX.fields().vjp.abs().sum(1, keepdim=True), SIX.fields().mask
