@@ -123,6 +123,12 @@ def check_double_backward(
     check_images(x)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("model has no parameter that requires grad: there is nothing to train")
+    of_features = _of_features_alone(criterion)
+    if layers != "auto" and not of_features:
+        raise ValueError(
+            f"layers={layers!r} has no meaning where the whole model is checked: leave it out, or give a criterion "
+            "with terms at feature maps alone, criterion=SpatialIBLoss(input_background=0)"
+        )
 
     def logits(returned) -> tuple[Tensor]:
         return (logits_of(returned, output),)
@@ -131,7 +137,7 @@ def check_double_backward(
         of_type = findings_by_type(model)
         copied = twin(model)
         logits(check_forward(copied, x))
-        if _of_features_alone(criterion):
+        if of_features:
             places: list[str] = []
             if failed := _failed(lambda: places.extend(_places(copied, x, output, layers))):
                 return DoubleBackwardReport((replace(failed, type=type(copied).__name__),))

@@ -156,3 +156,11 @@ def test_a_model_without_a_feature_map_is_told_so(x, criterion):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
     with pytest.raises(ValueError, match="no feature map was found"):
         check_double_backward(model, x, criterion=criterion)
+
+
+@pytest.mark.parametrize("criterion", [None, SpatialIBLoss()], ids=["none", "with terms of the input"])
+def test_layers_are_refused_where_the_whole_model_is_checked(criterion):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    model(x := torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="layers='0' has no meaning where the whole model is checked"):
+        check_double_backward(model, x, criterion=criterion, layers="0")
