@@ -20,6 +20,7 @@ from torch.utils import checkpoint
 
 from . import reference
 from .ops import dispatch
+from .ops.batch_norm_backward import batch_norm_backward
 from .ops.norm_double_backward import norm_double_backward
 
 
@@ -174,8 +175,9 @@ def _autocast_enabled(tensor: Tensor) -> bool:
 class _BatchNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
-        y, mean, rstd = torch.ops.aten.native_batch_norm(
-            x, weight, bias, running_mean, running_var, True, momentum, eps
+        # PyTorch's own choice of a kernel; the last two results belong to it.
+        y, mean, rstd, *ctx.kernel = torch.ops.aten._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
         ctx.eps, ctx.impl = eps, dispatch.default_impl()
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -193,7 +195,7 @@ class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *_extents(x), groups, eps)
-        ctx.groups, ctx.eps, ctx.impl = groups, eps, dispatch.default_impl()
+        ctx.groups, ctx.eps, ctx.impl, ctx.kernel = groups, eps, dispatch.default_impl(), None
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
@@ -210,21 +212,22 @@ def _norm_gradients(ctx, grad: Tensor, layer: Callable) -> tuple:
     x, weight, bias, mean, rstd = ctx.saved_tensors
     needed = ctx.needs_input_grad
     if is_input_only(grad):
-        grad_x = _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps, ctx.impl) if needed[0] else None
-        return grad_x, None, None
+        if not needed[0]:
+            return None, None, None
+        return _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps, ctx.impl, ctx.kernel), None, None
     if torch.is_grad_enabled():
         return _plain_derivatives(layer, (x, weight, bias), grad, needed)
-    return _norm_backward(grad, x, weight, mean, rstd, ctx.eps, list(needed[:3]))
+    return _norm_backward(grad, x, weight, mean, rstd, ctx.eps, ctx.impl, ctx.kernel, list(needed[:3]))
 
 
 class _NormInputGradient(Function):
     """(g, x, weight) -> dx of a batch (statistics [C]) or group (statistics [B,G]) normalisation."""
 
     @staticmethod
-    def forward(ctx, grad, x, weight, mean, rstd, eps, impl):
+    def forward(ctx, grad, x, weight, mean, rstd, eps, impl, kernel):
         ctx.eps, ctx.impl = eps, impl  # of the forward pass: a GPU's backward runs in another thread
         ctx.save_for_backward(grad, x, weight, mean, rstd)
-        return _norm_backward(grad, x, weight, mean, rstd, eps, [True, False, False])[0]
+        return _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, [True, False, False])[0]
 
     @staticmethod
     def backward(ctx, grad_grad):
@@ -235,7 +238,7 @@ class _NormInputGradient(Function):
             grad_grad.to(x.dtype), grad.to(x.dtype), x, mean, rstd, scale, ctx.eps, ctx.impl
         )
         for_weight = for_weight.to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return for_grad.to(grad.dtype), for_x, for_weight, None, None, None, None
+        return for_grad.to(grad.dtype), for_x, for_weight, *[None] * 5
 
 
 def _extents(x: Tensor) -> tuple[int, int, int]:
@@ -243,12 +246,21 @@ def _extents(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x[:1, :1].numel()
 
 
-def _norm_backward(grad, x, weight, mean, rstd, eps, wanted):
-    if mean.dim() == 1:
-        return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, wanted)
-    return torch.ops.aten.native_group_norm_backward(
-        grad.contiguous(), x, mean, rstd, weight, *_extents(x), mean.shape[1], wanted
-    )
+def _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, wanted):
+    if kernel is None:
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad.contiguous(), x, mean, rstd, weight, *_extents(x), mean.shape[1], wanted
+        )
+    elif x.is_cuda and dispatch.resolve(impl, "cuda") == "native":
+        scale = weight if weight is None else weight.to(mean.dtype)
+        grad_x, *of_parameters = batch_norm_backward(grad.to(x.dtype), x, mean, rstd, scale)
+        grads = grad_x, *(t if weight is None else t.to(weight.dtype) for t in of_parameters)
+    else:
+        reserve, index = kernel
+        grads = torch.ops.aten._batch_norm_impl_index_backward(
+            index, x, grad, weight, None, None, mean, rstd, True, eps, wanted, reserve
+        )
+    return tuple(t if wants else None for t, wants in zip(grads, wanted, strict=True))
 
 
 def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

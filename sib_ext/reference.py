@@ -247,6 +247,23 @@ def masked_statistics_backward(
 # ------------------------------------------------------------------------------------------ normalisation
 
 
+def batch_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of batch normalisation in train mode with averages over a channel of the whole batch:
+
+    d/dx = weight rstd (grad - avg grad - xhat avg(grad xhat)), d/dweight = sum grad xhat, d/dbias = sum grad
+    """
+    dims = (0, *range(2, x.dim()))
+    mean, rstd, scale = (
+        t.view(-1, *[1] * (x.dim() - 2)) for t in (mean, rstd, torch.ones_like(mean) if weight is None else weight)
+    )
+    xhat = (x - mean) * rstd
+    centred = grad - grad.mean(dims, keepdim=True)
+    grad_x = scale * rstd * (centred - xhat * (grad * xhat).mean(dims, keepdim=True))
+    return grad_x, (grad * xhat).sum(dims), grad.sum(dims)
+
+
 def norm_double_backward(
     grad_grad: Tensor, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

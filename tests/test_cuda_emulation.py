@@ -601,7 +601,7 @@ def test_the_second_derivative_of_a_normalisation_is_the_formula(name, affine, e
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", ["batch", "group", "batch, rows in fours"])
+@pytest.mark.parametrize("name", ["batch", "group", "batch, rows in fours", "batch, channels_last, fours"])
 def test_the_second_derivative_of_a_normalisation_in_narrow_types(name, dtype, emulated):
     arguments = test_norm_double_backward.arguments(name, dtype)
     exact = reference.norm_double_backward(*(None if t is None else t.double() for t in arguments[:6]))
@@ -609,11 +609,29 @@ def test_the_second_derivative_of_a_normalisation_in_narrow_types(name, dtype, e
         assert relative_error(value, truth) <= 2 * relative_error(truth.to(value.dtype), truth) + 1e-6
 
 
-def test_the_second_derivative_of_a_normalisation_does_not_depend_on_the_order_of_threads(emulated):
-    arguments = test_norm_double_backward.arguments("batch, rows in fours", torch.float32)
+@pytest.mark.parametrize("name", ["batch, rows in fours", "batch, channels_last, fours"])
+def test_derivatives_of_a_normalisation_do_not_depend_on_the_order_of_threads(name, emulated):
+    arguments = test_norm_double_backward.arguments(name, torch.float32)
+    emulated.multiprocessors = 3  # several parts
     results = []
     for order in cuda_emulation.ORDERS:
         emulated.set_order(order)
-        results.append(emulated.norm_double_backward(*arguments))
+        second, first = emulated.norm_double_backward(*arguments), emulated.batch_norm_backward(*arguments[1:6])
+        results.append((*second, *first))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+BATCH_NORM = [name for name, (_, groups) in test_norm_double_backward.CASES.items() if groups is None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("name", BATCH_NORM)
+def test_the_gradients_of_batch_normalisation_are_the_formula(name, affine, dtype, emulated):
+    arguments = test_norm_double_backward.arguments(name, dtype, affine=affine)[1:6]
+    exact = reference.batch_norm_backward(*(None if t is None else t.double() for t in arguments))
+    emulated.multiprocessors = 3
+    for value, truth in zip(emulated.batch_norm_backward(*arguments), exact, strict=True):
+        best = relative_error(truth.to(value.dtype), truth)
+        assert relative_error(value, truth) <= 2 * best + (1e-12 if dtype == torch.float64 else 1e-6)

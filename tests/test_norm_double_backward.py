@@ -14,6 +14,8 @@ EPS = 1e-3
 CASES = {
     "batch": ((4, 6, 5, 7), None),
     "batch, channels_last": ((4, 6, 5, 7), None),
+    "batch, channels_last, fours": ((9, 20, 6, 5), None),
+    "batch, channels_last, many fours": ((3, 136, 3, 3), None),
     "batch, vectors": ((5, 3), None),
     "batch, long rows": ((2, 3, 37, 41), None),
     "batch, rows in fours": ((35, 3, 12, 12), None),
@@ -66,7 +68,7 @@ def test_it_is_the_second_derivative_of_the_layer(name, affine, implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["batch", "batch, long rows", "group"])
+@pytest.mark.parametrize("name", ["batch", "batch, long rows", "batch, channels_last, fours", "group"])
 def test_it_is_no_worse_than_pytorch_in_the_same_type(name, dtype, implementation):
     v, g, x, *statistics, weight, eps = arguments(name, dtype)
     results = overload("norm_double_backward", implementation)(v, g, x, *statistics, weight, eps)
@@ -132,7 +134,7 @@ def test_it_is_differentiable_with_the_statistics_following_x(name, overload_nam
         assert_near(value, expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["batch", "group"])
+@pytest.mark.parametrize("name", ["batch", "batch, channels_last, fours", "group"])
 @pytest.mark.parametrize("affine", [True, False], ids=["weight", "no weight"])
 def test_opcheck(name, affine, overload_name):
     v, g, x, mean, rstd, weight, eps = arguments(name, affine=affine)

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../norm_double_backward.h"
+#include "../check_normalisation.h"
 
 namespace sib_ext {
 namespace {
@@ -95,7 +95,8 @@ void run(const Normalisation& shape, const Arguments<S>& in, Accumulate<S>* grad
 std::tuple<Tensor, Tensor, Tensor> norm_double_backward(const Tensor& grad_grad, const Tensor& grad, const Tensor& input,
                                                         const Tensor& mean, const Tensor& rstd,
                                                         std::optional<Tensor> weight, double) {
-  const Normalisation shape = check_normalisation(grad_grad, grad, input, mean, rstd, weight);
+  check_like("grad_grad", grad_grad, input);
+  const Normalisation shape = check_normalisation(grad, input, mean, rstd, weight);
   const auto dense = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const Tensor v = dense(grad_grad), g = dense(grad), x = dense(input), m = dense(mean), r = dense(rstd);
   const Tensor w = weight ? dense(*weight) : m;
@@ -109,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward(const Tensor& grad_grad,
                      mutable_data<S>(grad_g), mutable_data<S>(grad_x)},
         mutable_data<T>(grad_weight));
   });
-  return {grad_g, grad_x, grad_weight};
+  return {as_field(grad_g, input), as_field(grad_x, input), grad_weight};
 }
 
 }  // namespace

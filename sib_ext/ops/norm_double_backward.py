@@ -16,11 +16,13 @@ def _forward(grad_grad, grad, x, mean, rstd, weight, eps):
     grad_of_grad, grad_of_x, grad_of_weight = reference.norm_double_backward(
         *_wide(grad_grad, grad, x, mean, rstd, weight)
     )
-    return grad_of_grad.to(x.dtype).contiguous(), grad_of_x.to(x.dtype).contiguous(), grad_of_weight
+    like_x = dispatch.field_format(x)
+    gradients = (t.to(x.dtype).contiguous(memory_format=like_x) for t in (grad_of_grad, grad_of_x))
+    return *gradients, grad_of_weight
 
 
 def _fake(grad_grad, grad, x, mean, rstd, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape), mean.new_empty(x.shape[1])
+    return dispatch.empty_field(x), dispatch.empty_field(x), mean.new_empty(x.shape[1])
 
 
 def _save(ctx, inputs, output):

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.dispatch import field_format
 from .common import TILE
 
 SUMS = 5  # of v, g, v*xhat, g*xhat, v*g
@@ -86,11 +87,16 @@ def _coefficients(sums: Tensor, rstd: Tensor, weight: Tensor, mean: Tensor, coun
 
 def forward(grad_grad, grad, x, mean, rstd, weight, eps):
     """See :func:`sib_ext.ops.norm_double_backward`."""
+    like_x = field_format(x)
     v, g, x = (t.contiguous() for t in (grad_grad, grad, x))
     batch, channels = x.shape[:2]
     grad_g, grad_x = torch.empty_like(x), torch.empty_like(x)
     if x.numel() == 0:
-        return grad_g, grad_x, mean.new_zeros(channels)
+        return (
+            grad_g.contiguous(memory_format=format),
+            grad_x.contiguous(memory_format=format),
+            mean.new_zeros(channels),
+        )
     length = x[0, 0].numel()
     groups = mean.shape[-1]
     count = length * (batch if mean.dim() == 1 else channels // groups)
@@ -105,4 +111,4 @@ def forward(grad_grad, grad, x, mean, rstd, weight, eps):
     _write_kernel[(batch * channels * tiles,)](
         v, g, x, row_mean, row_rstd, coefficients.contiguous(), grad_g, grad_x, length, tiles, size
     )
-    return grad_g, grad_x, grad_weight
+    return grad_g.contiguous(memory_format=like_x), grad_x.contiguous(memory_format=like_x), grad_weight

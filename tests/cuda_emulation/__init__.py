@@ -55,7 +55,10 @@ class _Statistics(ctypes.Structure):
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in "type batch channels groups length over_batch".split()]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in "type batch channels groups length over_batch channels_last multiprocessors".split()
+    ]
 
 
 def canonical(field: Tensor) -> Tensor:
@@ -138,11 +141,25 @@ class Emulation:
         )
         return outputs
 
-    def norm_double_backward(self, grad_grad, grad, x, mean, rstd, weight, eps):
-        v, g, x = (t.contiguous() for t in (grad_grad, grad, x))
+    def _norm_layout(self, x, mean) -> tuple[_Norm, torch.memory_format]:
+        """As the extension chooses it."""
         batch, channels = x.shape[:2]
-        sizes = (batch, channels, mean.shape[-1], x[0, 0].numel(), mean.dim() == 1)
-        outputs = [poisoned(torch.empty_like(t)) for t in (x, x, mean.new_empty(channels))]
+        last = channels_last(x) and mean.dim() == 1 and channels % 4 == 0
+        sizes = (batch, channels, mean.shape[-1], x[0, 0].numel(), mean.dim() == 1, last, self.multiprocessors)
+        return _Norm(TYPES[x.dtype], *sizes), torch.channels_last if last else torch.contiguous_format
+
+    def norm_double_backward(self, grad_grad, grad, x, mean, rstd, weight, eps):
+        arguments, layout = self._norm_layout(x, mean)
+        v, g, x = (t.contiguous(memory_format=layout) for t in (grad_grad, grad, x))
+        outputs = [poisoned(torch.empty_like(t)) for t in (x, x, mean.new_empty(x.shape[1]))]
         tensors = (v, g, x, mean.contiguous(), rstd.contiguous(), weight, *outputs)
-        self.kernels.norm_double_backward(ctypes.byref(_Norm(TYPES[x.dtype], *sizes)), *map(pointer, tensors))
+        self.kernels.norm_double_backward(ctypes.byref(arguments), *map(pointer, tensors))
+        return tuple(outputs)
+
+    def batch_norm_backward(self, grad, x, mean, rstd, weight):
+        arguments, layout = self._norm_layout(x, mean)
+        grad, x = (t.contiguous(memory_format=layout) for t in (grad, x))
+        outputs = [poisoned(torch.empty_like(t)) for t in (x, mean, mean)]
+        tensors = (grad, x, mean.contiguous(), rstd.contiguous(), weight, *outputs)
+        self.kernels.batch_norm_backward(ctypes.byref(arguments), *map(pointer, tensors))
         return tuple(outputs)

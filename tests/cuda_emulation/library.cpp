@@ -1,7 +1,7 @@
 // The CUDA kernels as functions of a shared library that runs them on the CPU; tests/test_cuda_emulation.py calls them.
 #include "density_mask_kernels.cuh"
 #include "masked_statistics_kernels.cuh"
-#include "norm_double_backward_kernels.cuh"
+#include "normalisation_kernels.cuh"
 
 namespace {
 
@@ -64,7 +64,18 @@ struct StatisticsArguments {
 };
 
 struct NormArguments {
-  int64_t type, batch, channels, groups, length, over_batch;
+  int64_t type, batch, channels, groups, length, over_batch, channels_last, multiprocessors;
+
+  Normalisation shape() const { return {batch, channels, groups, length, over_batch != 0}; }
+
+  template <class S>
+  NormFields<S> fields(const void* v, const void* g, const void* x, const void* mean, const void* rstd,
+                       const void* weight) const {
+    using T = Accumulate<S>;
+    return {static_cast<const S*>(v),       static_cast<const S*>(g),    static_cast<const S*>(x),
+            static_cast<const T*>(mean),    static_cast<const T*>(rstd), static_cast<const T*>(weight),
+            channels_last != 0};
+  }
 };
 
 }  // namespace
@@ -124,11 +135,21 @@ void norm_double_backward(const NormArguments* a, const void* v, const void* g, 
   with_type(a->type, [&](auto type) {
     using S = decltype(type);
     using T = Accumulate<S>;
-    const NormFields<S> fields{static_cast<const S*>(v),       static_cast<const S*>(g),    static_cast<const S*>(x),
-                               static_cast<const T*>(mean),    static_cast<const T*>(rstd), static_cast<const T*>(weight),
-                               false};
-    const NormGradients<S> gradients{static_cast<S*>(grad_g), static_cast<S*>(grad_x), static_cast<T*>(grad_weight)};
-    norm_second({a->batch, a->channels, a->groups, a->length, a->over_batch != 0}, fields, gradients, memory.device(0, 4));
+    norm_backward<S, true>(a->shape(), a->fields<S>(v, g, x, mean, rstd, weight),
+                           {static_cast<S*>(grad_g), static_cast<S*>(grad_x), static_cast<T*>(grad_weight), nullptr},
+                           memory.device(0, a->multiprocessors));
+  });
+}
+
+void batch_norm_backward(const NormArguments* a, const void* grad, const void* x, const void* mean, const void* rstd,
+                         const void* weight, void* grad_x, void* grad_weight, void* grad_bias) {
+  Allocations memory;
+  with_type(a->type, [&](auto type) {
+    using S = decltype(type);
+    using T = Accumulate<S>;
+    norm_backward<S, false>(a->shape(), a->fields<S>(grad, nullptr, x, mean, rstd, weight),
+                            {static_cast<S*>(grad_x), nullptr, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias)},
+                            memory.device(0, a->multiprocessors));
   });
 }
 

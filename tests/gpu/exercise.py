@@ -99,6 +99,13 @@ def norm_double_backward(name: str, dtype: torch.dtype, device: str) -> Results:
     yield from zip(("derivative by g", "by x", "by the weight"), results, truths, strict=True)
 
 
+def batch_norm_backward(name: str, dtype: torch.dtype, device: str) -> Results:
+    arguments = normalisation.arguments(name, dtype)[1:6]
+    results = torch.ops.sib_ext.batch_norm_backward(*(t.to(device) for t in arguments))
+    truths = reference.batch_norm_backward(*(t.double() for t in arguments))
+    yield from zip(("derivative by x", "by the weight", "by the bias"), results, truths, strict=True)
+
+
 def cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Results]]:
     for sample in MASK_SAMPLES:
         yield f"density_mask, {sample.name}", density_mask(sample, dtype, device)
@@ -108,6 +115,8 @@ def cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Results]]:
         yield f"masked_statistics of one field, {sample.name}", sums_of_one_field(sample, dtype, device)
     for name in normalisation.CASES:
         yield f"norm_double_backward, {name}", norm_double_backward(name, dtype, device)
+        if device == "cuda" and normalisation.CASES[name][1] is None:  # of a GPU alone
+            yield f"batch_norm_backward, {name}", batch_norm_backward(name, dtype, device)
 
 
 def mismatches(name: str, results: Results, tolerance: float, synchronise: Callable[[], None]) -> list[str]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sib_ext import fused_layers
+from sib_ext import fused_layers, reference, use_impl
+from sib_ext.ops import batch_norm_backward, dispatch
 
 from .. import test_norm_double_backward as norm
 from ..compare import assert_near, overload, relative_error
@@ -35,6 +36,42 @@ def test_the_second_derivative_of_a_normalisation(name, dtype, implementation):
     for value, truth in zip(results, exact, strict=True):
         best = relative_error(truth.to(value.dtype), truth)
         assert relative_error(value.cpu(), truth) <= 2 * best + (1e-11 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name, (_, groups) in norm.CASES.items() if groups is None])
+def test_the_gradients_of_batch_normalisation(name, dtype, affine):
+    """By the native kernel, wherever it is there."""
+    if problem := dispatch.native_problem("cuda"):
+        pytest.skip(problem)
+    arguments = norm.arguments(name, dtype, affine=affine)[1:6]
+    exact = reference.batch_norm_backward(*(None if t is None else t.double() for t in arguments))
+    results = batch_norm_backward(*on_gpu(arguments))
+    assert results[0].stride() == torch.empty_like(arguments[1]).stride()
+    for value, truth in zip(results, exact, strict=True):
+        best = relative_error(truth.to(value.dtype), truth)
+        assert relative_error(value.cpu(), truth) <= 2 * best + (1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_batch_normalisation_in_a_step_is_pytorchs(memory_format, impl, batch):
+    """Outputs and running statistics of the fused layer, whichever kernel PyTorch takes."""
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(8).cuda().to(memory_format=memory_format) for _ in range(2)]
+    x = torch.randn(6, 8, 9, 10, device="cuda").to(memory_format=memory_format).requires_grad_()
+    with use_impl(impl), fused_layers.fused_double_backward():
+        found = layers[0](x)
+    truth = layers[1](x)
+    assert torch.equal(found, truth)
+    for of_found, of_truth in zip(layers[0].state_dict().values(), layers[1].state_dict().values(), strict=True):
+        assert torch.equal(of_found, of_truth)
+    cotangent = torch.randn_like(found)
+    inputs = (x, layers[0].weight, layers[0].bias), (x, layers[1].weight, layers[1].bias)
+    gradients = (torch.autograd.grad(y, of, cotangent) for y, of in zip((found, truth), inputs, strict=True))
+    for value, expected in zip(*gradients, strict=True):
+        assert_near(value, expected, 1e-5)
 
 
 @pytest.mark.parametrize(

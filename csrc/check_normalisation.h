@@ -1,4 +1,4 @@
-// The arguments of norm_double_backward, checked the same way for every device.
+// The arguments of norm_double_backward and batch_norm_backward, checked the same way for every device.
 #pragma once
 
 #include <optional>
@@ -15,10 +15,9 @@ inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the type of x");
 }
 
-inline Normalisation check_normalisation(const Tensor& grad_grad, const Tensor& grad, const Tensor& x,
-                                         const Tensor& mean, const Tensor& rstd, const std::optional<Tensor>& weight) {
+inline Normalisation check_normalisation(const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                         const std::optional<Tensor>& weight) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be [B,C,...], got ", x.dim(), " dimensions");
-  check_like("grad_grad", grad_grad, x);
   check_like("grad", grad, x);
   const int64_t batch = x.size(0), channels = x.size(1);
   STD_TORCH_CHECK(mean.dim() == 1 || mean.dim() == 2, "mean must be [C] or [B,G], got ", mean.dim(), " dimensions");
@@ -35,6 +34,14 @@ inline Normalisation check_normalisation(const Tensor& grad_grad, const Tensor& 
   }
   const int64_t rows = batch * channels;
   return {batch, channels, groups, rows > 0 ? x.numel() / rows : 0, over_batch};
+}
+
+// A contiguous tensor in the memory format of x.
+inline Tensor as_field(const Tensor& contiguous, const Tensor& x) {
+  if (x.dim() != 4 || !is_channels_last(x)) return contiguous;
+  Tensor field = empty_field(x);
+  torch::stable::copy_(field, contiguous);
+  return field;
 }
 
 // Contiguous, uninitialised, as x.
