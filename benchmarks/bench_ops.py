@@ -44,6 +44,7 @@ PUBLISHED_MOMENTS = 7  # of the moments, those before the sums of magnitudes
 PARTS = ("headline", "balanced", "batches", "sizes")
 ROW = "row: "  # begins a line in which a measuring process tells a result
 BALANCED = "balanced preset's term"
+ON_SUPPORTS = 2 * 4 * 10  # pixels of a sample under the four quantiles, of either implementation
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def sample(shape: Shape, device: str):
 def check(gradient: torch.Tensor, expected: torch.Tensor, impl: str) -> float:
     """Relative L2 difference over the pixels that no soft quantile rests on (see tests: rounding may swap ranks)."""
     difference = (gradient - expected).flatten(2).norm(dim=1)
-    kept = difference <= difference.quantile(0.999, dim=1, keepdim=True)
+    kept = difference <= difference.quantile(1 - ON_SUPPORTS / difference.shape[1], dim=1, keepdim=True)
     error = float((difference * kept).norm() / expected.norm())
     if not error < 1e-4:
         raise RuntimeError(f"{impl} differs from the reference by {error:.1e}: nothing is timed")
