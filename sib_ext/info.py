@@ -15,18 +15,15 @@ def implementations() -> list[tuple[str, str, str | None]]:
     rows = []
     for device_type in ("cpu", "cuda"):
         absent = "torch sees no GPU" if device_type == "cuda" and not torch.cuda.is_available() else None
-        problems = {
-            "native": dispatch.native_problem(device_type) or absent,
-            "reference": absent,
-            "triton": dispatch.triton_problem(device_type) or absent,
-        }
-        rows += [(device_type, name, problem) for name, problem in problems.items()]
+        order = auto_order(device_type)
+        for name in (*order, *({"native", "triton", "reference"} - set(order))):
+            rows.append((device_type, name, dispatch.problem_of(name, device_type) or absent))
     return rows
 
 
 def auto_order(device_type: str) -> tuple[str, ...]:
     """What ``impl="auto"`` chooses from; everything else runs only when it is asked for."""
-    return ("native", "reference") if device_type in dispatch.AUTO_TAKES_NATIVE else ("reference",)
+    return dispatch.AUTO_ORDER[device_type]
 
 
 def build_options() -> dict[str, str]:

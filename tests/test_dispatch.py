@@ -95,25 +95,22 @@ def test_triton_on_a_cpu_says_why(call):
         call("triton")
 
 
-def test_triton_runs_on_a_gpu_when_asked_for_and_auto_takes_the_reference(monkeypatch):
-    monkeypatch.setitem(dispatch._native_problems, "cuda", "sib_ext._C_cuda was not built here")
+def test_auto_takes_the_cuda_kernels_on_a_gpu_then_triton_then_the_reference(monkeypatch):
+    monkeypatch.setitem(dispatch._native_problems, "cuda", None)
     monkeypatch.setitem(dispatch._triton_problems, "cuda", None)
-    assert dispatch.resolve("triton", "cuda") == "triton"
-    assert dispatch.resolve("auto", "cuda") == "reference"
+    assert dispatch.resolve("auto", "cuda") == "native"
+    monkeypatch.setitem(dispatch._native_problems, "cuda", "sib_ext._C_cuda was not built here")
+    assert dispatch.resolve("auto", "cuda") == dispatch.resolve("triton", "cuda") == "triton"
     monkeypatch.setitem(dispatch._triton_problems, "cuda", "no triton here")
     assert dispatch.resolve("auto", "cuda") == "reference"
     with pytest.raises(RuntimeError, match="impl='triton' cannot run on cuda: no triton here"):
         dispatch.resolve("triton", "cuda")
 
 
-def test_cuda_kernels_run_on_a_gpu_when_asked_for_and_auto_takes_the_reference(monkeypatch):
-    """Until they have run on a GPU; then "cuda" goes into AUTO_TAKES_NATIVE, and auto takes them before Triton."""
-    monkeypatch.setitem(dispatch._native_problems, "cuda", None)
-    monkeypatch.setitem(dispatch._triton_problems, "cuda", None)
-    assert dispatch.resolve("native", "cuda") == "native"
-    assert dispatch.resolve("auto", "cuda") == "reference"
-    monkeypatch.setattr(dispatch, "AUTO_TAKES_NATIVE", ("cpu", "cuda"))
-    assert dispatch.resolve("auto", "cuda") == "native"
+def test_auto_takes_no_interpreter(without_native, monkeypatch):
+    monkeypatch.setitem(dispatch._triton_problems, "cpu", None)
+    assert dispatch.resolve("auto", "cpu") == "reference"
+    assert dispatch.resolve("triton", "cpu") == "triton"
 
 
 def test_where_the_cuda_module_is_loaded_native_means_its_kernels():

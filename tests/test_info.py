@@ -25,10 +25,10 @@ def test_auto_takes_the_first_implementation_that_the_report_calls_available():
 
 
 def test_what_auto_never_takes_is_marked_where_it_is_available(monkeypatch):
-    monkeypatch.setattr(info, "implementations", lambda: [("cuda", "native", None), ("cuda", "reference", None)])
+    monkeypatch.setattr(info, "implementations", lambda: [("cpu", "reference", None), ("cpu", "triton", None)])
     lines = info.report().splitlines()
-    assert "  cuda  native     available, only when asked for" in lines
-    assert "  cuda  reference  available" in lines
+    assert "  cpu   reference  available" in lines
+    assert "  cpu   triton     available, only when asked for" in lines
 
 
 def test_a_loaded_module_tells_what_it_was_built_with(native):

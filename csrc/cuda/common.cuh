@@ -50,7 +50,10 @@ struct Device {
 
 #ifndef SIB_CUDA_EMULATION
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  const bool other_gpu = status == cudaErrorNoKernelImageForDevice;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status) +
+                           (other_gpu ? "; SIB_EXT_IMPL=triton or reference does without, TORCH_CUDA_ARCH_LIST builds for this GPU" : ""));
 }
 
 template <class... Parameters, class... Arguments>

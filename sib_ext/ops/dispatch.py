@@ -1,4 +1,4 @@
-"""One dispatch rule for every op: the device's native kernel, else the reference; what no GPU has run yet, if asked.
+"""One dispatch rule for every op: the device's native kernel, else on a GPU Triton's, else the reference.
 
 Each op is registered once from Python: schema, fake kernel, autograd rule, and the reference at
 CompositeExplicitAutograd. ``sib_ext._C`` (CPU) and ``sib_ext._C_cuda`` (CUDA) only implement their device's key of
@@ -20,9 +20,8 @@ import torch
 
 IMPLEMENTATIONS = ("auto", "native", "triton", "reference")
 MODULES = {"cpu": "_C", "cuda": "_C_cuda"}
-# Device types whose native kernels auto takes. Not "cuda" until its kernels have run on a GPU: so far they ran in an
-# emulation (tests/cuda_emulation), as Triton's did in its interpreter, and a wrong gradient would be silent.
-AUTO_TAKES_NATIVE = ("cpu",)
+# What auto takes the first of that runs. On a CPU Triton is an interpreter: only when asked for.
+AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps sib-ext (or the path of its source)"
 
 LIBRARY = torch.library.Library("sib_ext", "DEF")
@@ -81,6 +80,12 @@ def triton_problem(device_type: str) -> str | None:
     return _triton_problems.get(device_type, f"there are no Triton kernels for device type '{device_type}'")
 
 
+def problem_of(implementation: str, device_type: str) -> str | None:
+    """None where an implementation runs on that device type, else why not."""
+    known = {"native": native_problem, "triton": triton_problem}
+    return known[implementation](device_type) if implementation in known else None
+
+
 def _checked(impl: str, name: str) -> str:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{name} is {impl!r}; choose one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -113,9 +118,10 @@ def resolve(impl: str | None, device_type: str) -> str:
     """The implementation that will run: an explicit choice that cannot run raises and says why."""
     impl = default_impl() if impl is None else _checked(impl, "impl")
     if impl == "auto":
-        proven = device_type in AUTO_TAKES_NATIVE and native_problem(device_type) is None
-        return "native" if proven else "reference"
-    problem = {"native": native_problem, "triton": triton_problem}.get(impl, lambda _: None)(device_type)
+        return next(
+            name for name in AUTO_ORDER.get(device_type, ("reference",)) if problem_of(name, device_type) is None
+        )
+    problem = problem_of(impl, device_type)
     if problem is not None:
         raise RuntimeError(f"impl={impl!r} cannot run on {device_type}: {problem}. impl='auto' takes what is there.")
     return impl
@@ -205,5 +211,7 @@ def empty_field(like: torch.Tensor) -> torch.Tensor:
 
 
 def field_format(field: torch.Tensor) -> torch.memory_format:
-    channels_last = field.is_contiguous(memory_format=torch.channels_last) and not field.is_contiguous()
+    channels_last = (
+        field.dim() == 4 and field.is_contiguous(memory_format=torch.channels_last) and not field.is_contiguous()
+    )
     return torch.channels_last if channels_last else torch.contiguous_format
