@@ -162,9 +162,9 @@ def sample(shape: Shape, device: str):
 def check(gradient: torch.Tensor, expected: torch.Tensor, impl: str) -> float:
     """The median over pixels of the difference, relative to that of the gradient.
 
-    Rounding may swap ranks of nearly equal values, and the whole gradient of a quantile then rests on other pixels; that
-    of d's is spread over a window around each. Those are less than half of all (the tests leave them out one by one), but
-    have nearly all of the squares: in them eager float32 differs from float64 by half at a batch of 24.
+    Rounding may swap ranks of nearly equal values, and the whole gradient of a quantile then rests on other pixels;
+    that of d's is spread over a window around each. Those are less than half of all (the tests leave them out one by
+    one), but have nearly all of the squares: in them eager float32 differs from float64 by half at a batch of 24.
     """
     of_difference, of_expected = ((t.flatten(2).norm(dim=1)).median() for t in (gradient - expected, expected))
     error = float(of_difference / of_expected)
