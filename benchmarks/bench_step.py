@@ -214,6 +214,17 @@ def peaks(arguments, engines: dict, name: str, failed: dict[str, str]) -> dict[s
     return found
 
 
+@contextlib.contextmanager
+def plain_float32():
+    """Convolutions in float32, not TF32, which a GPU takes for them by default."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@plain_float32()
 def gradient_errors(arguments, name: str) -> dict[str, float]:
     """Relative L2 error of each engine's parameter gradients in float32 against double backward in float64."""
     small = copy.copy(arguments)
