@@ -77,24 +77,25 @@ def _convolution_backward(grad, x, weight, bias_sizes, geometry, wanted):
 
 class _Convolution(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, convolve, geometry):
-        ctx.convolve, ctx.geometry = convolve, geometry
+    def forward(ctx, x, weight, bias, convolve, geometry, of_images):
+        ctx.convolve, ctx.geometry, ctx.of_images = convolve, geometry, of_images
         ctx.save_for_backward(x, weight, bias)
         return convolve(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[:3]
         if is_input_only(grad):
             grad_x = _ConvolutionInputGradient.apply(grad, x, weight, ctx.convolve, ctx.geometry)
-            return grad_x if needed[0] else None, None, None, None, None
+            return grad_x if needed[0] else None, *[None] * 5
+        needed = needed[0] and not ctx.of_images, *needed[1:]
         if torch.is_grad_enabled():
             grads = _plain_derivatives(lambda *t: ctx.convolve(*t, *ctx.geometry), (x, weight, bias), grad, needed)
-            return *grads, None, None
+            return *grads, *[None] * 3
         bias_sizes = None if bias is None else list(bias.shape)
-        grads = _convolution_backward(grad, x, weight, bias_sizes, ctx.geometry, list(needed[:3]))
-        return *grads, None, None
+        grads = _convolution_backward(grad, x, weight, bias_sizes, ctx.geometry, list(needed))
+        return *grads, *[None] * 3
 
 
 class _ConvolutionInputGradient(Function):
@@ -145,7 +146,9 @@ def _input_gradient_in_phases(grad: Tensor, x: Tensor, weight: Tensor, geometry:
     return F.pad(found, [0, right, 0, below]) if below or right else found.contiguous()
 
 
-def _convolution(convolve: Callable, dims: int, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def _convolution(
+    mode, convolve: Callable, dims: int, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
+):
     plain = isinstance(padding, str) or input.dim() != dims + 2 or input.is_complex()
     if plain or not _from_parameters_alone(weight, bias):
         return convolve(input, weight, bias, stride, padding, dilation, groups)
@@ -153,7 +156,7 @@ def _convolution(convolve: Callable, dims: int, input, weight, bias=None, stride
     geometry = (*(v * dims if len(v) == 1 else v for v in each), int(groups))
     x, weight, bias = _as_autocast((input, weight, bias))
     with dispatch.without_autocast(x.device.type):
-        return _Convolution.apply(x, weight, bias, convolve, geometry)
+        return _Convolution.apply(x, weight, bias, convolve, geometry, mode.takes_images(input))
 
 
 def _as_autocast(tensors: tuple) -> tuple:
@@ -312,14 +315,15 @@ def _multi_head_attention(*arguments, need_weights=True, average_attn_weights=Tr
 
 # -------------------------------------------------------------------------------------------------- mode
 
+# (mode, arguments of the function) -> its result
 _RULES = {
-    torch.conv1d: lambda *a, **k: _convolution(torch.conv1d, 1, *a, **k),
-    torch.conv2d: lambda *a, **k: _convolution(torch.conv2d, 2, *a, **k),
-    torch.conv3d: lambda *a, **k: _convolution(torch.conv3d, 3, *a, **k),
-    F.batch_norm: _batch_norm,
-    F.group_norm: _group_norm,
-    F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _multi_head_attention,
+    torch.conv1d: lambda mode, *a, **k: _convolution(mode, torch.conv1d, 1, *a, **k),
+    torch.conv2d: lambda mode, *a, **k: _convolution(mode, torch.conv2d, 2, *a, **k),
+    torch.conv3d: lambda mode, *a, **k: _convolution(mode, torch.conv3d, 3, *a, **k),
+    F.batch_norm: lambda mode, *a, **k: _batch_norm(*a, **k),
+    F.group_norm: lambda mode, *a, **k: _group_norm(*a, **k),
+    F.scaled_dot_product_attention: lambda mode, *a, **k: _attention(*a, **k),
+    F.multi_head_attention_forward: lambda mode, *a, **k: _multi_head_attention(*a, **k),
 }
 
 
@@ -335,20 +339,29 @@ class fused_double_backward(TorchFunctionMode):
     :class:`sib_ext.SIBStep` serves that.
     """
 
-    def __init__(self, around: Around = contextlib.nullcontext, passive: float = 0):
+    def __init__(self, around: Around = contextlib.nullcontext, passive: float = 0, images: Tensor | None = None):
         """
         Args:
             around: a context for what checkpoints run again inside it, given the function that says whether the mode is
                 active there.
             passive: so many of the calls of such layers are left as they are; infinite: all until :meth:`activate`.
+            images: a leaf of which no gradient is wanted but the VJP. A convolution of a copy of it does without the
+                other one, for which a network's first layer has no good kernel.
         """
         super().__init__()
-        self.around, self.passive = around, passive
+        self.around, self.passive, self.images = around, passive, images
         self.passed, self._in = 0, None  #: how many in the checkpoint of that hook
         self.recomputes = False  #: a checkpoint was met, whose function will run again
 
     def is_active(self) -> bool:
         return self.passive == 0
+
+    def takes_images(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a copy of the images."""
+        node = tensor.grad_fn
+        if self.images is None or node is None or node.name() != "CloneBackward0":
+            return False
+        return getattr(node.next_functions[0][0], "variable", None) is self.images
 
     def activate(self) -> None:
         """What follows is fused."""
@@ -375,7 +388,7 @@ class fused_double_backward(TorchFunctionMode):
                 self._enter(checkpoint_hook())
                 self.passed += 1
                 self.passive -= 1
-        return (rule or function)(*args, **(kwargs or {}))
+        return rule(self, *args, **(kwargs or {})) if rule else function(*args, **(kwargs or {}))
 
 
 def checkpoint_hook() -> Callable | None:

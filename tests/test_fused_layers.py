@@ -1,5 +1,6 @@
 """Layers recorded by fused_double_backward: the same values and derivatives as PyTorch's, of first and second order."""
 
+import contextlib
 import copy
 
 import pytest
@@ -82,6 +83,30 @@ def test_gradcheck_and_gradgradcheck(layer_and_x):
     inputs = (x, *(v.detach().clone().requires_grad_() for v in values))
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_images_get_no_gradient_but_their_vjp_and_the_parameters_all_of_theirs(bias):
+    """Of a convolution of their copy; a second copy, through another function, gets it as ever."""
+    layer = nn.Conv2d(3, 4, 3, bias=bias).double()
+    images = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+
+    def gradients(images, fused):
+        with fused_double_backward(images=images) if fused else contextlib.nullcontext():
+            y = layer(images.clone())
+        (vjp,) = input_gradients((y,), (y.detach().cos(),), (images,))
+        layer.zero_grad()
+        (y.sin().sum() + (vjp**3).sum()).backward()
+        return vjp, *(p.grad for p in layer.parameters())
+
+    exact = images.detach().requires_grad_()
+    for value, truth in zip(gradients(images, True), gradients(exact, False), strict=True):
+        assert_near(value, truth, 1e-12)
+    assert images.grad is None and exact.grad is not None
+    with fused_double_backward(images=images):
+        y = layer(images * 1.0)
+    y.sum().backward()
+    assert images.grad is not None
 
 
 def test_gradcheck_of_the_vjp(layer_and_x):

@@ -26,7 +26,7 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
     """
     leaf = x.detach().requires_grad_(task.of_input)
     around = functools.partial(units, task.model, task.layers, task.ordinary)
-    fused = fused_double_backward(around, passive=0 if task.of_input else math.inf)
+    fused = fused_double_backward(around, passive=0 if task.of_input else math.inf, images=leaf)
     reached = functools.partial(_reached, task, fused)
     with fused, captured(task.model, task.layers, reached) as found, around(fused.is_active):
         logits = task.logits(leaf, target)
