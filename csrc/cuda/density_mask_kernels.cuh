@@ -40,6 +40,21 @@ __device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uin
   return total / static_cast<Accumulate<S>>(o.channels);
 }
 
+// use(i, load(i)) for i = first, first + step, ...: several loads are under way before what they bring is first used and
+// stored, which the compiler cannot arrange where it does not know that stores leave later loads alone.
+template <int AtOnce, class Load, class Use>
+__device__ void each_loaded(uint32_t first, uint32_t last, uint32_t step, Load load, Use use) {
+  for (uint32_t start = first; start < last; start += AtOnce * step) {
+    decltype(load(first)) values[AtOnce];
+#pragma unroll
+    for (int i = 0; i < AtOnce; ++i)
+      if (start + i * step < last) values[i] = load(start + i * step);
+#pragma unroll
+    for (int i = 0; i < AtOnce; ++i)
+      if (start + i * step < last) use(start + i * step, values[i]);
+  }
+}
+
 // f(pixel, mean_c R) for the pixels first, first + step, ...; loads of several pixels are under way at once.
 template <int AtOnce, class S, class F>
 __device__ void each_mean(const S* sample, const MaskProblem& o, uint32_t first, uint32_t last, uint32_t step, F f) {
@@ -422,12 +437,17 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   down += sample * pixels;
   grad += sample * pixels;
 
+  struct Loaded {
+    T grad, m;
+  };
   double total = 0;
-#pragma unroll 4
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) {
-    plane[p] = through_mask(grad_mask[p], mask[p], o);
-    total += plane[p];
-  }
+  each_loaded<8>(
+      threadIdx.x, pixels, blockDim.x, [&](uint32_t p) { return Loaded{grad_mask[p], mask[p]}; },
+      [&](uint32_t p, Loaded loaded) {
+        const T grad_average = through_mask(loaded.grad, loaded.m, o);
+        plane[p] = grad_average;
+        total += grad_average;
+      });
   total = block_sum(total, scratch.sums);
   subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
   __syncthreads();
@@ -439,13 +459,14 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   __syncthreads();
   const Steps<T> steps(scratch.quantiles, o);
   double sum = 0, slip = 0;
-  each_mean<4>(R, o, threadIdx.x, pixels, blockDim.x,
+  each_mean<8>(R, o, threadIdx.x, pixels, blockDim.x,
                [&](uint32_t p, T mean) { plane[p] = through_steps(plane[p], mean, steps, o, sum, slip); });
   sum = block_sum(sum, scratch.sums);
   slip = block_sum(slip, scratch.sums);
   subtract_shares(plane, R, o, support, sum, slip);
-#pragma unroll 4
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) grad[p] = narrow<S>(plane[p]);
+  each_loaded<8>(
+      threadIdx.x, pixels, blockDim.x, [&](uint32_t p) { return plane[p]; },
+      [&](uint32_t p, T value) { grad[p] = narrow<S>(value); });
 }
 
 // ----------------------------------------------------------------------------- many blocks work on a sample
