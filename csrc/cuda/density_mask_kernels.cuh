@@ -149,32 +149,34 @@ __device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int
                 [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
 }
 
-// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero. They slide in T: runs
-// are short, so there is little to drift, and conversions to double would cost more than the sums.
-template <class T>
-__device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
-                          T* out) {
+// write(scaled), where scaled(y, x, sum) is what becomes of a box sum; average: divided by the window's area, and not below
+// zero. The cases are told apart out here, not within the loops that write.
+template <class T, class Write>
+__device__ void with_scale(const MaskProblem& o, bool average, Write write) {
   const InverseArea<T> inverse_area(o);
   const T everywhere = inverse_area(0, 0);
-  while (first < last) {
-    const int64_t row = first / o.width;
-    const int begin = static_cast<int>(first % o.width);
-    const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
-    const auto write = [&](auto scaled) {
-      slide<T>(plane + row * o.width, 1, o.width, o.radius, begin, end,
-               [&](int x, T sum) { out[row * o.width + x] = scaled(x, sum); });
-    };
-    // The cases are told apart outside the loop, which is short.
-    if (!average) {
-      write([](int, T sum) { return sum; });
-    } else if (o.count_padding) {
-      write([&](int, T sum) { return (sum < 0 ? T(0) : sum) * everywhere; });
-    } else {
-      const int y = first_row + static_cast<int>(row);
-      write([&](int x, T sum) { return (sum < 0 ? T(0) : sum) * inverse_area(y, x); });
-    }
-    first += end - begin;
+  if (!average) {
+    write([](int, int, T sum) { return sum; });
+  } else if (o.count_padding) {
+    write([=](int, int, T sum) { return (sum < 0 ? T(0) : sum) * everywhere; });
+  } else {
+    write([&](int y, int x, T sum) { return (sum < 0 ? T(0) : sum) * inverse_area(y, x); });
   }
+}
+
+// Sums along rows for a run of pixels. They slide in T: runs are short, so there is little to drift, and conversions to
+// double would cost more than the sums.
+template <class T>
+__device__ void box_along(const T* plane, const MaskProblem& o, int64_t first, int64_t last, bool average, T* out) {
+  with_scale<T>(o, average, [&](auto scaled) {
+    for (int64_t p = first; p < last;) {
+      const int y = static_cast<int>(p / o.width), begin = static_cast<int>(p % o.width);
+      const int end = o.width - begin < last - p ? o.width : begin + static_cast<int>(last - p);
+      const int64_t row = p - begin;
+      slide<T>(plane + row, 1, o.width, o.radius, begin, end, [&](int x, T sum) { out[row + x] = scaled(y, x, sum); });
+      p += end - begin;
+    }
+  });
 }
 
 // ------------------------------------------------------------------------------ one block works on a sample
@@ -240,6 +242,44 @@ struct BlockMemory {
             block_memory() + (static_cast<int64_t>(o.pixels()) * sizeof(T) + 15) / 16 * 16)) {}
 };
 
+// Sums along the rows of down: a warp takes a row, and a window's sum is the difference of two of the row's running sums.
+// Each lane adds up a stretch, of odd length so that the warp meets all banks. Windows that slide would have to be summed
+// anew for the few pixels that a thread has.
+template <class T, class Scaled>
+__device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T* plane, Scaled scaled) {
+  const int room = static_cast<int>(kStagingBytes / sizeof(T)) / o.width, most = blockDim.x / kWarp;
+  const int warps = room < most ? room : most, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warp >= warps) return;
+  const int reach = o.radius < o.width ? static_cast<int>(o.radius) : o.width - 1;
+  const int stretch = (o.width + kWarp - 1) / kWarp | 1, begin = lane * stretch < o.width ? lane * stretch : o.width;
+  const int end = begin + stretch < o.width ? begin + stretch : o.width;
+  T* const sums = staging + warp * o.width;
+  for (int y = warp; y < o.height; y += warps) {
+    const uint32_t row = static_cast<uint32_t>(y) * o.width;
+    const auto staged = [&](int x) { return sums[x]; };
+    __syncwarp();  // the row before has been used
+    each_loaded<8>(lane, o.width, kWarp, [&](int x) { return down[row + x]; }, [&](int x, T sum) { sums[x] = sum; });
+    __syncwarp();
+    T up_to_here = 0;
+    each_loaded<8>(begin, end, 1, staged, [&](int, T value) { up_to_here += value; });
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const T before = __shfl_up_sync(kAllLanes, up_to_here, offset);
+      if (lane >= offset) up_to_here += before;
+    }
+    T sum = __shfl_up_sync(kAllLanes, up_to_here, 1);
+    if (lane == 0) sum = 0;
+    each_loaded<8>(begin, end, 1, staged, [&](int x, T value) { sums[x] = sum += value; });
+    __syncwarp();
+    each_loaded<8>(
+        lane, o.width, kWarp,
+        [&](int x) {
+          const T last = sums[x + reach < o.width ? x + reach : o.width - 1];
+          return x > reach ? last - sums[x - reach - 1] : last;
+        },
+        [&](int x, T window) { plane[row + x] = scaled(y, x, window); });
+  }
+}
+
 // The box sums of a block's plane, in place; down is a plane in global memory for the sums in between.
 template <class T>
 __device__ void box_in_block(T* plane, T* down, const MaskProblem& o, bool average, T* staging) {
@@ -248,17 +288,8 @@ __device__ void box_in_block(T* plane, T* down, const MaskProblem& o, bool avera
   __syncthreads();
   for (int64_t item = threadIdx.x; item < static_cast<int64_t>(segments) * o.width; item += blockDim.x)
     box_down(plane, o, item, rows, down);
-  const int band = static_cast<int>(kStagingBytes / sizeof(T)) / o.width;
-  for (int row = 0; row < o.height; row += band) {
-    const int count = o.height - row < band ? o.height - row : band;
-    const uint32_t pixels = static_cast<uint32_t>(count) * o.width;
-    const int64_t start = static_cast<int64_t>(row) * o.width;
-    __syncthreads();
-    for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) staging[p] = down[start + p];
-    __syncthreads();
-    const Run run(pixels);
-    box_along(staging, o, row, run.first, run.last, average, plane + start);
-  }
+  __syncthreads();
+  with_scale<T>(o, average, [&](auto scaled) { rows_in_block(down, o, staging, plane, scaled); });
   __syncthreads();
 }
 
@@ -642,9 +673,9 @@ __global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, ui
 #pragma unroll 4
     for (int64_t p = from + threadIdx.x; p < to; p += kThreads) staged[p - from] = plane[p];
     __syncthreads();
-    box_along(staged - from, o, 0, first, last, average, results - begin);
+    box_along(staged - from, o, first, last, average, results - begin);
   } else {
-    box_along(plane, o, 0, first, last, average, results - begin);
+    box_along(plane, o, first, last, average, results - begin);
   }
   __syncthreads();
   for (int64_t p = begin + threadIdx.x; p < end; p += kThreads) out[p] = results[p - begin];
