@@ -43,8 +43,8 @@ __device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uin
 // use(i, load(i)) for i = first, first + step, ...: several loads are under way before what they bring is first used and
 // stored, which the compiler cannot arrange where it does not know that stores leave later loads alone.
 template <int AtOnce, class Load, class Use>
-__device__ void each_loaded(uint32_t first, uint32_t last, uint32_t step, Load load, Use use) {
-  for (uint32_t start = first; start < last; start += AtOnce * step) {
+__device__ void each_loaded(int first, int last, int step, Load load, Use use) {
+  for (int start = first; start < last; start += AtOnce * step) {
     decltype(load(first)) values[AtOnce];
 #pragma unroll
     for (int i = 0; i < AtOnce; ++i)
@@ -96,8 +96,8 @@ class InverseArea {
 
  private:
   __device__ T at(int y, int x) const {
-    return static_cast<T>(1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
-                                                    box_span(x, o_.width, o_.radius, o_.count_padding)));
+    return T(1) / static_cast<T>(box_span(y, o_.height, o_.radius, o_.count_padding) *
+                                 box_span(x, o_.width, o_.radius, o_.count_padding));
   }
 
   const MaskProblem& o_;
@@ -280,12 +280,12 @@ __device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T
   }
 }
 
-// The box sums of a block's plane, in place; down is a plane in global memory for the sums in between.
+// The box sums of a block's plane, in place, once a barrier has completed it; down is a plane in global memory for the
+// sums in between.
 template <class T>
 __device__ void box_in_block(T* plane, T* down, const MaskProblem& o, bool average, T* staging) {
   const int threads = blockDim.x, segments = threads > o.width ? threads / o.width : 1;
   const int rows = (o.height + segments - 1) / segments;
-  __syncthreads();
   for (int64_t item = threadIdx.x; item < static_cast<int64_t>(segments) * o.width; item += blockDim.x)
     box_down(plane, o, item, rows, down);
   __syncthreads();
@@ -390,8 +390,10 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
                      scratch.quantiles);
   const Steps<T> steps(scratch.quantiles, o);
   const T slope = static_cast<T>(o.slope);
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
-    plane[p] = sigmoid(slope * ((plane[p] - steps.level) * steps.scale));
+  each_loaded<4>(
+      threadIdx.x, pixels, blockDim.x, [&](int p) { return plane[p]; },
+      [&](int p, T g) { plane[p] = sigmoid(slope * ((g - steps.level) * steps.scale)); });
+  __syncthreads();
 
   // M's own memory holds the sums in between.
   box_in_block(plane, mask, o, true, reinterpret_cast<T*>(scratch.words));
@@ -404,7 +406,9 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   quantiles_in_block(plane, o, o.quantiles + kRowLevel, selection, scratch.words, long_lists,
                      support + kRowAverage * size, scratch.quantiles + kRowAverage);
   const T level = scratch.quantiles[kRowAverage];
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) mask[p] = sigmoid(slope * (plane[p] - level));
+  each_loaded<4>(
+      threadIdx.x, pixels, blockDim.x, [&](int p) { return plane[p]; },
+      [&](int p, T d) { mask[p] = sigmoid(slope * (d - level)); });
 }
 
 // plane[p] -= total * weight * factor(p) for the pixels p of a support, by the whole block.
@@ -414,11 +418,11 @@ __device__ void subtract_at(T* plane, const int64_t* pixels, const SoftQuantile&
     plane[pixels[k]] -= static_cast<T>(total * q.weight(k)) * factor(static_cast<uint32_t>(pixels[k]));
 }
 
-// The three quantiles of g from their supports, by the whole block.
+// The three quantiles of g from their supports, by the block's last warps, which have the least to do in box_down.
 template <class S>
 __device__ void quantiles_from_support(const S* R, const MaskProblem& o, const int64_t* support, Accumulate<S>* result) {
   using T = Accumulate<S>;
-  for (int row = threadIdx.x / kWarp; row < 3; row += blockDim.x / kWarp) {
+  for (int row = (blockDim.x - 1 - threadIdx.x) / kWarp; row < 3; row += blockDim.x / kWarp) {
     const T value = take_quantile<T>(o.quantiles[row], [&](int64_t k) {
       const T g = channel_mean(R, o, static_cast<uint32_t>(support[row * o.support() + k]));
       return g < 0 ? -g : g;
@@ -441,14 +445,27 @@ __device__ T through_steps(T grad, T mean, const Steps<T>& steps, const MaskProb
 template <class S>
 __device__ void subtract_shares(Accumulate<S>* plane, const S* R, const MaskProblem& o, const int64_t* support,
                                 double sum, double slip) {
-  const auto sign = [&](uint32_t p) { return through_magnitude(channel_mean(R, o, p), o); };
+  constexpr int rows[3] = {kRowLevel, kRowHigh, kRowLow};
+  const double totals[3] = {sum, slip, -slip};
   const int64_t size = o.support();
-  subtract_at(plane, support + kRowLevel * size, o.quantiles[kRowLevel], sum, sign);
-  __syncthreads();
-  subtract_at(plane, support + kRowHigh * size, o.quantiles[kRowHigh], slip, sign);
-  __syncthreads();
-  subtract_at(plane, support + kRowLow * size, o.quantiles[kRowLow], -slip, sign);
-  __syncthreads();
+  for (int64_t first = 0; first < size; first += blockDim.x) {
+    const int64_t k = first + threadIdx.x;
+    const bool mine = k < size;
+    uint32_t pixels[3];
+    Accumulate<S> shares[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (!mine) continue;
+      pixels[i] = static_cast<uint32_t>(support[rows[i] * size + k]);
+      shares[i] = static_cast<Accumulate<S>>(totals[i] * o.quantiles[rows[i]].weight(k)) *
+                  through_magnitude(channel_mean(R, o, pixels[i]), o);
+    }
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {  // one after another, as supports may share pixels
+      if (mine) plane[pixels[i]] -= shares[i];
+      __syncthreads();
+    }
+  }
 }
 
 template <class S>
@@ -471,23 +488,30 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   struct Loaded {
     T grad, m;
   };
-  double total = 0;
-  each_loaded<8>(
-      threadIdx.x, pixels, blockDim.x, [&](uint32_t p) { return Loaded{grad_mask[p], mask[p]}; },
-      [&](uint32_t p, Loaded loaded) {
-        const T grad_average = through_mask(loaded.grad, loaded.m, o);
-        plane[p] = grad_average;
-        total += grad_average;
-      });
-  total = block_sum(total, scratch.sums);
-  subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
-  __syncthreads();
+  // The box is its own transpose: what it will sum up is divided by the window's area beforehand.
+  const auto through_average = [&](auto inverse_area) {
+    double total = 0;
+    each_loaded<8>(
+        threadIdx.x, pixels, blockDim.x, [&](int p) { return Loaded{grad_mask[p], mask[p]}; },
+        [&](int p, Loaded loaded) {
+          const T grad_average = through_mask(loaded.grad, loaded.m, o);
+          plane[p] = grad_average * inverse_area(p);
+          total += grad_average;
+        });
+    total = block_sum(total, scratch.sums);
+    subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, inverse_area);
+  };
   const InverseArea<T> inverse_area(o);
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= inverse_area(p);
+  if (o.count_padding) {
+    const T everywhere = inverse_area(0);
+    through_average([=](uint32_t) { return everywhere; });
+  } else {
+    through_average(inverse_area);
+  }
+  __syncthreads();
+  quantiles_from_support(R, o, support, scratch.quantiles);
   box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.words));
 
-  quantiles_from_support(R, o, support, scratch.quantiles);
-  __syncthreads();
   const Steps<T> steps(scratch.quantiles, o);
   double sum = 0, slip = 0;
   each_mean<8>(R, o, threadIdx.x, pixels, blockDim.x,
@@ -496,8 +520,8 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   slip = block_sum(slip, scratch.sums);
   subtract_shares(plane, R, o, support, sum, slip);
   each_loaded<8>(
-      threadIdx.x, pixels, blockDim.x, [&](uint32_t p) { return plane[p]; },
-      [&](uint32_t p, T value) { grad[p] = narrow<S>(value); });
+      threadIdx.x, pixels, blockDim.x, [&](int p) { return plane[p]; },
+      [&](int p, T value) { grad[p] = narrow<S>(value); });
 }
 
 // ----------------------------------------------------------------------------- many blocks work on a sample
