@@ -455,24 +455,20 @@ __device__ T through_steps(T grad, T mean, const Steps<T>& steps, const MaskProb
 template <class S>
 __device__ void subtract_shares(Accumulate<S>* plane, const S* R, const MaskProblem& o, const int64_t* support,
                                 double sum, double slip) {
-  constexpr int rows[3] = {kRowLevel, kRowHigh, kRowLow};
-  const double totals[3] = {sum, slip, -slip};
   const int64_t size = o.support();
-  for (int64_t first = 0; first < size; first += blockDim.x) {
-    const int64_t k = first + threadIdx.x;
-    const bool mine = k < size;
-    uint32_t pixels[3];
-    Accumulate<S> shares[3];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      if (!mine) continue;
-      pixels[i] = static_cast<uint32_t>(support[rows[i] * size + k]);
-      shares[i] = static_cast<Accumulate<S>>(totals[i] * o.quantiles[rows[i]].weight(k)) *
-                  through_magnitude(channel_mean(R, o, pixels[i]), o);
+  for (int64_t first = 0; first < 3 * size; first += blockDim.x) {
+    const int64_t item = first + threadIdx.x;
+    const int row = item < 3 * size ? static_cast<int>(item / size) : 3;
+    uint32_t pixel = 0;
+    Accumulate<S> share = 0;
+    if (row < 3) {
+      const double total = row == kRowLevel ? sum : row == kRowHigh ? slip : -slip;
+      pixel = static_cast<uint32_t>(support[item]);
+      share = static_cast<Accumulate<S>>(total * o.quantiles[row].weight(item % size)) *
+              through_magnitude(channel_mean(R, o, pixel), o);
     }
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {  // one after another, as supports may share pixels
-      if (mine) plane[pixels[i]] -= shares[i];
+    for (int turn = 0; turn < 3; ++turn) {  // rows one after another, as supports may share pixels
+      if (row == turn) plane[pixel] -= share;
       __syncthreads();
     }
   }
