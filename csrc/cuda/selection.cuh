@@ -336,12 +336,18 @@ __device__ bool comes_before(const T* plane, uint32_t p, uint32_t other) {
 // Sorts lists of pixels by (value, pixel): a bitonic network, whose length is a power of two.
 template <class T>
 __device__ void sort_lists(const T* plane, uint32_t* lists, int count, int64_t length) {
+  __syncthreads();
   for (int64_t size = 2; size <= length; size *= 2) {
     for (int64_t step = size / 2; step > 0; step /= 2) {
-      __syncthreads();
+      // A warp's steps of up to 32 stay within the same 64 pixels of a list.
+      if (size > 2 * kWarp && step >= kWarp) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
       for (int64_t i = threadIdx.x; i < count * length / 2; i += blockDim.x) {
-        const int64_t low = i / step * 2 * step + i % step, high = low + step;
-        const bool upwards = (low % length & size) == 0;  // the last round is upwards in every list
+        const int64_t low = 2 * i - (i & (step - 1)), high = low + step;
+        const bool upwards = (low & (length - 1) & size) == 0;  // the last round is upwards in every list
         const uint32_t a = lists[low], b = lists[high];
         if (comes_before(plane, b, a) == upwards) {
           lists[low] = b;
