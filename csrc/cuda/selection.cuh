@@ -227,28 +227,36 @@ __device__ void count_next(const T* plane, uint32_t count, At at, const Selectio
 // The next digit of one end; called by one warp.
 template <class T>
 __device__ void descend(End<T>& end, const uint32_t* histogram, Digit digit) {
-  const int lane = threadIdx.x % kWarp, bins = digit.bins(), stretch = bins > kWarp ? bins / kWarp : 1;
+  const int lane = threadIdx.x % kWarp;
   const uint32_t rank = end.rank;
-  __syncwarp();  // all lanes have the rank before one changes it
-  uint32_t mine = 0;
-  for (int bin = lane * stretch; bin < (lane + 1) * stretch && bin < bins; ++bin) mine += histogram[bin_word(bin)];
-  uint32_t up_to_here = mine;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t before = __shfl_up_sync(kAllLanes, up_to_here, offset);
-    if (lane >= offset) up_to_here += before;
-  }
-  uint32_t below = up_to_here - mine;
-  if (below <= rank && rank < up_to_here) {
-    int bin = lane * stretch;
-    for (uint32_t count; below + (count = histogram[bin_word(bin)]) <= rank; ++bin) below += count;
-    end.rank = rank - below;
-    end.count = histogram[bin_word(bin)];
-    const uint32_t mask = bins - 1;
-    if (digit.of_pixel) {
-      end.pixel = (end.pixel & ~(mask << digit.shift)) | static_cast<uint32_t>(bin) << digit.shift;
-    } else {
-      end.value = (end.value & ~(Word<T>(mask) << digit.shift)) | Word<T>(bin) << digit.shift;
+  uint32_t below = 0, count = end.count;
+  int first = 0;
+  // The bin is one of so many from the first one on, with so many keys below them: a 32nd of them each time.
+  for (int left = digit.bins(); left > 1;) {
+    const int stretch = left > kWarp ? left / kWarp : 1;
+    uint32_t mine = 0;
+#pragma unroll 8
+    for (int i = lane * stretch; i < (lane + 1) * stretch && i < left; ++i) mine += histogram[bin_word(first + i)];
+    uint32_t up_to_here = mine;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t before = __shfl_up_sync(kAllLanes, up_to_here, offset);
+      if (lane >= offset) up_to_here += before;
     }
+    const int owner = __ffs(__ballot_sync(kAllLanes, below + up_to_here > rank)) - 1;
+    below += __shfl_sync(kAllLanes, up_to_here - mine, owner);
+    count = __shfl_sync(kAllLanes, mine, owner);
+    first += owner * stretch;
+    left = stretch;
+  }
+  __syncwarp();  // all lanes have read the end before one changes it
+  if (lane != 0) return;
+  end.rank = rank - below;
+  end.count = count;
+  const uint32_t mask = digit.bins() - 1;
+  if (digit.of_pixel) {
+    end.pixel = (end.pixel & ~(mask << digit.shift)) | static_cast<uint32_t>(first) << digit.shift;
+  } else {
+    end.value = (end.value & ~(Word<T>(mask) << digit.shift)) | Word<T>(first) << digit.shift;
   }
 }
 
