@@ -40,21 +40,6 @@ __device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uin
   return total / static_cast<Accumulate<S>>(o.channels);
 }
 
-// use(i, load(i)) for i = first, first + step, ...: several loads are under way before what they bring is first used and
-// stored, which the compiler cannot arrange where it does not know that stores leave later loads alone.
-template <int AtOnce, class Load, class Use>
-__device__ void each_loaded(int first, int last, int step, Load load, Use use) {
-  for (int start = first; start < last; start += AtOnce * step) {
-    decltype(load(first)) values[AtOnce];
-#pragma unroll
-    for (int i = 0; i < AtOnce; ++i)
-      if (start + i * step < last) values[i] = load(start + i * step);
-#pragma unroll
-    for (int i = 0; i < AtOnce; ++i)
-      if (start + i * step < last) use(start + i * step, values[i]);
-  }
-}
-
 // f(pixel, mean_c R) for the pixels first, first + step, ...; loads of several pixels are under way at once.
 template <int AtOnce, class S, class F>
 __device__ void each_mean(const S* sample, const MaskProblem& o, uint32_t first, uint32_t last, uint32_t step, F f) {
@@ -265,10 +250,11 @@ __device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T
   const int end = begin + stretch < o.width ? begin + stretch : o.width;
   T* const sums = staging + warp * o.width;
   for (int y = warp; y < o.height; y += warps) {
-    const uint32_t row = static_cast<uint32_t>(y) * o.width;
+    const T* const from = down + y * o.width;
+    T* const to = plane + y * o.width;
     const auto staged = [&](int x) { return sums[x]; };
     __syncwarp();  // the row before has been used
-    each_loaded<8>(lane, o.width, kWarp, [&](int x) { return down[row + x]; }, [&](int x, T sum) { sums[x] = sum; });
+    each_loaded<8>(lane, o.width, kWarp, [&](int x) { return from[x]; }, [&](int x, T sum) { sums[x] = sum; });
     __syncwarp();
     T up_to_here = 0;
     each_loaded<8>(begin, end, 1, staged, [&](int, T value) { up_to_here += value; });
@@ -286,7 +272,7 @@ __device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T
           const T last = sums[x + reach < o.width ? x + reach : o.width - 1];
           return x > reach ? last - sums[x - reach - 1] : last;
         },
-        [&](int x, T window) { plane[row + x] = scaled(y, x, window); });
+        [&](int x, T window) { to[x] = scaled(y, x, window); });
   }
 }
 
