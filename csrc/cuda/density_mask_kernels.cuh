@@ -44,13 +44,14 @@ __device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uin
 template <int AtOnce, class S, class F>
 __device__ void each_mean(const S* sample, const MaskProblem& o, uint32_t first, uint32_t last, uint32_t step, F f) {
   using T = Accumulate<S>;
+  const int64_t stride = step * o.layout.pixel;  // added again and again: products would take more work than the sums
   for (uint32_t start = first; start < last; start += AtOnce * step) {
     T total[AtOnce] = {};
     for (int c = 0; c < o.channels; ++c) {
       const S* at = sample + c * o.layout.channel + start * o.layout.pixel;
       T values[AtOnce];
 #pragma unroll
-      for (int i = 0; i < AtOnce; ++i) values[i] = start + i * step < last ? widen(at[i * step * o.layout.pixel]) : T(0);
+      for (int i = 0; i < AtOnce; ++i, at += stride) values[i] = start + i * step < last ? widen(*at) : T(0);
 #pragma unroll
       for (int i = 0; i < AtOnce; ++i) total[i] += values[i];
     }
