@@ -145,8 +145,8 @@ __device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int
                 [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
 }
 
-// write(scaled), where scaled(y, x, sum) is what becomes of a box sum; average: divided by the window's area, and not below
-// zero. The cases are told apart out here, not within the loops that write.
+// write(scaled), where scaled(y, x, sum) is what becomes of a box sum; average: divided by the window's area, and not
+// below zero. The cases are told apart out here, not within the loops that write.
 template <class T, class Write>
 __device__ void with_scale(const MaskProblem& o, bool average, Write write) {
   const InverseArea<T> inverse_area(o);
@@ -238,9 +238,9 @@ struct BlockMemory {
             block_memory() + (static_cast<int64_t>(o.pixels()) * sizeof(T) + 15) / 16 * 16)) {}
 };
 
-// Sums along the rows of down: a warp takes a row, and a window's sum is the difference of two of the row's running sums.
-// Each lane adds up a stretch, of odd length so that the warp meets all banks. Windows that slide would have to be summed
-// anew for the few pixels that a thread has.
+// Sums along the rows of down: a warp takes a row, and a window's sum is the difference of two of the row's running
+// sums. Each lane adds up a stretch, of odd length so that the warp meets all banks. Windows that slide would have to be
+// summed anew for the few pixels that a thread has.
 template <class T, class Scaled>
 __device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T* plane, Scaled scaled) {
   const int room = static_cast<int>(kStagingBytes / sizeof(T)) / o.width, most = blockDim.x / kWarp;
@@ -255,7 +255,8 @@ __device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T
     T* const to = plane + y * o.width;
     const auto staged = [&](int x) { return sums[x]; };
     __syncwarp();  // the row before has been used
-    each_loaded<8>(lane, o.width, kWarp, [&](int x) { return from[x]; }, [&](int x, T sum) { sums[x] = sum; });
+    each_loaded<8>(
+        lane, o.width, kWarp, [&](int x) { return from[x]; }, [&](int x, T down_here) { sums[x] = down_here; });
     __syncwarp();
     T up_to_here = 0;
     each_loaded<8>(begin, end, 1, staged, [&](int, T value) { up_to_here += value; });
