@@ -44,13 +44,14 @@ __device__ Accumulate<S> channel_mean(const S* sample, const MaskProblem& o, uin
 template <int AtOnce, class S, class F>
 __device__ void each_mean(const S* sample, const MaskProblem& o, uint32_t first, uint32_t last, uint32_t step, F f) {
   using T = Accumulate<S>;
+  const int64_t stride = step * o.layout.pixel;  // added again and again: products would take more work than the sums
   for (uint32_t start = first; start < last; start += AtOnce * step) {
     T total[AtOnce] = {};
     for (int c = 0; c < o.channels; ++c) {
       const S* at = sample + c * o.layout.channel + start * o.layout.pixel;
       T values[AtOnce];
 #pragma unroll
-      for (int i = 0; i < AtOnce; ++i) values[i] = start + i * step < last ? widen(at[i * step * o.layout.pixel]) : T(0);
+      for (int i = 0; i < AtOnce; ++i, at += stride) values[i] = start + i * step < last ? widen(*at) : T(0);
 #pragma unroll
       for (int i = 0; i < AtOnce; ++i) total[i] += values[i];
     }
@@ -81,8 +82,8 @@ class InverseArea {
 
  private:
   __device__ T at(int y, int x) const {
-    return static_cast<T>(1.0 / static_cast<double>(box_span(y, o_.height, o_.radius, o_.count_padding) *
-                                                    box_span(x, o_.width, o_.radius, o_.count_padding)));
+    return T(1) / static_cast<T>(box_span(y, o_.height, o_.radius, o_.count_padding) *
+                                 box_span(x, o_.width, o_.radius, o_.count_padding));
   }
 
   const MaskProblem& o_;
@@ -97,6 +98,16 @@ struct Steps {
   __device__ Steps(const T* quantiles, const MaskProblem& o)
       : level(quantiles[kRowLevel]), scale(T(1) / (quantiles[kRowHigh] - quantiles[kRowLow] + static_cast<T>(o.eps))) {}
 };
+
+// float32 divides in an instruction, to 2 units in the last place and without a branch; the divisor may be infinite.
+__device__ inline float fast_sigmoid(float v) {
+#ifdef SIB_CUDA_EMULATION
+  return sigmoid(v);
+#else
+  return __fdividef(1.0f, 1.0f + exponential(-v));
+#endif
+}
+__device__ inline double fast_sigmoid(double v) { return sigmoid(v); }
 
 // dL/d(d - q80(d)) from dL/dM.
 template <class T>
@@ -134,32 +145,34 @@ __device__ void box_down(const T* plane, const MaskProblem& o, int64_t item, int
                 [&](int y, double sum) { out[static_cast<int64_t>(y) * o.width + x] = static_cast<T>(sum); });
 }
 
-// Sums along rows for a run of pixels; average: divided by the window's area, and not below zero. They slide in T: runs
-// are short, so there is little to drift, and conversions to double would cost more than the sums.
-template <class T>
-__device__ void box_along(const T* plane, const MaskProblem& o, int first_row, int64_t first, int64_t last, bool average,
-                          T* out) {
+// write(scaled), where scaled(y, x, sum) is what becomes of a box sum; average: divided by the window's area, and not
+// below zero. The cases are told apart out here, not within the loops that write.
+template <class T, class Write>
+__device__ void with_scale(const MaskProblem& o, bool average, Write write) {
   const InverseArea<T> inverse_area(o);
   const T everywhere = inverse_area(0, 0);
-  while (first < last) {
-    const int64_t row = first / o.width;
-    const int begin = static_cast<int>(first % o.width);
-    const int end = o.width - begin < last - first ? o.width : begin + static_cast<int>(last - first);
-    const auto write = [&](auto scaled) {
-      slide<T>(plane + row * o.width, 1, o.width, o.radius, begin, end,
-               [&](int x, T sum) { out[row * o.width + x] = scaled(x, sum); });
-    };
-    // The cases are told apart outside the loop, which is short.
-    if (!average) {
-      write([](int, T sum) { return sum; });
-    } else if (o.count_padding) {
-      write([&](int, T sum) { return (sum < 0 ? T(0) : sum) * everywhere; });
-    } else {
-      const int y = first_row + static_cast<int>(row);
-      write([&](int x, T sum) { return (sum < 0 ? T(0) : sum) * inverse_area(y, x); });
-    }
-    first += end - begin;
+  if (!average) {
+    write([](int, int, T sum) { return sum; });
+  } else if (o.count_padding) {
+    write([=](int, int, T sum) { return (sum < 0 ? T(0) : sum) * everywhere; });
+  } else {
+    write([&](int y, int x, T sum) { return (sum < 0 ? T(0) : sum) * inverse_area(y, x); });
   }
+}
+
+// Sums along rows for a run of pixels. They slide in T: runs are short, so there is little to drift, and conversions to
+// double would cost more than the sums.
+template <class T>
+__device__ void box_along(const T* plane, const MaskProblem& o, int64_t first, int64_t last, bool average, T* out) {
+  with_scale<T>(o, average, [&](auto scaled) {
+    for (int64_t p = first; p < last;) {
+      const int y = static_cast<int>(p / o.width), begin = static_cast<int>(p % o.width);
+      const int end = o.width - begin < last - p ? o.width : begin + static_cast<int>(last - p);
+      const int64_t row = p - begin;
+      slide<T>(plane + row, 1, o.width, o.radius, begin, end, [&](int x, T sum) { out[row + x] = scaled(y, x, sum); });
+      p += end - begin;
+    }
+  });
 }
 
 // ------------------------------------------------------------------------------ one block works on a sample
@@ -225,25 +238,56 @@ struct BlockMemory {
             block_memory() + (static_cast<int64_t>(o.pixels()) * sizeof(T) + 15) / 16 * 16)) {}
 };
 
-// The box sums of a block's plane, in place; down is a plane in global memory for the sums in between.
+// Sums along the rows of down: a warp takes a row, and a window's sum is the difference of two of the row's running
+// sums. Each lane adds up a stretch, of odd length so that the warp meets all banks. Windows that slide would have to be
+// summed anew for the few pixels that a thread has.
+template <class T, class Scaled>
+__device__ void rows_in_block(const T* down, const MaskProblem& o, T* staging, T* plane, Scaled scaled) {
+  const int room = static_cast<int>(kStagingBytes / sizeof(T)) / o.width, most = blockDim.x / kWarp;
+  const int warps = room < most ? room : most, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warp >= warps) return;
+  const int reach = o.radius < o.width ? static_cast<int>(o.radius) : o.width - 1;
+  const int stretch = (o.width + kWarp - 1) / kWarp | 1, begin = lane * stretch < o.width ? lane * stretch : o.width;
+  const int end = begin + stretch < o.width ? begin + stretch : o.width;
+  T* const sums = staging + warp * o.width;
+  for (int y = warp; y < o.height; y += warps) {
+    const T* const from = down + y * o.width;
+    T* const to = plane + y * o.width;
+    const auto staged = [&](int x) { return sums[x]; };
+    __syncwarp();  // the row before has been used
+    each_loaded<8>(
+        lane, o.width, kWarp, [&](int x) { return from[x]; }, [&](int x, T down_here) { sums[x] = down_here; });
+    __syncwarp();
+    T up_to_here = 0;
+    each_loaded<8>(begin, end, 1, staged, [&](int, T value) { up_to_here += value; });
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const T before = __shfl_up_sync(kAllLanes, up_to_here, offset);
+      if (lane >= offset) up_to_here += before;
+    }
+    T sum = __shfl_up_sync(kAllLanes, up_to_here, 1);
+    if (lane == 0) sum = 0;
+    each_loaded<8>(begin, end, 1, staged, [&](int x, T value) { sums[x] = sum += value; });
+    __syncwarp();
+    each_loaded<8>(
+        lane, o.width, kWarp,
+        [&](int x) {
+          const T last = sums[x + reach < o.width ? x + reach : o.width - 1];
+          return x > reach ? last - sums[x - reach - 1] : last;
+        },
+        [&](int x, T window) { to[x] = scaled(y, x, window); });
+  }
+}
+
+// The box sums of a block's plane, in place, once a barrier has completed it; down is a plane in global memory for the
+// sums in between.
 template <class T>
 __device__ void box_in_block(T* plane, T* down, const MaskProblem& o, bool average, T* staging) {
   const int threads = blockDim.x, segments = threads > o.width ? threads / o.width : 1;
   const int rows = (o.height + segments - 1) / segments;
-  __syncthreads();
   for (int64_t item = threadIdx.x; item < static_cast<int64_t>(segments) * o.width; item += blockDim.x)
     box_down(plane, o, item, rows, down);
-  const int band = static_cast<int>(kStagingBytes / sizeof(T)) / o.width;
-  for (int row = 0; row < o.height; row += band) {
-    const int count = o.height - row < band ? o.height - row : band;
-    const uint32_t pixels = static_cast<uint32_t>(count) * o.width;
-    const int64_t start = static_cast<int64_t>(row) * o.width;
-    __syncthreads();
-    for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) staging[p] = down[start + p];
-    __syncthreads();
-    const Run run(pixels);
-    box_along(staging, o, row, run.first, run.last, average, plane + start);
-  }
+  __syncthreads();
+  with_scale<T>(o, average, [&](auto scaled) { rows_in_block(down, o, staging, plane, scaled); });
   __syncthreads();
 }
 
@@ -344,8 +388,10 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
                      scratch.quantiles);
   const Steps<T> steps(scratch.quantiles, o);
   const T slope = static_cast<T>(o.slope);
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x)
-    plane[p] = sigmoid(slope * ((plane[p] - steps.level) * steps.scale));
+  each_loaded<4>(
+      threadIdx.x, pixels, blockDim.x, [&](int p) { return plane[p]; },
+      [&](int p, T g) { plane[p] = fast_sigmoid(slope * ((g - steps.level) * steps.scale)); });
+  __syncthreads();
 
   // M's own memory holds the sums in between.
   box_in_block(plane, mask, o, true, reinterpret_cast<T*>(scratch.words));
@@ -358,7 +404,9 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   quantiles_in_block(plane, o, o.quantiles + kRowLevel, selection, scratch.words, long_lists,
                      support + kRowAverage * size, scratch.quantiles + kRowAverage);
   const T level = scratch.quantiles[kRowAverage];
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) mask[p] = sigmoid(slope * (plane[p] - level));
+  each_loaded<4>(
+      threadIdx.x, pixels, blockDim.x, [&](int p) { return plane[p]; },
+      [&](int p, T d) { mask[p] = fast_sigmoid(slope * (d - level)); });
 }
 
 // plane[p] -= total * weight * factor(p) for the pixels p of a support, by the whole block.
@@ -368,11 +416,11 @@ __device__ void subtract_at(T* plane, const int64_t* pixels, const SoftQuantile&
     plane[pixels[k]] -= static_cast<T>(total * q.weight(k)) * factor(static_cast<uint32_t>(pixels[k]));
 }
 
-// The three quantiles of g from their supports, by the whole block.
+// The three quantiles of g from their supports, by the block's last warps, which have the least to do in box_down.
 template <class S>
 __device__ void quantiles_from_support(const S* R, const MaskProblem& o, const int64_t* support, Accumulate<S>* result) {
   using T = Accumulate<S>;
-  for (int row = threadIdx.x / kWarp; row < 3; row += blockDim.x / kWarp) {
+  for (int row = (blockDim.x - 1 - threadIdx.x) / kWarp; row < 3; row += blockDim.x / kWarp) {
     const T value = take_quantile<T>(o.quantiles[row], [&](int64_t k) {
       const T g = channel_mean(R, o, static_cast<uint32_t>(support[row * o.support() + k]));
       return g < 0 ? -g : g;
@@ -385,7 +433,7 @@ __device__ void quantiles_from_support(const S* R, const MaskProblem& o, const i
 template <class T>
 __device__ T through_steps(T grad, T mean, const Steps<T>& steps, const MaskProblem& o, double& sum, double& slip) {
   const T slope = static_cast<T>(o.slope), u = ((mean < 0 ? -mean : mean) - steps.level) * steps.scale;
-  const T h = sigmoid(slope * u), through = grad * slope * h * (T(1) - h);
+  const T h = fast_sigmoid(slope * u), through = grad * slope * h * (T(1) - h);
   slip += static_cast<double>(through * u) * steps.scale;
   sum += through * steps.scale;
   return through * steps.scale * through_magnitude(mean, o);
@@ -395,14 +443,23 @@ __device__ T through_steps(T grad, T mean, const Steps<T>& steps, const MaskProb
 template <class S>
 __device__ void subtract_shares(Accumulate<S>* plane, const S* R, const MaskProblem& o, const int64_t* support,
                                 double sum, double slip) {
-  const auto sign = [&](uint32_t p) { return through_magnitude(channel_mean(R, o, p), o); };
   const int64_t size = o.support();
-  subtract_at(plane, support + kRowLevel * size, o.quantiles[kRowLevel], sum, sign);
-  __syncthreads();
-  subtract_at(plane, support + kRowHigh * size, o.quantiles[kRowHigh], slip, sign);
-  __syncthreads();
-  subtract_at(plane, support + kRowLow * size, o.quantiles[kRowLow], -slip, sign);
-  __syncthreads();
+  for (int64_t first = 0; first < 3 * size; first += blockDim.x) {
+    const int64_t item = first + threadIdx.x;
+    const int row = item < 3 * size ? static_cast<int>(item / size) : 3;
+    uint32_t pixel = 0;
+    Accumulate<S> share = 0;
+    if (row < 3) {
+      const double total = row == kRowLevel ? sum : row == kRowHigh ? slip : -slip;
+      pixel = static_cast<uint32_t>(support[item]);
+      share = static_cast<Accumulate<S>>(total * o.quantiles[row].weight(item % size)) *
+              through_magnitude(channel_mean(R, o, pixel), o);
+    }
+    for (int turn = 0; turn < 3; ++turn) {  // rows one after another, as supports may share pixels
+      if (row == turn) plane[pixel] -= share;
+      __syncthreads();
+    }
+  }
 }
 
 template <class S>
@@ -422,30 +479,43 @@ __global__ void __launch_bounds__(max_block(sizeof(S)), 1)
   down += sample * pixels;
   grad += sample * pixels;
 
-  double total = 0;
-#pragma unroll 4
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) {
-    plane[p] = through_mask(grad_mask[p], mask[p], o);
-    total += plane[p];
-  }
-  total = block_sum(total, scratch.sums);
-  subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, [](uint32_t) { return T(1); });
-  __syncthreads();
+  struct Loaded {
+    T grad, m;
+  };
+  // The box is its own transpose: what it will sum up is divided by the window's area beforehand.
+  const auto through_average = [&](auto inverse_area) {
+    double total = 0;
+    each_loaded<8>(
+        threadIdx.x, pixels, blockDim.x, [&](int p) { return Loaded{grad_mask[p], mask[p]}; },
+        [&](int p, Loaded loaded) {
+          const T grad_average = through_mask(loaded.grad, loaded.m, o);
+          plane[p] = grad_average * inverse_area(p);
+          total += grad_average;
+        });
+    total = block_sum(total, scratch.sums);
+    subtract_at(plane, support + kRowAverage * size, o.quantiles[kRowLevel], total, inverse_area);
+  };
   const InverseArea<T> inverse_area(o);
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) plane[p] *= inverse_area(p);
+  if (o.count_padding) {
+    const T everywhere = inverse_area(0);
+    through_average([=](uint32_t) { return everywhere; });
+  } else {
+    through_average(inverse_area);
+  }
+  __syncthreads();
+  quantiles_from_support(R, o, support, scratch.quantiles);
   box_in_block(plane, down, o, false, reinterpret_cast<T*>(scratch.words));
 
-  quantiles_from_support(R, o, support, scratch.quantiles);
-  __syncthreads();
   const Steps<T> steps(scratch.quantiles, o);
   double sum = 0, slip = 0;
-  each_mean<4>(R, o, threadIdx.x, pixels, blockDim.x,
+  each_mean<8>(R, o, threadIdx.x, pixels, blockDim.x,
                [&](uint32_t p, T mean) { plane[p] = through_steps(plane[p], mean, steps, o, sum, slip); });
   sum = block_sum(sum, scratch.sums);
   slip = block_sum(slip, scratch.sums);
   subtract_shares(plane, R, o, support, sum, slip);
-#pragma unroll 4
-  for (uint32_t p = threadIdx.x; p < pixels; p += blockDim.x) grad[p] = narrow<S>(plane[p]);
+  each_loaded<8>(
+      threadIdx.x, pixels, blockDim.x, [&](int p) { return plane[p]; },
+      [&](int p, T value) { grad[p] = narrow<S>(value); });
 }
 
 // ----------------------------------------------------------------------------- many blocks work on a sample
@@ -587,7 +657,7 @@ __global__ void steps_kernel(MaskProblem o, uint32_t parts, const T* quantiles, 
   const Steps<T> steps(quantiles + part.sample * 3, o);
   each_pixel(part, o.pixels(), [&](uint32_t p) {
     T& value = plane[part.sample * o.pixels() + p];
-    value = sigmoid(static_cast<T>(o.slope) * ((value - steps.level) * steps.scale));
+    value = fast_sigmoid(static_cast<T>(o.slope) * ((value - steps.level) * steps.scale));
   });
 }
 
@@ -621,9 +691,9 @@ __global__ void box_along_kernel(const T* plane, MaskProblem o, bool average, ui
 #pragma unroll 4
     for (int64_t p = from + threadIdx.x; p < to; p += kThreads) staged[p - from] = plane[p];
     __syncthreads();
-    box_along(staged - from, o, 0, first, last, average, results - begin);
+    box_along(staged - from, o, first, last, average, results - begin);
   } else {
-    box_along(plane, o, 0, first, last, average, results - begin);
+    box_along(plane, o, first, last, average, results - begin);
   }
   __syncthreads();
   for (int64_t p = begin + threadIdx.x; p < end; p += kThreads) out[p] = results[p - begin];
@@ -635,7 +705,7 @@ __global__ void finish_mask_kernel(const T* plane, MaskProblem o, uint32_t parts
   const Part part(parts);
   each_pixel(part, o.pixels(), [&](uint32_t p) {
     const int64_t at = part.sample * o.pixels() + p;
-    const T m = sigmoid(static_cast<T>(o.slope) * (plane[at] - level[part.sample]));
+    const T m = fast_sigmoid(static_cast<T>(o.slope) * (plane[at] - level[part.sample]));
     mask[at] = spoilt[part.sample] ? not_a_number<T>() : m;
   });
 }

@@ -45,7 +45,7 @@ __device__ Word<T> ordered(T v) {
 constexpr int kFirstDigit = 11, kDigit = 10;
 // A word of padding every 32 lets a warp read 32 stretches of a histogram without conflicts of banks.
 constexpr int kHistogram = (1 << kDigit) + (1 << kDigit) / 32;  // the first digit takes two of these
-__device__ inline int bin_word(int bin) { return bin + bin / 32; }
+__device__ inline uint32_t bin_word(uint32_t bin) { return bin + bin / 32; }
 
 struct Digit {
   bool of_pixel;
@@ -110,6 +110,24 @@ struct alignas(16) Selection {
 
 // ------------------------------------------------------------------------- pieces, called by whole blocks
 
+// use(i, load(i)) for i = first, first + step, ...: several loads are under way before what they bring is first used and
+// stored, which the compiler cannot arrange where it does not know that stores leave later loads alone.
+template <int AtOnce, class Load, class Use>
+__device__ void each_loaded(int first, int last, int step, Load load, Use use) {
+  const auto batch = [&](int start, auto there) {
+    decltype(load(first)) values[AtOnce];
+#pragma unroll
+    for (int i = 0; i < AtOnce; ++i)
+      if (there(start + i * step)) values[i] = load(start + i * step);
+#pragma unroll
+    for (int i = 0; i < AtOnce; ++i)
+      if (there(start + i * step)) use(start + i * step, values[i]);
+  };
+  int start = first;
+  for (; start + (AtOnce - 1) * step < last; start += AtOnce * step) batch(start, [](int) { return true; });
+  if (start < last) batch(start, [&](int i) { return i < last; });
+}
+
 template <class T, int Q>
 __device__ void start_selection(Selection<T, Q>& s, const SoftQuantile* quantiles, uint32_t pixels) {
   const int i = threadIdx.x;
@@ -163,6 +181,10 @@ __device__ void share_histograms(Selection<T, Q>& s, Digit digit) {
   if (i == 0) s.histograms = __popc(leaders);
 }
 
+// Pixels whose loads are under way at once: three quantiles leave few registers.
+template <int Q>
+constexpr int kAtOnce = Q == 1 ? 8 : 2;
+
 template <class T>
 __device__ int first_bin(T v) {
   return static_cast<int>(ordered(v) >> value_digit<T>(0).shift);
@@ -174,15 +196,13 @@ template <class T, class At>
 __device__ void count_first(const T* plane, uint32_t count, At at, uint32_t* histogram) {
   int bin = 0;
   uint32_t length = 0;
-  for (uint32_t k = 0; k < count; ++k) {
-    const int next = first_bin(plane[at(k)]);
-    if (next != bin) {
-      if (length) atomicAdd(&histogram[bin_word(bin)], length);
-      bin = next;
-      length = 0;
-    }
-    ++length;
-  }
+  each_loaded<8>(
+      0, count, 1, [&](int k) { return first_bin(plane[at(k)]); },
+      [&](int, int next) {
+        if (next != bin) atomicAdd(&histogram[bin_word(bin)], length);
+        length = next != bin ? 1 : length + 1;
+        bin = next;
+      });
   if (length) atomicAdd(&histogram[bin_word(bin)], length);
 }
 
@@ -194,31 +214,31 @@ __device__ void count_next(const T* plane, uint32_t count, At at, const Selectio
   Word<T> known[kEnds];
   uint32_t known_pixel[kEnds], bins[kEnds], lengths[kEnds];
   const int used = s.histograms;
+  // All of the value is known before the pixel's digits, and nothing of the pixel before.
+  const int known_from = digit.of_pixel ? 0 : digit.found, pixel_known_from = digit.of_pixel ? digit.found : 31;
 #pragma unroll
   for (int i = 0; i < kEnds; ++i) {
     const End<T>& end = s.ends[i < used ? s.leader[i] : 0];
-    known[i] = digit.of_pixel ? end.value : end.value >> digit.found;
-    known_pixel[i] = end.pixel >> digit.found % 32;
+    known[i] = end.value >> known_from;
+    known_pixel[i] = digit.of_pixel ? end.pixel >> pixel_known_from : 0;
     bins[i] = lengths[i] = 0;
   }
   const uint32_t mask = digit.bins() - 1;
-  for (uint32_t k = 0; k < count; ++k) {
-    const uint32_t p = at(k);
-    const Word<T> bits = ordered(plane[p]);
-    const Word<T> prefix = digit.of_pixel ? bits : bits >> digit.found;
-    const uint32_t bin = (digit.of_pixel ? p >> digit.shift : static_cast<uint32_t>(bits >> digit.shift)) & mask;
+  each_loaded<kAtOnce<Q>>(
+      0, count, 1, [&](int k) { return ordered(plane[at(k)]); },
+      [&](int k, Word<T> bits) {
+        const uint32_t p = at(k);
+        const uint32_t bin = (digit.of_pixel ? p >> digit.shift : static_cast<uint32_t>(bits >> digit.shift)) & mask;
 #pragma unroll
-    for (int i = 0; i < kEnds; ++i) {
-      if (i >= used) break;
-      if (prefix != known[i] || (digit.of_pixel && p >> digit.found % 32 != known_pixel[i])) continue;
-      if (bin != bins[i]) {
-        if (lengths[i]) atomicAdd(&histograms[i * kHistogram + bin_word(bins[i])], lengths[i]);
-        bins[i] = bin;
-        lengths[i] = 0;
-      }
-      ++lengths[i];
-    }
-  }
+        for (int i = 0; i < kEnds; ++i) {
+          if (i >= used) break;
+          const bool here = bits >> known_from == known[i] && p >> pixel_known_from == known_pixel[i];
+          const bool moves = here && bin != bins[i];
+          if (moves) atomicAdd(&histograms[i * kHistogram + bin_word(bins[i])], lengths[i]);
+          bins[i] = moves ? bin : bins[i];
+          lengths[i] = (moves ? 0 : lengths[i]) + here;
+        }
+      });
 #pragma unroll
   for (int i = 0; i < kEnds; ++i)
     if (lengths[i]) atomicAdd(&histograms[i * kHistogram + bin_word(bins[i])], lengths[i]);
@@ -227,28 +247,36 @@ __device__ void count_next(const T* plane, uint32_t count, At at, const Selectio
 // The next digit of one end; called by one warp.
 template <class T>
 __device__ void descend(End<T>& end, const uint32_t* histogram, Digit digit) {
-  const int lane = threadIdx.x % kWarp, bins = digit.bins(), stretch = bins > kWarp ? bins / kWarp : 1;
+  const int lane = threadIdx.x % kWarp;
   const uint32_t rank = end.rank;
-  __syncwarp();  // all lanes have the rank before one changes it
-  uint32_t mine = 0;
-  for (int bin = lane * stretch; bin < (lane + 1) * stretch && bin < bins; ++bin) mine += histogram[bin_word(bin)];
-  uint32_t up_to_here = mine;
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    const uint32_t before = __shfl_up_sync(kAllLanes, up_to_here, offset);
-    if (lane >= offset) up_to_here += before;
-  }
-  uint32_t below = up_to_here - mine;
-  if (below <= rank && rank < up_to_here) {
-    int bin = lane * stretch;
-    for (uint32_t count; below + (count = histogram[bin_word(bin)]) <= rank; ++bin) below += count;
-    end.rank = rank - below;
-    end.count = histogram[bin_word(bin)];
-    const uint32_t mask = bins - 1;
-    if (digit.of_pixel) {
-      end.pixel = (end.pixel & ~(mask << digit.shift)) | static_cast<uint32_t>(bin) << digit.shift;
-    } else {
-      end.value = (end.value & ~(Word<T>(mask) << digit.shift)) | Word<T>(bin) << digit.shift;
+  uint32_t below = 0, count = end.count;
+  int first = 0;
+  // The bin is one of so many from the first one on, with so many keys below them: a 32nd of them each time.
+  for (int left = digit.bins(); left > 1;) {
+    const int stretch = left > kWarp ? left / kWarp : 1;
+    uint32_t mine = 0;
+#pragma unroll 8
+    for (int i = lane * stretch; i < (lane + 1) * stretch && i < left; ++i) mine += histogram[bin_word(first + i)];
+    uint32_t up_to_here = mine;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const uint32_t before = __shfl_up_sync(kAllLanes, up_to_here, offset);
+      if (lane >= offset) up_to_here += before;
     }
+    const int owner = __ffs(__ballot_sync(kAllLanes, below + up_to_here > rank)) - 1;
+    below += __shfl_sync(kAllLanes, up_to_here - mine, owner);
+    count = __shfl_sync(kAllLanes, mine, owner);
+    first += owner * stretch;
+    left = stretch;
+  }
+  __syncwarp();  // all lanes have read the end before one changes it
+  if (lane != 0) return;
+  end.rank = rank - below;
+  end.count = count;
+  const uint32_t mask = digit.bins() - 1;
+  if (digit.of_pixel) {
+    end.pixel = (end.pixel & ~(mask << digit.shift)) | static_cast<uint32_t>(first) << digit.shift;
+  } else {
+    end.value = (end.value & ~(Word<T>(mask) << digit.shift)) | Word<T>(first) << digit.shift;
   }
 }
 
@@ -296,17 +324,18 @@ __device__ void collect(const T* plane, uint32_t count, At at, const Selection<T
     low[q] = s.ends[2 * q].value;
     high[q] = s.ends[2 * q + 1].value;
   }
-  for (uint32_t k = 0; k < count; ++k) {
-    const uint32_t p = at(k);
-    const Word<T> bits = ordered(plane[p]);
+  each_loaded<kAtOnce<Q>>(
+      0, count, 1, [&](int k) { return ordered(plane[at(k)]); },
+      [&](int k, Word<T> bits) {
 #pragma unroll
-    for (int q = 0; q < Q; ++q) {
-      if (bits < low[q] || bits > high[q]) continue;
-      if (bits == low[q] && p < s.ends[2 * q].pixel) continue;
-      if (bits == high[q] && p > s.ends[2 * q + 1].pixel) continue;
-      lists[q * length + atomicAdd(&filled[q], 1u)] = p;
-    }
-  }
+        for (int q = 0; q < Q; ++q) {
+          if (bits - low[q] > high[q] - low[q]) continue;
+          const uint32_t p = at(k);
+          if (bits == low[q] && p < s.ends[2 * q].pixel) continue;
+          if (bits == high[q] && p > s.ends[2 * q + 1].pixel) continue;
+          lists[q * length + atomicAdd(&filled[q], 1u)] = p;
+        }
+      });
 }
 
 // The smallest power of two that is not below size: the length of a list that can be sorted.
@@ -336,12 +365,18 @@ __device__ bool comes_before(const T* plane, uint32_t p, uint32_t other) {
 // Sorts lists of pixels by (value, pixel): a bitonic network, whose length is a power of two.
 template <class T>
 __device__ void sort_lists(const T* plane, uint32_t* lists, int count, int64_t length) {
+  __syncthreads();
   for (int64_t size = 2; size <= length; size *= 2) {
     for (int64_t step = size / 2; step > 0; step /= 2) {
-      __syncthreads();
+      // A warp's steps of up to 32 stay within the same 64 pixels of a list.
+      if (size > 2 * kWarp && step >= kWarp) {
+        __syncthreads();
+      } else {
+        __syncwarp();
+      }
       for (int64_t i = threadIdx.x; i < count * length / 2; i += blockDim.x) {
-        const int64_t low = i / step * 2 * step + i % step, high = low + step;
-        const bool upwards = (low % length & size) == 0;  // the last round is upwards in every list
+        const int64_t low = 2 * i - (i & (step - 1)), high = low + step;
+        const bool upwards = (low & (length - 1) & size) == 0;  // the last round is upwards in every list
         const uint32_t a = lists[low], b = lists[high];
         if (comes_before(plane, b, a) == upwards) {
           lists[low] = b;
