@@ -479,7 +479,7 @@ template <class S>
 struct BackwardProblem {
   using T = Accumulate<S>;
   const T* moments;             // dL/dmoments [B,9]
-  const T *weights_a, *weights_b;  // padded G + G^T; null where a Gram has no cotangent
+  const T *weights_a, *weights_b;  // padded G + G^T; null where a Gram has no cotangent (in one pass: G)
   int64_t padded;
   S *grad_R, *grad_x;          // grad_x may be null
   T* grad_M = nullptr;         // [groups,B,P], or null
@@ -500,7 +500,7 @@ struct Cotangents {
   // At one element, r and v of R and x, m of M: dL/dr into grad, from what the Gram says of dL/da; returns its part of
   // dL/dM.
   __device__ T of_R(T r, T v, T m, T from_gram, T& grad) const {
-    const T rest = T(1) - m, sign = static_cast<T>((r > 0) - (r < 0));
+    const T rest = T(1) - m, sign = r == 0 ? T(0) : copysign(T(1), r);
     const T grad_a = by[0] + 2 * by[2] * (r * m) + by[4] * (v * m) + by[7] * sign + from_gram;
     const T grad_c = by[5] + 2 * by[6] * (r * rest) + by[8] * sign;
     grad = grad_a * m + grad_c * rest;
@@ -903,12 +903,23 @@ void launch_moments_backward(const Fields<S>& in, const StatisticsGradients<S>& 
   });
 }
 
+constexpr int64_t kBackwardBytes = 224 * 1024;  // of shared memory, that a block needs for the backward in one pass
+
+// Of 65 to 128 samples, with cotangents of both Grams.
+template <class S>
+void launch_backward_in_one_pass(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device);
+
 template <class S>
 void statistics_backward(Fields<S> in, const StatisticsGradients<S>& grad, const Device& device) {
   if (in.batch == 0) return;
   in.vector = in.vector && vectorisable(grad.R, in.pixels, sizeof(S)) && vectorisable(grad.x, in.pixels, sizeof(S)) &&
               vectorisable(grad.M, in.pixels, sizeof(Accumulate<S>));
   if (!grad.gram_R && !grad.gram_x) return launch_moments_backward(in, grad, device);
+  if constexpr (!std::is_same_v<S, double>) {
+    const bool in_one_pass = in.batch > 64 && in.batch <= 128 && in.vector && device.tensor_cores &&
+                             device.shared_bytes >= kBackwardBytes;
+    if (in_one_pass && grad.gram_R && grad.gram_x) return launch_backward_in_one_pass(in, grad, device);
+  }
   with_tile<S>(in.batch, device, [&](auto samples, auto tensor) {
     launch_backward<S, decltype(samples)::value, decltype(tensor)::value>(in, grad, device);
   });

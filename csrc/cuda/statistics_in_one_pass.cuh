@@ -261,4 +261,273 @@ void launch_in_one_pass(const Fields<S>& in, const Device& device, float* moment
   }
 }
 
+// ---------------------------------------------------------------------------------------------- backward
+
+// Both G + G^T of 65 to 128 samples stay in a block's shared memory. Each of its three groups of four warps takes tiles of
+// all samples x 32 pixels and goes through their channels: for R, then for x, a (or b) is split into TF32 numbers on the
+// way into shared memory, a warp forms 32 x 32 values of the product and works on in the order in which it holds them.
+// Groups wait for no other group, so that one multiplies while another loads or stores.
+constexpr int kBackwardGroups = 3, kBackwardThreads = 4 * kWarp;  // of a group
+constexpr int kBackwardBlock = kBackwardGroups * kBackwardThreads;
+constexpr int kBackwardPixels = 32, kEights = kPassRows / kTensorRows;
+constexpr int kBackwardWeights = kPassRows * kPassRows;          // numbers of a field
+constexpr int kBackwardValues = 2 * kPassRows * kBackwardPixels;  // numbers of a group, high and low
+static_assert((2 * kBackwardWeights + kBackwardGroups * kBackwardValues) * sizeof(float) == kBackwardBytes);
+
+#ifdef SIB_CUDA_EMULATION
+using ::emulation::group_sync;
+inline void prefetch(const void*) {}
+#else
+// A barrier for the threads of one group; number 0 is the block's.
+__device__ inline void group_sync(int group, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");
+}
+// Into L2.
+__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+#endif
+
+// G + G^T: by eight columns, then by sixteen rows, as the lanes of a warp take them for mma's left operand; zeros beyond
+// the batch.
+__device__ inline void load_weights(const float* G, int batch, float* weights) {
+#pragma unroll 4
+  for (int quad = threadIdx.x; quad < kBackwardWeights / kVector; quad += kBackwardBlock) {
+    const int lane = quad % kWarp, sixteen = quad / kWarp % (kPassRows / 16), eight = quad / kWarp / (kPassRows / 16);
+    Four<float> four;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const int row = sixteen * 16 + i % 2 * 8 + lane / 4, column = eight * 8 + i / 2 * 4 + lane % 4;
+      four.v[i] = row < batch && column < batch ? G[row * batch + column] + G[column * batch + row] : 0.0f;
+    }
+    *reinterpret_cast<Four<float>*>(weights + quad * kVector) = four;
+  }
+}
+
+// How the values of a tile lie in shared memory: by eight samples, then by eight pixels, for each lane of a warp
+// mma's right operand, its high and its low parts. Pixels are dealt out so that of a product's row a lane holds the
+// pixels 4 * (lane % 4) + {0, 1, 2, 3} of each half of the tile. The lanes' places are turned about so that loads and
+// stores meet all banks. Fours: of pixels; 0 to 7.
+template <class S>
+class TileLoader {
+ public:
+  // The thread-th of a group loads four pixels of some pairs of samples, four samples apart.
+  __device__ explicit TileLoader(int thread) : first_(thread / kWarp * 8 + thread % kWarp / 8), four_(thread % 8) {}
+
+  __device__ void load(const Fields<S>& in, const S* field, int64_t stride, int64_t first_pixel) {
+    const int64_t p = first_pixel + four_ * kVector;
+    const S* line = field + first_ * stride + p;
+    const float* line_M = in.M + first_ * in.pixels + p;
+    const int rows = p < in.pixels ? static_cast<int>(in.batch) : 0;  // this thread's
+#pragma unroll
+    for (int row = 0; row < kPassRows; row += 32)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Masked<S>& four = values_[row / 32][i];
+        four = {};
+        if (first_ + row + i * 4 < rows) {
+          four.value = load_packed(line);
+          four.m = load_packed(line_M);
+        }
+        line += stride * (i == 0 ? 4 : 28);
+        line_M += in.pixels * (i == 0 ? 4 : 28);
+      }
+  }
+
+  __device__ void store(float* values) const {
+    const int eight = first_ / 8, half = four_ / 4;
+    const int lane = (four_ % 4 * 8 + first_ % 4) ^ four_;  // of the first pixel's column, turned about
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      const Four<float> first = values_[item][0].product(), second = values_[item][1].product();
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const int quad = ((eight + item * 4) * 4 + half * 2 + j / 2) * kWarp + (lane ^ j % 2 * 4);
+        uint32_t parts[4];
+        split(first.v[j], parts[0], parts[2]);
+        split(second.v[j], parts[1], parts[3]);
+        Four<float> four;
+        memcpy(four.v, parts, sizeof parts);
+        *reinterpret_cast<Four<float>*>(values + quad * 4) = four;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kItems = kPassRows / 32;
+  Masked<S> values_[kItems][2];
+  int first_, four_;
+};
+
+template <class F>
+__device__ void for_tiles(F f) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) f(m, n);
+}
+
+// A warp's 32 x 32 values of the weights times the values: [sixteen rows][eight columns], as mma holds them.
+__device__ inline void multiply(const float* weights, const float* values, float (&sums)[2][4][4]) {
+  const int lane = anew(threadIdx.x) % kWarp;
+  const float* left = weights + lane * 4;
+  const float* right[2] = {values + (lane ^ lane / 8) * 4, values + (lane ^ lane / 8 ^ 4) * 4};
+  __syncwarp();  // the lanes may have parted where they stored
+#pragma unroll 1  // two at once spill
+  for (int eight = 0; eight < kEights; ++eight) {
+    uint32_t high_a[2][4], low_a[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const Four<float> four = load_four(left + (eight * (kPassRows / 16) + m) * (kWarp * 4));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) split(four.v[i], high_a[m][i], low_a[m][i]);
+    }
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t high[2][2], low[2][2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const Four<float> four = load_four(right[pair] + (eight * 4 + pair * 2 + n) * (kWarp * 4));
+        memcpy(high[n], four.v, sizeof high[n]);
+        memcpy(low[n], four.v + 2, sizeof low[n]);
+      }
+      // Four tiles side by side, none of which waits for another.
+      float of_eight[2][2][4] = {};
+      for_tiles([&](int m, int n) { multiply_add_tf32(of_eight[m][n], low_a[m], high[n]); });
+      for_tiles([&](int m, int n) { multiply_add_tf32(of_eight[m][n], high_a[m], low[n]); });
+      for_tiles([&](int m, int n) { multiply_add_tf32(of_eight[m][n], high_a[m], high[n]); });
+      for_tiles([&](int m, int n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][pair * 2 + n][i] += of_eight[m][n][i];
+      });
+    }
+  }
+}
+
+// A lane's part of a tile: every eighth row of 32 from the first on, and four pixels of each half.
+__device__ inline BackwardTile of_lane(int64_t first_pixel, int channel) {
+  const int thread = anew(threadIdx.x) % kBackwardThreads;
+  return {thread / kWarp * 32 + thread % kWarp / 4, first_pixel + thread % 4 * kVector, channel};
+}
+
+// One field's gradient from what the Gram says, in a lane's part of a tile, and its part of dL/dM.
+template <class S, bool OfR>
+__device__ void add_gradient(const Fields<S>& in, const BackwardProblem<S>& g, const BackwardTile& tile,
+                             const float (&from_gram)[2][4][4], float (&grad_M)[4][2][kVector]) {
+  const Layout& layout = OfR ? in.layout_R : in.layout_x;
+  S* into = OfR ? g.grad_R : g.grad_x;
+  const int64_t at_R = tile.first_row * in.layout_R.batch + tile.channel * in.layout_R.channel + tile.first_pixel;
+  const int64_t at_x = tile.first_row * in.layout_x.batch + tile.channel * in.layout_x.channel + tile.first_pixel;
+  const S *R = in.R + at_R, *x = in.x + at_x;
+  const float* M = in.M + tile.first_row * in.pixels + tile.first_pixel;
+  const float* moments = g.moments + tile.first_row * kMoments;
+  S* out = (into ? into : g.grad_R) + (OfR ? at_R : at_x);  // is not stored to where it is not wanted
+  int rows[2];  // of each half
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    rows[half] = tile.first_pixel + half * 16 < in.pixels ? static_cast<int>(in.batch - tile.first_row) : 0;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    // Loaded before the first of them is stored, as above.
+    Packed<S> r[2][2], v[2][2];
+    Packed<float> mask[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (m * 16 + i * 8 >= rows[half]) continue;
+        r[i][half] = load_packed(R + half * 16);
+        v[i][half] = load_packed(x + half * 16);
+        mask[i][half] = load_packed(M + half * 16);
+      }
+      R += 8 * in.layout_R.batch;
+      x += 8 * in.layout_x.batch;
+      M += 8 * in.pixels;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (m * 16 + i * 8 >= rows[0]) break;
+      const Cotangents<float> by(moments + (m * 16 + i * 8) * kMoments);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Four<float> of_R = r[i][half].wide(), of_x = v[i][half].wide(), of_M = mask[i][half].wide();
+        Four<float> grad;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          const float gram = from_gram[m][half * 2 + j / 2][i * 2 + j % 2];
+          grad_M[m * 2 + i][half][j] += OfR ? by.of_R(of_R.v[j], of_x.v[j], of_M.v[j], gram, grad.v[j])
+                                            : by.of_x(of_R.v[j], of_x.v[j], of_M.v[j], gram, grad.v[j]);
+        }
+        if (into && rows[half] > 0) store_pixels<true>(grad, out, 1, half * 16, 32);
+      }
+      out += 8 * layout.batch;
+    }
+  }
+}
+
+// Items: tiles of pixels, times groups of channels.
+template <class S>
+__global__ void __launch_bounds__(kBackwardBlock, 1)
+    backward_in_one_pass_kernel(Fields<S> in, BackwardProblem<S> g, int items) {
+  float* weights = reinterpret_cast<float*>(block_memory());  // [field][kBackwardWeights]
+  load_weights(g.weights_a, static_cast<int>(in.batch), weights);
+  load_weights(g.weights_b, static_cast<int>(in.batch), weights + kBackwardWeights);
+  __syncthreads();
+  const int group = threadIdx.x / kBackwardThreads;
+  float* values = weights + 2 * kBackwardWeights + group * kBackwardValues;
+  const bool both = g.grad_x || g.grad_M;
+#pragma unroll 1
+  for (int item = group * gridDim.x + blockIdx.x; item < items; item += kBackwardGroups * gridDim.x) {
+    const int tiles = static_cast<int>(g.pixel_tiles), channels = item / tiles;
+    const uint32_t first_pixel = static_cast<uint32_t>(item % tiles) * kBackwardPixels;
+    const int first_channel = channels * g.group_channels, rest = in.channels - first_channel;
+    const int last_channel = rest < g.group_channels ? in.channels : first_channel + g.group_channels;
+    float grad_M[4][2][kVector] = {};
+#pragma unroll 1
+    for (int channel = first_channel, of_R = 1; channel < last_channel; channel += of_R) {  // x after R
+      const int64_t stride = of_R ? in.layout_R.batch : in.layout_x.batch;
+      const int64_t at = channel * (of_R ? in.layout_R.channel : in.layout_x.channel);
+      const int thread = anew(threadIdx.x) % kBackwardThreads;
+      TileLoader<S> loader(thread);
+      loader.load(in, (of_R ? in.R : in.x) + at, stride, first_pixel);
+      // What is read next from memory for the first time, a line a thread: x, then R of the next channel.
+      const int64_t next = of_R ? thread * in.layout_x.batch + channel * in.layout_x.channel
+                                : thread * in.layout_R.batch + (channel + 1) * in.layout_R.channel;
+      if (thread < in.batch && channel + !of_R < last_channel) prefetch((of_R ? in.x : in.R) + next + first_pixel);
+      group_sync(group, kBackwardThreads);  // all have multiplied what was there before
+      loader.store(values);
+      group_sync(group, kBackwardThreads);
+      float sums[2][4][4] = {};
+      multiply(weights + (of_R ? 0 : kBackwardWeights) + thread / kWarp * (2 * kWarp * 4), values, sums);
+      const BackwardTile tile = of_lane(first_pixel, channel);
+      of_R ? add_gradient<S, true>(in, g, tile, sums, grad_M) : add_gradient<S, false>(in, g, tile, sums, grad_M);
+      of_R = !of_R || !both;
+    }
+    if (!g.grad_M) continue;
+    const BackwardTile tile = of_lane(first_pixel, 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t row = tile.first_row + i * 8;
+      if (row >= in.batch) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Four<float> of_M;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) of_M.v[j] = grad_M[i][half][j];
+        store_pixels<true>(of_M, g.grad_M + (channels * in.batch + row) * in.pixels, 1, tile.first_pixel + half * 16,
+                           in.pixels);
+      }
+    }
+  }
+}
+
+template <class S>
+void launch_backward_in_one_pass(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device) {
+  const BackwardProblem<S> problem{grad.moments, grad.gram_R, grad.gram_x, in.batch, grad.R, grad.x};
+  in_groups(in, grad, device, ceil_div(in.pixels, kBackwardPixels), 1, problem,
+            [&](const BackwardProblem<S>& g, int64_t items) {
+              const int64_t wanted = ceil_div(items, kBackwardGroups);
+              launch(device, backward_in_one_pass_kernel<S>, wanted < device.multiprocessors ? wanted : device.multiprocessors,
+                     kBackwardBlock, kBackwardBytes, in, g, static_cast<int>(items));
+            });
+}
+
 }  // namespace sib_ext::cuda
