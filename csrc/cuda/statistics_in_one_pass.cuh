@@ -1,6 +1,6 @@
 // Moments and both Grams of 65 to 128 samples in one read of R, x and M: a block takes all samples over a split of
-// their elements, sixteen at a time. Twelve warps form the lower triangles of both Grams, 64 x 32 values each; eight of
-// them split a and b into TF32 numbers, once, on the way into shared memory, and sum the moments.
+// their elements, sixteen at a time. Twelve warps form the lower triangles of both Grams, 64 x 32 values each; four more
+// split a and b into TF32 numbers, once, on the way into shared memory, and sum the moments.
 #pragma once
 
 #include "masked_statistics_kernels.cuh"
@@ -8,8 +8,8 @@
 namespace sib_ext::cuda {
 
 constexpr int kPassRows = 128, kPassTile = 64, kPassDepth = 16;
-constexpr int kPassWarps = 12, kPassBlock = kPassWarps * kWarp;
-constexpr int kPassFirstLoader = kPassBlock - 2 * kPassRows;  // a thread; from here on two a row
+constexpr int kPassFirstLoader = 12 * kWarp, kPassBlock = 16 * kWarp;  // threads
+constexpr int kPassLoaderRows = 2;                            // of a pair of loading threads
 constexpr int kPassItems = kPassDepth / kTensorRows;          // of four elements that a thread loads at a time
 constexpr int kPassSum = 8;  // steps whose moments are summed in float: 64 elements a thread
 
@@ -20,6 +20,7 @@ constexpr int kPassQuad = 4, kPassPart = kWarp * kPassQuad;  // numbers of a lan
 constexpr int kPassSixteen = 2 * kPassPart;
 constexpr int kPassEight = kPassRows / 16 * kPassSixteen;
 constexpr int kPassField = kPassItems * kPassEight;
+static_assert(kPassItems == 2);
 constexpr int64_t kPassOperands = 2 * 2 * kPassField * sizeof(float);  // of two steps
 constexpr int64_t kPassBytes = kPassOperands + kMoments * kPassRows * sizeof(double);
 static_assert(kPassBytes <= 99 * 1024, "what every GPU that multiplies TF32 gives a block");
@@ -43,39 +44,39 @@ inline GramPlan pass_plan(int64_t batch, int64_t elements, int multiprocessors) 
 // A warp's 64 x 32 values of left right^T.
 class PassTile {
  public:
-  // left and right point at this lane's part of the rows. Column: where among the 64 rows the 32 columns begin, if they
-  // are some of them; then what is above the diagonal is left out, and right is not read. Else: -1.
-  template <int Column>
+  // left and right point at this lane's part of the rows. First: of the 64 rows' sixteens, if the 32 columns are some of
+  // the rows, where they begin; then what is above the diagonal is left out. Else: -2.
+  template <int First>
   __device__ void add(const float* left, const float* right) {
-    constexpr bool kDiagonal = Column >= 0;
-    constexpr int kFirst = kDiagonal ? Column / 16 : 0;
     __syncwarp();  // the lanes may have parted where they stored
-    uint32_t high_a[4][4], low_a[4][4];
-#pragma unroll
-    for (int m = kFirst; m < 4; ++m) load(left + m * kPassSixteen, high_a[m], low_a[m]);
+    uint32_t high[4][2], low[4][2];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       uint32_t high_b[4], low_b[4];
-      if constexpr (kDiagonal) {
-        memcpy(high_b, high_a[kFirst + pair], sizeof high_b);
-        memcpy(low_b, low_a[kFirst + pair], sizeof low_b);
-      } else {
-        load(right + pair * kPassSixteen, high_b, low_b);
+      load(right + pair * kPassSixteen, high_b, low_b);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        high[pair * 2 + i % 2][i / 2] = settled(high_b[i]);
+        low[pair * 2 + i % 2][i / 2] = settled(low_b[i]);
       }
+    }
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const uint32_t high[2] = {settled(high_b[n]), settled(high_b[n + 2])};
-        const uint32_t low[2] = {settled(low_b[n]), settled(low_b[n + 2])};
+    for (int m = First < 0 ? 0 : First; m < 4; ++m) {
+      uint32_t high_a[4], low_a[4];
+      load(left + m * kPassSixteen, high_a, low_a);
+      // Tiles side by side, none of which waits for another.
+      const int tiles = 2 * (m - First + 1) < 4 ? 2 * (m - First + 1) : 4;
+      float eight[4][4] = {};
 #pragma unroll
-        for (int m = kDiagonal ? kFirst + pair : 0; m < 4; ++m) {
-          float eight[4] = {};
-          multiply_add_tf32(eight, low_a[m], high);
-          multiply_add_tf32(eight, high_a[m], low);
-          multiply_add_tf32(eight, high_a[m], high);
+      for (int n = 0; n < tiles; ++n) multiply_add_tf32(eight[n], low_a, high[n]);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sums_[m][pair * 2 + n][i] += eight[i];
-        }
-      }
+      for (int n = 0; n < tiles; ++n) multiply_add_tf32(eight[n], high_a, low[n]);
+#pragma unroll
+      for (int n = 0; n < tiles; ++n) multiply_add_tf32(eight[n], high_a, high[n]);
+#pragma unroll
+      for (int n = 0; n < tiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums_[m][n][i] += eight[n][i];
     }
   }
 
@@ -86,8 +87,11 @@ class PassTile {
 #pragma unroll
       for (int n = 0; n < 4; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          out[(m * 16 + i / 2 * 8 + row) * kPassTile + n * 8 + column + i % 2] = sums_[m][n][i];
+        for (int i = 0; i < 2; ++i) {
+          uint2 two;
+          memcpy(&two, sums_[m][n] + i * 2, sizeof two);
+          __stcg(reinterpret_cast<uint2*>(out + (m * 16 + i * 8 + row) * kPassTile + n * 8 + column), two);
+        }
   }
 
  private:
@@ -108,73 +112,92 @@ class PassTile {
   float sums_[4][4][4] = {};
 };
 
-// Elements of R and x of one row on their way from memory to shared memory, and the row's moments.
+// Elements of R and x of two rows, 64 apart, on their way from memory to shared memory, and the rows' moments.
 template <class S>
 class PassLoader {
  public:
-  __device__ explicit PassLoader(int64_t begin) : element_(static_cast<uint32_t>(begin) + side() * kVector) {}
-
-  __device__ void clear() const {
+  __device__ PassLoader(const Fields<S>& in, uint32_t begin)
+      : element_(begin + side() * kVector),
+        pixel_(element_ % static_cast<uint32_t>(in.pixels)) {
     if (side() != 0) return;
-    for (int i = 0; i < kMoments; ++i) total(i) = 0;
+    for (int i = 0; i < kPassLoaderRows; ++i)
+      for (int moment = 0; moment < kMoments; ++moment) total(i, moment) = 0;
   }
 
   // The next step's; zeros from the end on and beyond the batch.
   __device__ void load(const Fields<S>& in, uint32_t end) {
-    const int64_t row = this->row();
 #pragma unroll
     for (int item = 0; item < kPassItems; ++item) {
-      const uint32_t element = element_ + item * kTensorRows;
-      r_[item] = x_[item] = Four<S>{};
-      m_[item] = Four<float>{};
-      if (row < in.batch && element < end) {
-        r_[item] = *reinterpret_cast<const Four<S>*>(in.R + row * in.layout_R.batch + element);
-        x_[item] = *reinterpret_cast<const Four<S>*>(in.x + row * in.layout_x.batch + element);
-        m_[item] = *reinterpret_cast<const Four<float>*>(in.M + row * in.pixels +
-                                                         element % static_cast<uint32_t>(in.pixels));
+#pragma unroll
+      for (int i = 0; i < kPassLoaderRows; ++i) {
+        const int64_t row = this->row(i);
+        values_[i][item] = {};
+        if (row < in.batch && element_ < end) {
+          values_[i][item] = {load_packed(in.R + row * in.layout_R.batch + element_),
+                              load_packed(in.x + row * in.layout_x.batch + element_),
+                              load_packed(in.M + row * in.pixels + pixel_)};
+        }
       }
+      element_ += kTensorRows;
+      pixel_ += kTensorRows;
+      while (pixel_ >= in.pixels) pixel_ -= static_cast<uint32_t>(in.pixels);
     }
-    element_ += kPassDepth;
   }
 
   // a and b of what was loaded, split; and their moments. The second thread of a row turns its pairs around.
   __device__ void store(float* fields) {
-    const int row = this->row(), turned = side();
+    const int turned = side();
 #pragma unroll
-    for (int item = 0; item < kPassItems; ++item) {
-      float* at = fields + item * kPassEight + row / 16 * kPassSixteen + row / 8 % 2;
+    for (int i = 0; i < kPassLoaderRows; ++i) {
+      const int row = this->row(i);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        const float r = widen(r_[item].v[i]), x = widen(x_[item].v[i]), m = m_[item].v[i];
-        add_moments(r, x, m, sums_);
-        float* to = at + pass_quad(row % 8, side() * 2 + i / 2) + (i % 2 ^ turned) * 2;
-        part(r * m, to);
-        part(x * m, to + kPassField);
+      for (int item = 0; item < kPassItems; ++item) {
+        const Four<float> of_R = values_[i][item].R.wide(), of_x = values_[i][item].x.wide();
+        const Four<float> of_M = values_[i][item].M.wide();
+        float* at = fields + item * kPassEight + row / 16 * kPassSixteen + row / 8 % 2;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          const float r = of_R.v[j], x = of_x.v[j], m = of_M.v[j];
+          add_moments(r, x, m, sums_[i]);
+          float* to = at + pass_quad(row % 8, side() * 2 + j / 2) + (j % 2 ^ turned) * 2;
+          part(r * m, to);
+          part(x * m, to + kPassField);
+        }
       }
     }
   }
 
-  // The float sums of the row's two threads go to the first one's totals.
+  // The float sums of a row's two threads go to the first one's totals.
   __device__ void sum() {
 #pragma unroll
-    for (int i = 0; i < kMoments; ++i) {
-      const float of_row = sums_[i] + __shfl_down_sync(kAllLanes, sums_[i], 1);
-      if (side() == 0) total(i) += of_row;
-      sums_[i] = 0;
-    }
+    for (int i = 0; i < kPassLoaderRows; ++i)
+#pragma unroll
+      for (int moment = 0; moment < kMoments; ++moment) {
+        const float of_row = sums_[i][moment] + __shfl_down_sync(kAllLanes, sums_[i][moment], 1);
+        if (side() == 0) total(i, moment) += of_row;
+        sums_[i][moment] = 0;
+      }
   }
 
   // partials[sample][split]
   __device__ void finish(int64_t batch, int64_t splits, int64_t split, double* partials) const {
-    if (side() != 0 || row() >= batch) return;
-    for (int i = 0; i < kMoments; ++i) partials[(row() * splits + split) * kMoments + i] = total(i);
+    for (int i = 0; i < kPassLoaderRows; ++i) {
+      if (side() != 0 || row(i) >= batch) continue;
+      for (int moment = 0; moment < kMoments; ++moment)
+        partials[(row(i) * splits + split) * kMoments + moment] = total(i, moment);
+    }
   }
 
  private:
-  __device__ static int row() { return (threadIdx.x - kPassFirstLoader) / 2; }
+  struct Values {
+    Packed<S> R, x;
+    Packed<float> M;
+  };
+
+  __device__ static int row(int i) { return static_cast<int>(threadIdx.x - kPassFirstLoader) / 2 + i * (kPassRows / 2); }
   __device__ static int side() { return threadIdx.x % 2; }
-  __device__ static double& total(int moment) {
-    return reinterpret_cast<double*>(block_memory() + kPassOperands)[moment * kPassRows + row()];
+  __device__ static double& total(int i, int moment) {
+    return reinterpret_cast<double*>(block_memory() + kPassOperands)[moment * kPassRows + row(i)];
   }
   __device__ static void part(float v, float* to) {
     uint32_t high, low;
@@ -183,66 +206,62 @@ class PassLoader {
     to[kPassPart] = as_float(low);
   }
 
-  uint32_t element_;
-  Four<S> r_[kPassItems], x_[kPassItems];
-  Four<float> m_[kPassItems];
-  float sums_[kMoments] = {};
+  uint32_t element_, pixel_;
+  Values values_[kPassLoaderRows][kPassItems];
+  float sums_[kPassLoaderRows][kMoments] = {};
+};
+
+// What a warp forms. Of each field four warps have the lower left tile's halves and the left and the right halves of the
+// diagonal tiles: 16, 14 and 6 of the 36 products of a multiprocessor's quarter, which takes every fourth warp.
+struct PassPart {
+  int field, kind, row, half;  // row: of 64 rows; half: of 32 columns
+
+  __device__ explicit PassPart(int warp)
+      : field(warp % 2),
+        kind(warp / 4),
+        row(kind == 0 ? 1 : warp / 2 % 2),
+        half(kind == 0 ? warp / 2 % 2 : row * 2 + (kind == 2)) {}
 };
 
 // moments[sample][split] and grams[field][split][pair]; a block takes a split.
 template <class S>
 __global__ void __launch_bounds__(kPassBlock, 1)
     statistics_in_one_pass_kernel(Fields<S> in, GramPlan plan, double* moments, float* grams) {
-  const int64_t split = blockIdx.x, elements = in.channels * in.pixels, begin = split * plan.split_elements;
-  const int64_t end = begin + plan.split_elements < elements ? begin + plan.split_elements : elements;
+  const int64_t split = blockIdx.x;
+  const uint32_t elements = static_cast<uint32_t>(in.channels * in.pixels), most = static_cast<uint32_t>(plan.split_elements);
+  const uint32_t begin = blockIdx.x * most, end = elements - begin < most ? elements : begin + most;
   const int steps = static_cast<int>((end - begin + kPassDepth - 1) / kPassDepth);
-  // Of each field four warps have the lower left tile's halves and the left and the right halves of the diagonal tiles:
-  // 16, 14 and 6 of the 36 products of a multiprocessor's quarter, which takes every fourth warp.
-  const int warp = threadIdx.x / kWarp, field = warp % 2, which = warp / 2 % 2, kind = warp / 4;
-  const int row = kind == 0 ? 1 : which, half = kind == 0 ? which : row * 2 + (kind == 2);  // of 64 rows; of 32 columns
-  const bool loads = kind > 0;
   float* memory = reinterpret_cast<float*>(block_memory());  // [2][field][eight]
-  const int mine = field * kPassField + pass_quad(threadIdx.x % kWarp / 4, threadIdx.x % 4);
-  const int left = mine + row * 4 * kPassSixteen, right = mine + half * 2 * kPassSixteen;
-
-  PassTile product;
-  PassLoader<S> loader(begin);
-  if (loads) {
-    loader.clear();
+  if (threadIdx.x >= kPassFirstLoader) {
+    PassLoader<S> loader(in, begin);
     loader.load(in, end);
-    loader.store(memory);
-    loader.load(in, end);
-  }
-  __syncthreads();
-  // In each step one half of the loading warps stores the next step's operands and then multiplies, the other half
-  // multiplies first: so tensor cores and ordinary arithmetic work at the same time.
 #pragma unroll 1
-  for (int phase = 0; phase < 2 * steps; ++phase) {
-    const int step = phase / 2;
-    if (phase % 2 == kind % 2) {
-      if (loads) {
-        loader.store(memory + (step + 1) % 2 * (2 * kPassField));
-        loader.load(in, end);
-        if (step % kPassSum == kPassSum - 1) loader.sum();
-      }
-    } else {
-      const float* operands = memory + step % 2 * (2 * kPassField);
-#pragma unroll
-      for (int eight = 0; eight < kPassField; eight += kPassEight) {
-        if (kind == 0) product.add<-1>(operands + left + eight, operands + right + eight);
-        if (kind == 1) product.add<0>(operands + left + eight, nullptr);
-        if (kind == 2) product.add<32>(operands + left + eight, nullptr);
-      }
+    for (int step = steps; step >= 0; --step) {  // one ahead of the products
+      loader.store(memory + step % 2 * (2 * kPassField));
+      loader.load(in, end);
+      if (step % kPassSum == 0) loader.sum();
+      __syncthreads();
     }
-    if (phase % 2 == 1) __syncthreads();
-  }
-  if (loads) {
-    loader.sum();
     loader.finish(in.batch, plan.splits, split, moments);
+    return;
   }
-  const int64_t pair = row * (row + 1) / 2 + half / 2;
-  float* tile = grams + ((field * plan.splits + split) * plan.pairs + pair) * (kPassTile * kPassTile);
-  product.store(tile + half % 2 * 32);
+  PassTile product;
+  __syncthreads();
+#pragma unroll 1
+  for (int eight = kPassItems * steps; eight > 0; --eight) {
+    const int thread = anew(threadIdx.x), lane = thread % kWarp;
+    const PassPart part(thread / kWarp);
+    const float* mine = memory + eight % 2 * kPassEight + ((eight + 1) / 2 % 2 * 2 + part.field) * kPassField + pass_quad(lane / 4, lane % 4);
+    const float *left = mine + part.row * 4 * kPassSixteen, *right = mine + part.half * 2 * kPassSixteen;
+    if (part.kind == 0) product.add<-2>(left, right);
+    if (part.kind == 1) product.add<0>(left, right);
+    if (part.kind == 2) product.add<2>(left, right);
+    if (eight % 2 == 1) __syncthreads();
+  }
+  const PassPart done(anew(threadIdx.x) / kWarp);
+  const int64_t pair = done.row * (done.row + 1) / 2 + done.half / 2;
+  float* tile = grams + ((done.field * plan.splits + split) * plan.pairs + pair) * (kPassTile * kPassTile);
+  product.store(tile + done.half % 2 * 32);
 }
 
 template <class S>
