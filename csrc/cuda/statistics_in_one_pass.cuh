@@ -216,7 +216,7 @@ class PassLoader {
 struct PassPart {
   int field, kind, row, half;  // row: of 64 rows; half: of 32 columns
 
-  __device__ explicit PassPart(int warp)
+  __device__ explicit PassPart(unsigned warp)
       : field(warp % 2),
         kind(warp / 4),
         row(kind == 0 ? 1 : warp / 2 % 2),
@@ -245,20 +245,25 @@ __global__ void __launch_bounds__(kPassBlock, 1)
     loader.finish(in.batch, plan.splits, split, moments);
     return;
   }
+  const PassPart part(threadIdx.x / kWarp);
+  // This lane's places in both operands, of which the bits for the buffer and the eight are turned as the loop goes on: in
+  // one register, because two spill.
+  constexpr unsigned kBoth = 1u << 16;
+  static_assert(kPassOperands <= kBoth * static_cast<int64_t>(sizeof(float)));
+  const unsigned mine = (steps % 2 * 2 + part.field) * kPassField + pass_quad(threadIdx.x % kWarp / 4, threadIdx.x % 4);
+  unsigned places = mine + part.row * 4 * kPassSixteen + (mine + part.half * 2 * kPassSixteen) * kBoth;
   PassTile product;
   __syncthreads();
 #pragma unroll 1
-  for (int eight = kPassItems * steps; eight > 0; --eight) {
-    const int thread = anew(threadIdx.x), lane = thread % kWarp;
-    const PassPart part(thread / kWarp);
-    const float* mine = memory + eight % 2 * kPassEight + ((eight + 1) / 2 % 2 * 2 + part.field) * kPassField + pass_quad(lane / 4, lane % 4);
-    const float *left = mine + part.row * 4 * kPassSixteen, *right = mine + part.half * 2 * kPassSixteen;
+  for (unsigned eight = kPassItems * steps; eight > 0; --eight) {
+    const float *left = memory + places % kBoth, *right = memory + places / kBoth;
     if (part.kind == 0) product.add<-2>(left, right);
     if (part.kind == 1) product.add<0>(left, right);
     if (part.kind == 2) product.add<2>(left, right);
+    places ^= (eight % 2 == 1 ? kPassEight + 2 * kPassField : kPassEight) * (1 + kBoth);
     if (eight % 2 == 1) __syncthreads();
   }
-  const PassPart done(anew(threadIdx.x) / kWarp);
+  const PassPart done(static_cast<unsigned>(anew(threadIdx.x)) / kWarp);
   const int64_t pair = done.row * (done.row + 1) / 2 + done.half / 2;
   float* tile = grams + ((done.field * plan.splits + split) * plan.pairs + pair) * (kPassTile * kPassTile);
   product.store(tile + done.half % 2 * 32);
