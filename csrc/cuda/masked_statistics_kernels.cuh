@@ -443,13 +443,18 @@ __global__ void __launch_bounds__(kBlock, gram_blocks<S, Vector>())
   }
 }
 
-// Adds the splits: a block takes 32 values of the tiles, each of its warps every eighth split.
+// Adds the splits: a block takes 32 values of the tiles, each of its warps every eighth split. The second Gram's blocks and
+// partials, if there is one, follow the first one's.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    finish_gram_kernel(const T* partials, GramPlan plan, int tile, int64_t batch, T* gram) {
+    finish_gram_kernel(const T* partials, GramPlan plan, int tile, int64_t batch, T* first, T* second) {
   double* sums = reinterpret_cast<double*>(block_memory());
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t values = plan.pairs * tile * tile, value = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int64_t values = plan.pairs * tile * tile, at_value = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const bool of_first = at_value < values;
+  const int64_t value = of_first ? at_value : at_value - values;
+  T* gram = of_first ? first : second;
+  if (!of_first) partials += plan.splits * values;
   double total = 0;
   for (int64_t split = warp; split < plan.splits; split += kBlock / kWarp) total += partials[split * values + value];
   sums[threadIdx.x] = total;
@@ -785,7 +790,7 @@ void launch_gram(const Rows<S>& rows, const Device& device, Accumulate<S>* gram)
            gram_shared_bytes<S, Tile, Tensor>(), rows, plan, partials);
   });
   launch(device, finish_gram_kernel<T>, values / kWarp, kBlock, kBlock * sizeof(double), partials, plan, Tile, rows.batch,
-         gram);
+         gram, nullptr);
 }
 
 // Calls f(tile, tensor): tiles of 32 samples for small batches and for float64, of 64 for the others, those on tensor

@@ -278,11 +278,8 @@ void launch_in_one_pass(const Fields<S>& in, const Device& device, float* moment
   launch(device, statistics_in_one_pass_kernel<S>, plan.splits, kPassBlock, kPassBytes, in, plan, moment_partials,
          gram_partials);
   launch(device, finish_moments_kernel<float>, in.batch, kMoments * kWarp, 0, moment_partials, plan.splits, moments);
-  for (float* gram : {gram_R, gram_x}) {
-    launch(device, finish_gram_kernel<float>, values / kWarp, kBlock, kBlock * sizeof(double), gram_partials, plan,
-           kPassTile, in.batch, gram);
-    gram_partials += plan.splits * values;
-  }
+  launch(device, finish_gram_kernel<float>, 2 * values / kWarp, kBlock, kBlock * sizeof(double), gram_partials, plan,
+         kPassTile, in.batch, gram_R, gram_x);
 }
 
 // ---------------------------------------------------------------------------------------------- backward
