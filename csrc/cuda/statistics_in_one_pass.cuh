@@ -44,8 +44,8 @@ inline GramPlan pass_plan(int64_t batch, int64_t elements, int multiprocessors) 
 // A warp's 64 x 32 values of left right^T.
 class PassTile {
  public:
-  // left and right point at this lane's part of the rows. First: of the 64 rows' sixteens, if the 32 columns are some of
-  // the rows, where they begin; then what is above the diagonal is left out. Else: -2.
+  // left and right point at this lane's part of the rows. First: at which of the four sixteens of rows the 32 columns begin,
+  // if they are some of these rows; then what is above the diagonal is left out. Else -2: all of it is below.
   template <int First>
   __device__ void add(const float* left, const float* right) {
     __syncwarp();  // the lanes may have parted where they stored
@@ -228,7 +228,8 @@ template <class S>
 __global__ void __launch_bounds__(kPassBlock, 1)
     statistics_in_one_pass_kernel(Fields<S> in, GramPlan plan, double* moments, float* grams) {
   const int64_t split = blockIdx.x;
-  const uint32_t elements = static_cast<uint32_t>(in.channels * in.pixels), most = static_cast<uint32_t>(plan.split_elements);
+  const uint32_t elements = static_cast<uint32_t>(in.channels * in.pixels);
+  const uint32_t most = static_cast<uint32_t>(plan.split_elements);
   const uint32_t begin = blockIdx.x * most, end = elements - begin < most ? elements : begin + most;
   const int steps = static_cast<int>((end - begin + kPassDepth - 1) / kPassDepth);
   float* memory = reinterpret_cast<float*>(block_memory());  // [2][field][eight]
@@ -546,8 +547,9 @@ void launch_backward_in_one_pass(const Fields<S>& in, const StatisticsGradients<
   in_groups(in, grad, device, ceil_div(in.pixels, kBackwardPixels), 1, problem,
             [&](const BackwardProblem<S>& g, int64_t items) {
               const int64_t wanted = ceil_div(items, kBackwardGroups);
-              launch(device, backward_in_one_pass_kernel<S>, wanted < device.multiprocessors ? wanted : device.multiprocessors,
-                     kBackwardBlock, kBackwardBytes, in, g, static_cast<int>(items));
+              const int64_t blocks = wanted < device.multiprocessors ? wanted : device.multiprocessors;
+              launch(device, backward_in_one_pass_kernel<S>, blocks, kBackwardBlock, kBackwardBytes, in, g,
+                     static_cast<int>(items));
             });
 }
 
