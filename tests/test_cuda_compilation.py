@@ -17,7 +17,13 @@ ARCHITECTURES = ("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_9
 # Bytes a thread may spill or keep in local memory, by kernel; none of them needs any.
 LOCAL_MEMORY = 0
 # Of a multiprocessor; of a block where it is not 256.
-REGISTERS, THREADS = 65536, {"in_block_kernelId": 512, "in_block_kernel": 768, "in_one_pass_kernel": 384}
+REGISTERS = 65536
+THREADS = {
+    "in_block_kernelId": 512,
+    "in_block_kernel": 768,
+    "statistics_in_one_pass_kernel": 512,
+    "backward_in_one_pass_kernel": 384,
+}
 
 
 def cuda_home() -> Path | None:

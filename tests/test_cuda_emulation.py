@@ -59,6 +59,7 @@ STATISTICS_SAMPLES = (
     Sample("several parts and splits", (2, 2, 80, 110)),
     Sample("many channels", (3, 700, 3, 9)),
     Sample("more pixels than a tile, batch of 33", (33, 1, 10, 14)),
+    Sample("as many samples as one pass takes, a tile of pixels and a part of one", (128, 2, 4, 10)),
     Sample("four tiles and several splits", (70, 2, 8, 24)),
     Sample("more samples than one pass takes", (131, 1, 4, 6)),
 )

@@ -443,13 +443,18 @@ __global__ void __launch_bounds__(kBlock, gram_blocks<S, Vector>())
   }
 }
 
-// Adds the splits: a block takes 32 values of the tiles, each of its warps every eighth split.
+// Adds the splits: a block takes 32 values of the tiles, each of its warps every eighth split. The second Gram's blocks and
+// partials, if there is one, follow the first one's.
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    finish_gram_kernel(const T* partials, GramPlan plan, int tile, int64_t batch, T* gram) {
+    finish_gram_kernel(const T* partials, GramPlan plan, int tile, int64_t batch, T* first, T* second) {
   double* sums = reinterpret_cast<double*>(block_memory());
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t values = plan.pairs * tile * tile, value = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int64_t values = plan.pairs * tile * tile, at_value = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const bool of_first = at_value < values;
+  const int64_t value = of_first ? at_value : at_value - values;
+  T* gram = of_first ? first : second;
+  if (!of_first) partials += plan.splits * values;
   double total = 0;
   for (int64_t split = warp; split < plan.splits; split += kBlock / kWarp) total += partials[split * values + value];
   sums[threadIdx.x] = total;
@@ -479,7 +484,7 @@ template <class S>
 struct BackwardProblem {
   using T = Accumulate<S>;
   const T* moments;             // dL/dmoments [B,9]
-  const T *weights_a, *weights_b;  // padded G + G^T; null where a Gram has no cotangent
+  const T *weights_a, *weights_b;  // padded G + G^T; null where a Gram has no cotangent (in one pass: G)
   int64_t padded;
   S *grad_R, *grad_x;          // grad_x may be null
   T* grad_M = nullptr;         // [groups,B,P], or null
@@ -500,7 +505,7 @@ struct Cotangents {
   // At one element, r and v of R and x, m of M: dL/dr into grad, from what the Gram says of dL/da; returns its part of
   // dL/dM.
   __device__ T of_R(T r, T v, T m, T from_gram, T& grad) const {
-    const T rest = T(1) - m, sign = static_cast<T>((r > 0) - (r < 0));
+    const T rest = T(1) - m, sign = r == 0 ? T(0) : copysign(T(1), r);
     const T grad_a = by[0] + 2 * by[2] * (r * m) + by[4] * (v * m) + by[7] * sign + from_gram;
     const T grad_c = by[5] + 2 * by[6] * (r * rest) + by[8] * sign;
     grad = grad_a * m + grad_c * rest;
@@ -785,7 +790,7 @@ void launch_gram(const Rows<S>& rows, const Device& device, Accumulate<S>* gram)
            gram_shared_bytes<S, Tile, Tensor>(), rows, plan, partials);
   });
   launch(device, finish_gram_kernel<T>, values / kWarp, kBlock, kBlock * sizeof(double), partials, plan, Tile, rows.batch,
-         gram);
+         gram, nullptr);
 }
 
 // Calls f(tile, tensor): tiles of 32 samples for small batches and for float64, of 64 for the others, those on tensor
@@ -903,12 +908,23 @@ void launch_moments_backward(const Fields<S>& in, const StatisticsGradients<S>& 
   });
 }
 
+constexpr int64_t kBackwardBytes = 224 * 1024;  // of shared memory, that a block needs for the backward in one pass
+
+// Of 65 to 128 samples, with cotangents of both Grams.
+template <class S>
+void launch_backward_in_one_pass(const Fields<S>& in, const StatisticsGradients<S>& grad, const Device& device);
+
 template <class S>
 void statistics_backward(Fields<S> in, const StatisticsGradients<S>& grad, const Device& device) {
   if (in.batch == 0) return;
   in.vector = in.vector && vectorisable(grad.R, in.pixels, sizeof(S)) && vectorisable(grad.x, in.pixels, sizeof(S)) &&
               vectorisable(grad.M, in.pixels, sizeof(Accumulate<S>));
   if (!grad.gram_R && !grad.gram_x) return launch_moments_backward(in, grad, device);
+  if constexpr (!std::is_same_v<S, double>) {
+    const bool in_one_pass = in.batch > 64 && in.batch <= 128 && in.vector && device.tensor_cores &&
+                             device.shared_bytes >= kBackwardBytes;
+    if (in_one_pass && grad.gram_R && grad.gram_x) return launch_backward_in_one_pass(in, grad, device);
+  }
   with_tile<S>(in.batch, device, [&](auto samples, auto tensor) {
     launch_backward<S, decltype(samples)::value, decltype(tensor)::value>(in, grad, device);
   });

@@ -84,8 +84,8 @@ struct Index {
 enum class Order { kRising, kFalling, kScattered };
 inline Order order = Order::kRising;
 
-// What a fiber waits for; fibers of one warp (or block) must wait for the same thing.
-enum class Wait { kNothing, kBlock, kWarp };
+// What a fiber waits for; fibers of one warp (group, block) must wait for the same thing.
+enum class Wait { kNothing, kBlock, kGroup, kWarp };
 
 [[noreturn]] inline void stop(const char* reason) {
   std::fprintf(stderr, "CUDA emulation: %s\n", reason);
@@ -105,7 +105,7 @@ struct Fiber {
   unsigned thread = 0;
   bool done = false;
   Wait wait = Wait::kNothing;
-  int place = 0;         // which kind of exchange a warp's lane waits in
+  int place = 0;         // which kind of exchange a warp's lane waits in; how large the group is
   Words value;           // what it brings
   Words results[kWarpSize];  // what all lanes brought
 };
@@ -194,6 +194,22 @@ inline bool release_block() {
   return true;
 }
 
+// The threads of one group go on together; others do not wait for them.
+inline void group_sync(int group, int threads) {
+  Fiber* self = block->running;
+  if (static_cast<int>(self->thread) / threads != group) stop("a thread waits for another group");
+  self->place = threads;
+  yield(Wait::kGroup);
+}
+
+inline bool release_group(size_t first) {
+  const size_t end = first + block->fibers[first].place;
+  for (size_t i = first; i < end; ++i)
+    if (block->fibers[i].wait != Wait::kGroup) return false;
+  for (size_t i = first; i < end; ++i) block->fibers[i].wait = Wait::kNothing;
+  return true;
+}
+
 inline std::vector<size_t> sequence(size_t count) {
   std::vector<size_t> order_of(count);
   for (size_t i = 0; i < count; ++i) order_of[i] = order == Order::kFalling ? count - 1 - i : i;
@@ -241,8 +257,11 @@ inline void run_block(Block& b) {
     }
     if (!unfinished) return;
     bool released = release_block();
-    for (size_t first = 0; first < b.fibers.size(); first += kWarpSize)
-      if (b.fibers[first].wait == Wait::kWarp) released |= release_warp(first);
+    for (size_t first = 0; first < b.fibers.size(); first += kWarpSize) {
+      const Fiber& fiber = b.fibers[first];
+      if (fiber.wait == Wait::kWarp) released |= release_warp(first);
+      else if (fiber.wait == Wait::kGroup && first % fiber.place == 0) released |= release_group(first);
+    }
     if (!moved && !released) stop("threads wait for each other in different places");
   }
 }

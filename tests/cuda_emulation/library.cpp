@@ -110,7 +110,7 @@ void masked_statistics(const StatisticsArguments* a, const void* R, const void* 
   with_type(a->type, [&](auto type) {
     using S = decltype(type);
     using T = Accumulate<S>;
-    statistics_forward(a->fields<S>(R, x, M), memory.device(0, a->multiprocessors, a->tensor_cores), static_cast<T*>(moments),
+    statistics_forward(a->fields<S>(R, x, M), memory.device(227 * 1024, a->multiprocessors, a->tensor_cores), static_cast<T*>(moments),
                        static_cast<T*>(gram_R), static_cast<T*>(gram_x));
   });
 }
@@ -125,7 +125,7 @@ void masked_statistics_backward(const StatisticsArguments* a, const void* grad_m
     const StatisticsGradients<S> grad{static_cast<const T*>(grad_moments), static_cast<const T*>(grad_gram_R),
                                       static_cast<const T*>(grad_gram_x),  static_cast<S*>(grad_R),
                                       static_cast<S*>(grad_x),             static_cast<T*>(grad_M)};
-    statistics_backward(a->fields<S>(R, x, M), grad, memory.device(0, a->multiprocessors, a->tensor_cores));
+    statistics_backward(a->fields<S>(R, x, M), grad, memory.device(227 * 1024, a->multiprocessors, a->tensor_cores));
   });
 }
 
