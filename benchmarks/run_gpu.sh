@@ -10,7 +10,7 @@
 #
 #     build      110  both native modules, in place; quick where they are there already
 #     small       25  every native kernel on small inputs against the formulas
-#     native      95  the tests of the native kernels
+#     native     150  the tests of the native kernels
 #     headline    85  both ops at the headline size: native, the reference, the reference compiled
 #     step        80  the exact step, the default and the feature map alone on ResNet-50 and ResNet-18 against the plain one
 #     memcheck    60  compute-sanitizer over the small inputs
