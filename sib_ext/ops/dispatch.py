@@ -128,8 +128,8 @@ def resolve(impl: str | None, device_type: str) -> str:
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Keeps autocast from narrowing the products inside; nothing to do where there is no autocast (meta)."""
-    if torch.amp.is_autocast_available(device_type):
+    """Keeps autocast from narrowing the products inside; nothing to do where it is off, as switching takes its time."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
