@@ -70,7 +70,7 @@ class SIBStep:
             raise ValueError(f"criterion must be a sib_ext.SpatialIBLoss, got {type(criterion).__name__}")
         self.model, self.criterion = model, criterion
         self.layers = () if layers == "auto" else (layers,) if isinstance(layers, str) else tuple(layers)
-        self._finds_layers = layers == "auto" and criterion.has_feature_terms
+        self._finds_layers = layers == "auto"  # once there are terms for one
         self.every = PRESETS[criterion.preset]["every"] if every is None else every
         self.jitter = PRESETS[criterion.preset]["jitter"] if jitter is None else jitter
         self.microbatch, self.scaler, self.output = microbatch, scaler, output
@@ -98,11 +98,6 @@ class SIBStep:
                 "layers were given, but the criterion has no term for them (feature_background=0, "
                 "feature_foreground=0): give one of these weights, or leave layers out"
             )
-        if self.criterion.mask_source == "vjp" and (self.layers or self._finds_layers) and self.every > 1:
-            raise ValueError(
-                f"mask_source='vjp' makes masks of the input's VJP, which feature maps' terms do without in most steps "
-                f"(every={self.every}): take mask_source='activation' or every=1"
-            )
         check_places(unwrapped(self.model), self.layers)
 
     def _chosen(self, engine: str) -> tuple[str, str]:
@@ -114,15 +109,24 @@ class SIBStep:
             return "double_backward", f"on the model inside torch.compile, because {self._knobs()} needs it"
         return "compiled", "because the model is wrapped in torch.compile"
 
+    @property
+    def _looks_for_layers(self) -> bool:
+        return self._finds_layers and self.criterion.has_feature_terms
+
     def _knobs(self) -> str:
         """The argument in use that ``compiled`` cannot serve."""
-        if self._finds_layers:
+        if self._looks_for_layers:
             return "layers"
         return next((n for n in ("layers", "microbatch", "scaler") if getattr(self, n)), "")
 
     def _check_combinations(self) -> None:
+        if self.criterion.mask_source == "vjp" and (self.layers or self._looks_for_layers) and self.every > 1:
+            raise ValueError(
+                f"mask_source='vjp' makes masks of the input's VJP, which feature maps' terms do without in most steps "
+                f"(every={self.every}): take mask_source='activation' or every=1"
+            )
         if self.engine == "compiled" and self._knobs():
-            without = " (give layers=() for none)" if self._finds_layers else ""
+            without = " (give layers=() for none)" if self._looks_for_layers else ""
             raise ValueError(f"engine='compiled' takes no {self._knobs()}{without}: use engine='double_backward'")
         eager = unwrapped(self.model)
         if self.microbatch and any(hasattr(m, "set_reshard_after_backward") for m in eager.modules()):
@@ -222,10 +226,11 @@ class SIBStep:
 
     def _task(self, x: Tensor, of_input: bool) -> Task:
         eager = unwrapped(self.model)
-        if self._finds_layers:
+        if self._looks_for_layers:  # weights may change in a training
+            self._check_combinations()
             name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
-        layers = self.layers if self.criterion.has_feature_terms else ()  # weights may change in a training
+        layers = self.layers if self.criterion.has_feature_terms else ()
         if self.criterion.has_terms and not (layers or self.criterion.has_input_terms):
             raise ValueError(
                 "layers: nothing is left of the S-IB loss, as there is no feature map and the input has no terms: "

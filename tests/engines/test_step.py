@@ -215,6 +215,20 @@ def test_feature_weights_may_fall_to_zero_in_a_training(batch):
     assert list(step.terms(*batch).background) == ["input"]
 
 
+def test_feature_weights_that_are_raised_in_a_training_find_their_map(batch):
+    step = step_of(Network(), loss_of(feature_background=0), "auto")
+    assert list(step.terms(*batch).background) == ["input"]
+    step.criterion.feature_background = 0.5
+    assert "body" in step.terms(*batch).background and step.layers == ("body",)
+
+
+def test_feature_weights_that_are_raised_in_a_compiled_training_are_refused(batch):
+    step = step_of(Network(), loss_of(feature_background=0), "auto", engine="compiled")
+    step.criterion.feature_background = 0.5
+    with pytest.raises(ValueError, match="engine='compiled' takes no layers"):
+        step(*batch)
+
+
 def test_a_place_of_the_inputs_name_is_refused(batch):
     class Named(nn.Module):
         def __init__(self):
