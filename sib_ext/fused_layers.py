@@ -179,11 +179,11 @@ class _BatchNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         # PyTorch's own choice of a kernel; the last two results belong to it.
-        y, mean, rstd, *ctx.kernel = torch.ops.aten._batch_norm_impl_index(
+        y, mean, rstd, reserve, ctx.kernel = torch.ops.aten._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
         ctx.eps, ctx.impl = eps, dispatch.default_impl()
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, reserve)
         return y
 
     @staticmethod
@@ -199,7 +199,7 @@ class _GroupNorm(Function):
     def forward(ctx, x, weight, bias, groups, eps):
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *_extents(x), groups, eps)
         ctx.groups, ctx.eps, ctx.impl, ctx.kernel = groups, eps, dispatch.default_impl(), None
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, None)
         return y
 
     @staticmethod
@@ -212,15 +212,15 @@ class _GroupNorm(Function):
 
 def _norm_gradients(ctx, grad: Tensor, layer: Callable) -> tuple:
     """(dx, dweight, dbias) as the pass under way wants them; ``layer`` is PyTorch's own, (x, weight, bias) -> y."""
-    x, weight, bias, mean, rstd = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    x, weight, bias, mean, rstd, reserve = ctx.saved_tensors
+    needed, kernel = ctx.needs_input_grad, (ctx.kernel, reserve)
     if is_input_only(grad):
         if not needed[0]:
             return None, None, None
-        return _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps, ctx.impl, ctx.kernel), None, None
+        return _NormInputGradient.apply(grad, x, weight, mean, rstd, ctx.eps, ctx.impl, kernel), None, None
     if torch.is_grad_enabled():
         return _plain_derivatives(layer, (x, weight, bias), grad, needed)
-    return _norm_backward(grad, x, weight, mean, rstd, ctx.eps, ctx.impl, ctx.kernel, list(needed[:3]))
+    return _norm_backward(grad, x, weight, mean, rstd, ctx.eps, ctx.impl, kernel, list(needed[:3]))
 
 
 class _NormInputGradient(Function):
@@ -250,7 +250,8 @@ def _extents(x: Tensor) -> tuple[int, int, int]:
 
 
 def _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, wanted):
-    if kernel is None:
+    index, reserve = kernel
+    if index is None:
         grads = torch.ops.aten.native_group_norm_backward(
             grad.contiguous(), x, mean, rstd, weight, *_extents(x), mean.shape[1], wanted
         )
@@ -259,7 +260,6 @@ def _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, wanted):
         grad_x, *of_parameters = batch_norm_backward(grad.to(x.dtype), x, mean, rstd, scale)
         grads = grad_x, *(t if weight is None else t.to(weight.dtype) for t in of_parameters)
     else:
-        reserve, index = kernel
         grads = torch.ops.aten._batch_norm_impl_index_backward(
             index, x, grad, weight, None, None, mean, rstd, True, eps, wanted, reserve
         )
