@@ -77,8 +77,8 @@ def _convolution_backward(grad, x, weight, bias_sizes, geometry, wanted):
 
 class _Convolution(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, convolve, geometry, of_images):
-        ctx.convolve, ctx.geometry, ctx.of_images = convolve, geometry, of_images
+    def forward(ctx, x, weight, bias, convolve, geometry, mode):
+        ctx.convolve, ctx.geometry, ctx.mode = convolve, geometry, mode
         ctx.save_for_backward(x, weight, bias)
         return convolve(x, weight, bias, *geometry)
 
@@ -89,7 +89,9 @@ class _Convolution(Function):
         if is_input_only(grad):
             grad_x = _ConvolutionInputGradient.apply(grad, x, weight, ctx.convolve, ctx.geometry)
             return grad_x if needed[0] else None, *[None] * 5
-        needed = needed[0] and not ctx.of_images, *needed[1:]
+        # Inside the forward pass a model may differentiate by its own input.
+        images_alone = ctx.mode is not None and ctx.mode.is_over
+        needed = needed[0] and not images_alone, *needed[1:]
         if torch.is_grad_enabled():
             grads = _plain_derivatives(lambda *t: ctx.convolve(*t, *ctx.geometry), (x, weight, bias), grad, needed)
             return *grads, *[None] * 3
@@ -156,7 +158,7 @@ def _convolution(
     geometry = (*(v * dims if len(v) == 1 else v for v in each), int(groups))
     x, weight, bias = _as_autocast((input, weight, bias))
     with dispatch.without_autocast(x.device.type):
-        return _Convolution.apply(x, weight, bias, convolve, geometry, mode.takes_images(input))
+        return _Convolution.apply(x, weight, bias, convolve, geometry, mode if mode.takes_images(input) else None)
 
 
 def _as_autocast(tensors: tuple) -> tuple:
@@ -249,6 +251,12 @@ def _extents(x: Tensor) -> tuple[int, int, int]:
     return x.shape[0], x.shape[1], x[:1, :1].numel()
 
 
+def _dense(x: Tensor) -> Tensor:
+    """In the memory format that cuDNN's forward took it in."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    return x if x.is_contiguous(memory_format=channels_last) else x.contiguous()
+
+
 def _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, wanted):
     index, reserve = kernel
     if index is None:
@@ -261,7 +269,7 @@ def _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, wanted):
         grads = grad_x, *(t if weight is None else t.to(weight.dtype) for t in of_parameters)
     else:
         grads = torch.ops.aten._batch_norm_impl_index_backward(
-            index, x, grad, weight, None, None, mean, rstd, True, eps, wanted, reserve
+            index, _dense(x), grad, weight, None, None, mean, rstd, True, eps, wanted, reserve
         )
     return tuple(t if wants else None for t, wants in zip(grads, wanted, strict=True))
 
@@ -345,13 +353,22 @@ class fused_double_backward(TorchFunctionMode):
             around: a context for what checkpoints run again inside it, given the function that says whether the mode is
                 active there.
             passive: so many of the calls of such layers are left as they are; infinite: all until :meth:`activate`.
-            images: a leaf of which no gradient is wanted but the VJP. A convolution of a copy of it does without the
-                other one, for which a network's first layer has no good kernel.
+            images: a leaf of which, after the forward pass, no gradient is wanted but the VJP. A convolution of a copy
+                of it does without the other one, for which a network's first layer has no good kernel.
         """
         super().__init__()
         self.around, self.passive, self.images = around, passive, images
         self.passed, self._in = 0, None  #: how many in the checkpoint of that hook
         self.recomputes = False  #: a checkpoint was met, whose function will run again
+        self.is_over = False  #: the forward pass
+
+    def __enter__(self):
+        self.is_over = False
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.is_over = True
+        return super().__exit__(*error)
 
     def is_active(self) -> bool:
         return self.passive == 0

@@ -107,6 +107,22 @@ def test_auto_takes_the_cuda_kernels_on_a_gpu_then_triton_then_the_reference(mon
         dispatch.resolve("triton", "cuda")
 
 
+def test_auto_takes_the_reference_on_a_gpu_that_is_too_old(monkeypatch):
+    monkeypatch.setitem(dispatch._native_problems, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert dispatch.resolve("auto", "cuda") == "reference"
+    assert dispatch.resolve("native", "cuda") == "native"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert dispatch.resolve("auto", "cuda") == "native"
+
+
+def test_triton_without_a_compiler_says_what_to_do(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(dispatch.shutil, "which", lambda program: None)
+    assert "C compiler" in dispatch._find_triton_problems()["cuda"]
+
+
 def test_auto_takes_no_interpreter(without_native, monkeypatch):
     monkeypatch.setitem(dispatch._triton_problems, "cpu", None)
     assert dispatch.resolve("auto", "cpu") == "reference"

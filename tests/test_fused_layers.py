@@ -109,6 +109,29 @@ def test_images_get_no_gradient_but_their_vjp_and_the_parameters_all_of_theirs(b
     assert images.grad is not None
 
 
+def test_a_model_may_differentiate_by_its_own_input():
+    """An energy's gradient inside the forward pass, with a second path from the images: all of it."""
+    layer = nn.Conv2d(3, 4, 3).double()
+    images = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+
+    def score(x):
+        energy = layer(x).tanh().square().sum() + x.square().sum()
+        (slope,) = torch.autograd.grad(energy, x, create_graph=True)
+        return layer(slope).square().mean()
+
+    def gradients(mode):
+        with mode:
+            s = score(images.clone())
+        (vjp,) = input_gradients((s,), (torch.ones_like(s),), (images,))
+        layer.zero_grad()
+        (s + vjp.square().sum()).backward()
+        return s.detach(), vjp.detach(), *(p.grad.clone() for p in layer.parameters())
+
+    found = gradients(fused_double_backward(images=images))
+    for value, truth in zip(found, gradients(contextlib.nullcontext()), strict=True):
+        assert_near(value, truth, 1e-10)
+
+
 def test_gradcheck_of_the_vjp(layer_and_x):
     """The path of the S-IB loss: an input gradient as a function of input, cotangent and parameters."""
     layer, x = layer_and_x

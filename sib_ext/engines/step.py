@@ -119,7 +119,8 @@ class SIBStep:
             return "layers"
         return next((n for n in ("layers", "microbatch", "scaler") if getattr(self, n)), "")
 
-    def _check_combinations(self) -> None:
+    def _check_layers(self) -> None:
+        """Before every step again: the criterion's weights may change in a training."""
         if self.criterion.mask_source == "vjp" and (self.layers or self._looks_for_layers) and self.every > 1:
             raise ValueError(
                 f"mask_source='vjp' makes masks of the input's VJP, which feature maps' terms do without in most steps "
@@ -128,6 +129,9 @@ class SIBStep:
         if self.engine == "compiled" and self._knobs():
             without = " (give layers=() for none)" if self._looks_for_layers else ""
             raise ValueError(f"engine='compiled' takes no {self._knobs()}{without}: use engine='double_backward'")
+
+    def _check_combinations(self) -> None:
+        self._check_layers()
         eager = unwrapped(self.model)
         if self.microbatch and any(hasattr(m, "set_reshard_after_backward") for m in eager.modules()):
             raise ValueError(
@@ -226,8 +230,9 @@ class SIBStep:
 
     def _task(self, x: Tensor, of_input: bool) -> Task:
         eager = unwrapped(self.model)
-        if self._looks_for_layers:  # weights may change in a training
-            self._check_combinations()
+        if self.criterion.has_feature_terms:
+            self._check_layers()
+        if self._looks_for_layers:
             name = last_feature_map(eager, x, self.output)
             self.layers, self._finds_layers = (name,) if name else (), False
         layers = self.layers if self.criterion.has_feature_terms else ()

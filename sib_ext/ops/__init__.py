@@ -1,17 +1,8 @@
 """The ops: schema, fake kernel, dispatch, autograd and public function, one module each."""
 
-from .batch_norm_backward import batch_norm_backward
 from .density_mask import auto_window, density_mask
 from .dispatch import use_impl
 from .masked_statistics import MaskedStatistics, masked_statistics
 from .norm_double_backward import norm_double_backward
 
-__all__ = [
-    "MaskedStatistics",
-    "auto_window",
-    "batch_norm_backward",
-    "density_mask",
-    "masked_statistics",
-    "norm_double_backward",
-    "use_impl",
-]
+__all__ = ["MaskedStatistics", "auto_window", "density_mask", "masked_statistics", "norm_double_backward", "use_impl"]

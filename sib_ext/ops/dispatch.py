@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,7 +70,10 @@ def _find_triton_problems() -> dict[str, str | None]:
     missing = _missing_triton()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     no_gpu = "Triton kernels run on a GPU; TRITON_INTERPRET=1, set before Python starts, interprets them on the CPU"
-    return {"cuda": missing, "cpu": missing if interpreted else no_gpu}
+    on_a_gpu = missing
+    if on_a_gpu is None and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        on_a_gpu = "Triton needs a C compiler when a kernel runs for the first time: install gcc, or name one in CC"
+    return {"cuda": on_a_gpu, "cpu": missing if interpreted else no_gpu}
 
 
 _triton_problems = _find_triton_problems()
@@ -114,13 +118,19 @@ def use_impl(impl: str) -> Iterator[None]:
         _in_use.reset(token)
 
 
+def _is_unproven(device_type: str) -> bool:
+    """A GPU older than the kernels are built for by default, or of another maker."""
+    if device_type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0)
+
+
 def resolve(impl: str | None, device_type: str) -> str:
     """The implementation that will run: an explicit choice that cannot run raises and says why."""
     impl = default_impl() if impl is None else _checked(impl, "impl")
     if impl == "auto":
-        return next(
-            name for name in AUTO_ORDER.get(device_type, ("reference",)) if problem_of(name, device_type) is None
-        )
+        order = ("reference",) if _is_unproven(device_type) else AUTO_ORDER.get(device_type, ("reference",))
+        return next(name for name in order if problem_of(name, device_type) is None)
     problem = problem_of(impl, device_type)
     if problem is not None:
         raise RuntimeError(f"impl={impl!r} cannot run on {device_type}: {problem}. impl='auto' takes what is there.")

@@ -222,8 +222,11 @@ def test_feature_weights_that_are_raised_in_a_training_find_their_map(batch):
     assert "body" in step.terms(*batch).background and step.layers == ("body",)
 
 
-def test_feature_weights_that_are_raised_in_a_compiled_training_are_refused(batch):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_feature_weights_that_are_raised_in_a_compiled_training_are_refused(resumed, batch):
     step = step_of(Network(), loss_of(feature_background=0), "auto", engine="compiled")
+    if resumed:
+        step.load_state_dict({"steps": 3, "layers": ("body",), "finds_layers": False})
     step.criterion.feature_background = 0.5
     with pytest.raises(ValueError, match="engine='compiled' takes no layers"):
         step(*batch)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sib_ext import fused_layers, reference, use_impl
-from sib_ext.ops import batch_norm_backward, dispatch
+from sib_ext.ops import dispatch
+from sib_ext.ops.batch_norm_backward import batch_norm_backward
 
 from .. import test_norm_double_backward as norm
 from ..compare import assert_near, overload, relative_error
@@ -55,12 +56,17 @@ def test_the_gradients_of_batch_normalisation(name, dtype, affine):
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_batch_normalisation_in_a_step_is_pytorchs(memory_format, impl, batch):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_batch_normalisation_in_a_step_is_pytorchs(layout, impl, batch):
     """Outputs and running statistics of the fused layer, whichever kernel PyTorch takes."""
     torch.manual_seed(0)
-    layers = [nn.BatchNorm2d(8).cuda().to(memory_format=memory_format) for _ in range(2)]
-    x = torch.randn(6, 8, 9, 10, device="cuda").to(memory_format=memory_format).requires_grad_()
+    layers = [nn.BatchNorm2d(8).cuda() for _ in range(2)]
+    x = torch.randn(6, 8, 9, 10, device="cuda")
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = torch.randn(9, 8, 6, 10, device="cuda").transpose(0, 2)
+    x.requires_grad_()
     with use_impl(impl), fused_layers.fused_double_backward():
         found = layers[0](x)
     truth = layers[1](x)
