@@ -7,7 +7,7 @@
 #     STAGES="build compiled" benchmarks/run_gpu.sh OUT3
 #
 # Without STAGES all of them run in the order of this list, as far as TOTAL seconds (540) go. What they are, and for how
-# many seconds at most (20 more are for the description of the machine; on an H200 with 16 cores they took half of it):
+# many seconds at most (20 more are for the description of the machine; on an H200 with 16 cores most took half of it):
 #
 #     build      100  both native modules, in place; quick where they are there already
 #     small       25  every native kernel on small inputs against the formulas

@@ -1,7 +1,8 @@
-// What the kernels of norm_double_backward share on every device: rows, groups, and the algebra between two passes.
+// What the kernels of norm_double_backward and batch_norm_backward share on every device: rows, groups, and the algebra
+// between two passes.
 //
 // A group is what is normalised together: a channel of the whole batch, or some channels of one sample. Its rows are
-// the planes of its channels.
+// the planes of its channels (on a GPU, of fields that are channels last: parts of all positions of a channel).
 #pragma once
 
 #include <cstdint>

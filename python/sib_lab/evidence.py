@@ -394,9 +394,10 @@ def figure(found: dict[str, dict]) -> Figure:
         maps.set_title(
             f"{SITUATIONS[key].name}: share of each explanation on the object (EPG; dotted: chance)", loc="left"
         )
-        maps.set_ylim(0, 1.4)  # room for the legend
+        maps.set_ylim(0, 1.5)  # room for the legend
         maps.set_yticks(np.arange(0, 1.01, 0.2))
-        maps.legend(ncols=len(of["methods"]), loc="upper left")
+        legend = maps.legend(ncols=min(4, len(of["methods"])), loc="upper left")
+        legend.set_in_layout(False)  # a long one would take the charts' room
         accuracy.set_title("Accuracy, uncorrelated", loc="left")
         accuracy.set_xticks([])
     return chart

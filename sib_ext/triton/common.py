@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import dispatch
 
-# None of the sizes here is tuned: they were never measured on a GPU.
+# None of the sizes here is tuned on a GPU.
 TILE = 1024  # values that one program holds of a field: channels x pixels
 PARTIALS = 512  # partial sums that a program adds at a time
 

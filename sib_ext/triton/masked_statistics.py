@@ -14,7 +14,7 @@ from .. import reference
 from ..ops import dispatch
 from .common import INTERPRETED, PARTIALS, canonical, is_channels_last, strides, sum_of_partials, tile
 
-# None of the sizes here is tuned: they were never measured on a GPU. Products keep their operands in registers: deeper
+# None of the sizes here is tuned on a GPU. Products keep their operands in registers: deeper
 # ones, larger tiles or longer pipelines of the backward spill in one type or another.
 DEPTH = 512 if INTERPRETED else 16  # elements of C*H*W, or samples, that a product of tiles takes at once
 BACKWARD_PIXELS = 512 if INTERPRETED else 32
