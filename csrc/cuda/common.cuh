@@ -1,9 +1,9 @@
 // What the CUDA kernels of all ops share: number types, loads, sums within a block, launches. It needs no torch:
 // tests/cuda_emulation compiles the same kernels for the CPU.
 //
-// Rules that every kernel keeps: no float atomics, and sums run in an order that depends on the sizes and the kind of GPU alone, so results
-// are the same bit for bit every time; nothing waits for the device, and memory comes from the caller's allocator, so
-// that a CUDA graph can capture every launch; offsets into a batch are 64 bits wide.
+// Rules that every kernel keeps: no float atomics, and sums run in an order that depends on the sizes and the kind of GPU
+// alone, so results are the same bit for bit every time; nothing waits for the device, and memory comes from the caller's
+// allocator, so that a CUDA graph can capture every launch; offsets into a batch are 64 bits wide.
 #pragma once
 
 #ifdef SIB_CUDA_EMULATION
