@@ -1,10 +1,20 @@
 """Argument checks: each error names the argument, what was given and what to do."""
 
+import sys
 from collections.abc import Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+
+def levels_to_the_caller() -> int:
+    """The ``stacklevel`` of the first line outside sib_ext and torch, for a warning of the function that calls this."""
+    frame, level = sys._getframe(1), 1
+    inside = (f"{__package__}.", "torch.")
+    while frame.f_back and f"{frame.f_globals.get('__name__', '')}.".startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def describe(value) -> str:

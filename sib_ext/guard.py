@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .checks import levels_to_the_caller
 from .information import Information
 
 SMOOTHING = 0.98  #: of the running means, a step
@@ -68,7 +69,7 @@ class CollapseGuard:
             "zero everywhere, so no explanation of them shows anything: raise feature_foreground, or lower "
             "feature_background and input_background",
             CollapseWarning,
-            stacklevel=5,
+            stacklevel=levels_to_the_caller(),
         )
 
     def _look_at_terms(self, cross_entropy: float, terms: float, guessing: float) -> None:
@@ -95,5 +96,5 @@ class CollapseGuard:
             f"{cross_entropy:.2f} (guessing: {guessing:.2f}) while they fell to {terms:.2f}: lower the weights of the "
             "terms, or train with cross-entropy alone first",
             CollapseWarning,
-            stacklevel=5,
+            stacklevel=levels_to_the_caller(),
         )

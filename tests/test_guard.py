@@ -119,11 +119,23 @@ def test_a_training_whose_terms_take_over_says_so():
     mask[:, :, 2:6, 2:6] = 1
     step = SIBStep(model, SpatialIBLoss(input_background=1000.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    with pytest.warns(CollapseWarning, match="taking over"):
+    with pytest.warns(CollapseWarning, match="taking over") as caught:
         for _ in range(STEPS):
             optimizer.zero_grad()
             step(x, y, mask).backward()
             optimizer.step()
+    assert [w.filename for w in caught if "taking over" in str(w.message)] == [
+        __file__
+    ]  # the line of the training loop
+
+
+def test_a_warning_names_the_line_that_calls_the_criterion():
+    criterion, x = SpatialIBLoss(), torch.randn(4, 3, 8, 8, requires_grad=True)
+    logits = 0 * x.flatten(1) @ torch.randn(192, 8)
+    with pytest.warns(CollapseWarning, match="switched off") as caught:
+        for _ in range(LOOK):
+            criterion(logits, torch.arange(4), x)
+    assert [w.filename for w in caught] == [__file__]
 
 
 def test_it_watches_training_only():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import seeds
+from ..checks import levels_to_the_caller
 from ..graph import graph_leaves
 from ..outputs import logits_of
 from ..passes import Noise, stand_in, with_state
@@ -127,7 +128,7 @@ class Compiled:
             warnings.warn(
                 f"the compiled engine steps aside, first for batches {list(x.shape)}: {reason}. The exact engine "
                 "double_backward takes these, and all others that it leaves.",
-                stacklevel=2,
+                stacklevel=levels_to_the_caller(),
             )
         return False
 

@@ -69,7 +69,7 @@ class SIBStep:
         if not isinstance(criterion, SpatialIBLoss):
             raise ValueError(f"criterion must be a sib_ext.SpatialIBLoss, got {type(criterion).__name__}")
         self.model, self.criterion = model, criterion
-        self.layers = () if layers == "auto" else (layers,) if isinstance(layers, str) else tuple(layers)
+        self.layers = () if layers == "auto" else _names(layers)
         self._finds_layers = layers == "auto"  # once there are terms for one
         self.every = PRESETS[criterion.preset]["every"] if every is None else every
         self.jitter = PRESETS[criterion.preset]["jitter"] if jitter is None else jitter
@@ -246,6 +246,13 @@ class SIBStep:
     def _cross_entropy(self, logits: Tensor, target: Tensor, x: Tensor) -> Tensor:
         joined = distributed.JoinedBatch(x, self.criterion.process_group)
         return self.criterion.joined_cross_entropy(logits, target, joined)
+
+
+def _names(layers) -> tuple[str, ...]:
+    names = (layers,) if isinstance(layers, str) else layers
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"layers must be 'auto', the name of a module or a sequence of names, got {layers!r}")
+    return tuple(names)
 
 
 def _jittered(x: Tensor, most: float) -> Tensor:

@@ -6,7 +6,6 @@ graph for *bottlenecks*, tensors that all of x goes through on its way to the lo
 """
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checks import levels_to_the_caller
 from ..graph import has_reentrant_checkpoint
 from ..outputs import logits_of
 from ..passes import Noise, kept, stand_in, with_state
@@ -39,16 +39,8 @@ def last_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None
     """As :func:`find_feature_map`, with a warning where there is none."""
     name = find_feature_map(model, x, output)
     if name is None:
-        warnings.warn(NOTHING_FOUND, stacklevel=_levels_to_the_caller())
+        warnings.warn(NOTHING_FOUND, stacklevel=levels_to_the_caller())
     return name
-
-
-def _levels_to_the_caller() -> int:
-    """The ``stacklevel``, for a warning of the function that calls this, of the first line outside the package."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(f"{__package__.partition('.')[0]}."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def find_feature_map(model: nn.Module, x: Tensor, output: Callable | None = None, functions: bool = True) -> str | None:

@@ -215,6 +215,12 @@ def test_feature_weights_may_fall_to_zero_in_a_training(batch):
     assert list(step.terms(*batch).background) == ["input"]
 
 
+@pytest.mark.parametrize("layers", [3, None, ["body", 3], {"body"}], ids=str)
+def test_layers_that_are_no_names_are_refused(layers):
+    with pytest.raises(ValueError, match="layers must be 'auto', the name of a module or a sequence of names, got"):
+        step_of(Network(), loss_of(), layers)
+
+
 def test_feature_weights_that_are_raised_in_a_training_find_their_map(batch):
     step = step_of(Network(), loss_of(feature_background=0), "auto")
     assert list(step.terms(*batch).background) == ["input"]
