@@ -5,7 +5,8 @@ well for two kinds of layers: the weight gradient of a convolution's double back
 kernel is a whole feature map, and the double backward of batch and group normalisation is some twenty passes over
 the feature map. Inside :func:`fused_double_backward` those layers are recorded by autograd Functions of this module:
 the first gives the weight gradient by the ordinary backward convolution, the second is the op
-:func:`sib_ext.ops.norm_double_backward`. Values and first derivatives are those of PyTorch's own kernels.
+:func:`sib_ext.ops.norm_double_backward`. Values and first derivatives are those of PyTorch's own kernels, except batch
+normalisation's first derivative by native kernels on a GPU (:mod:`sib_ext.ops.batch_norm_backward`).
 """
 
 import contextlib
@@ -184,7 +185,7 @@ class _BatchNorm(Function):
         y, mean, rstd, reserve, ctx.kernel = torch.ops.aten._batch_norm_impl_index(
             x, weight, bias, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
         )
-        ctx.eps, ctx.impl = eps, dispatch.default_impl()
+        ctx.eps, ctx.impl = eps, dispatch.resolve(None, x.device.type)
         ctx.save_for_backward(x, weight, bias, mean, rstd, reserve)
         return y
 
@@ -200,7 +201,7 @@ class _GroupNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *_extents(x), groups, eps)
-        ctx.groups, ctx.eps, ctx.impl, ctx.kernel = groups, eps, dispatch.default_impl(), None
+        ctx.groups, ctx.eps, ctx.impl, ctx.kernel = groups, eps, dispatch.resolve(None, x.device.type), None
         ctx.save_for_backward(x, weight, bias, mean, rstd, None)
         return y
 
@@ -263,7 +264,7 @@ def _norm_backward(grad, x, weight, mean, rstd, eps, impl, kernel, wanted):
         grads = torch.ops.aten.native_group_norm_backward(
             grad.contiguous(), x, mean, rstd, weight, *_extents(x), mean.shape[1], wanted
         )
-    elif x.is_cuda and dispatch.resolve(impl, "cuda") == "native":
+    elif x.is_cuda and impl == "native":
         scale = weight if weight is None else weight.to(mean.dtype)
         grad_x, *of_parameters = batch_norm_backward(grad.to(x.dtype), x, mean, rstd, scale)
         grads = grad_x, *(t if weight is None else t.to(weight.dtype) for t in of_parameters)
