@@ -73,6 +73,10 @@ def top_p_mask(vjp: Tensor, area: float = 0.1, slope: float = 30.0) -> Tensor:
     return _as_mask(torch.sigmoid(slope * (n - t)), vjp)
 
 
+#: In units of the last place: by so much a field that is constant may differ from place to place (a sum over the
+#: channels, an interpolation).
+ROUNDING = 100
+
 #: What self-made masks are made of.
 SOURCES = ("vjp", "activation")
 
@@ -80,11 +84,14 @@ SOURCES = ("vjp", "activation")
 def activation_source(field: Tensor, size: Sequence[int]) -> Tensor:
     """A field [B,1,h,w] >= 0, upsampled to ``size`` = (H, W) and with mean 1 (or 0 everywhere).
 
-    Free of scale, so that the mask's eps is, too.
+    Free of scale, so that the mask's eps is, too. A field that is the same everywhere but for rounding is made so: a
+    mask stretches whatever contrast there is.
     """
     if field.shape[2:] != size:
         field = F.interpolate(field, size, mode="bilinear", align_corners=False)
-    return field / field.mean((1, 2, 3), keepdim=True).clamp_min(TINY)
+    relative = field / field.mean((1, 2, 3), keepdim=True).clamp_min(TINY)
+    contrast = relative.amax((1, 2, 3), keepdim=True) - relative.amin((1, 2, 3), keepdim=True)
+    return torch.where(contrast > ROUNDING * torch.finfo(field.dtype).eps, relative, relative.detach().round())
 
 
 MASKS = {

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from sib_ext import functional as sib
-from sib_ext.masks import given_mask
+from sib_ext.masks import activation_source, given_mask
 
 from .compare import assert_near, gradients
 from .samples import DTYPES, EMPTY, LARGE, PLAIN, Sample
@@ -100,6 +100,32 @@ def test_a_constant_vjp_gives_a_finite_mask_and_gradient(make, value, dtype):
     cotangent = 10 * LARGE.cotangent_of_mask(dtype)
     (gradient,) = gradients(mask, [vjp], cotangent)
     assert mask.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [*MAKERS.values(), sib.density_mask], ids=[*MAKERS, "density"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5)], ids=["one position", "constant"])
+def test_a_mask_of_a_constant_activation_is_not_made_of_rounding(make, shape):
+    """Sums over channels and interpolation differ in their last places, and masks stretch what contrast there is."""
+    torch.manual_seed(0)
+    constant = torch.rand(6, 1, 1, 1).expand(6, 1, *shape)
+    noisy = constant * (1 + torch.randint(-9, 10, (6, 1, *shape)) * 2**-23)
+    mask = make(activation_source(noisy, (37, 37)))
+    torch.testing.assert_close(mask, make(torch.ones(6, 1, 37, 37)), rtol=0, atol=0)
+
+
+def test_a_faint_activation_makes_a_mask():
+    faint = 1 + 1e-4 * torch.rand(2, 1, 7, 7, dtype=torch.float32)
+    mask = sib.hard_density_mask(activation_source(faint, (14, 14)), window=3)
+    assert (mask.amax((1, 2, 3)) > 0.8).all() and (mask.amin((1, 2, 3)) < 0.1).all()
+
+
+def test_the_source_keeps_its_gradient_and_zero_stays_zero():
+    field = LARGE.fields().mask.clone().requires_grad_()
+    source = activation_source(field, (9, 9))
+    torch.testing.assert_close(source.mean((1, 2, 3)), torch.ones(len(field), dtype=field.dtype))
+    (gradient,) = torch.autograd.grad(source[:, :, 0].sum(), field)
+    assert gradient.abs().sum() > 0
+    assert not activation_source(torch.zeros(2, 1, 3, 3), (6, 6)).any()
 
 
 @each_maker

@@ -7,3 +7,7 @@ class NoPath(Exception):
 
 class NotFinite(Exception):
     """A derivative is NaN or infinite."""
+
+
+class Unseen(Exception):
+    """A derivative that a step takes rightly, and that cannot be taken apart from it."""

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from ..engines.double_backward import differentiable
 from ..fused_layers import input_gradients
 from ..layers import captured
-from .errors import NotFinite
+from .errors import NotFinite, Unseen
+
+REENTRANT = "CheckpointFunctionBackward"
 
 
 class Head(nn.Module):
-    """feature map -> what the model returns for x with that map in the place of its own."""
+    """feature map -> what the model returns for x with that map in the place of its own.
+
+    Raises:
+        Unseen: the map is computed in a reentrant checkpoint, which puts its own function in the place of any other's.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor, place: str):
         super().__init__()
@@ -42,11 +48,15 @@ class Head(nn.Module):
         def instead(tensor: Tensor) -> Tensor | None:
             nonlocal runs
             runs += 1
-            # No leaf, so that the model may overwrite it.
-            return feature_map.clone() if runs == self.runs else None
+            # No leaf, so that the model may overwrite it; what runs before may be frozen under no_grad.
+            with torch.set_grad_enabled(feature_map.requires_grad):
+                return feature_map.clone() if runs == self.runs else None
 
-        with captured(self.model, (self.place,), instead):
-            return self.model(self.x.clone())
+        with captured(self.model, (self.place,), instead) as found:
+            output = self.model(self.x.clone())
+        if self.place in found and type(found[self.place].grad_fn).__name__ == REENTRANT:
+            raise Unseen("the feature map is computed in a reentrant checkpoint")
+        return output
 
 
 def ordinary_backward(model: nn.Module, x: Tensor, logits: Callable, place: str) -> None:

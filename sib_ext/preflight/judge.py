@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .causes import FIX_CUT, FIX_FUNCTION, explain, named
-from .errors import NotFinite
+from .errors import NotFinite, Unseen
 from .finding import FAILS, OK, UNVERIFIED, WRONG, Finding
 from .functions import rules
 from .precision import in_float64, to_float64
@@ -19,6 +19,7 @@ CHANGING = (
     "it gives another result every time, with the same buffers and random numbers",
     "keep what it counts in a buffer, and draw from the generators of torch, numpy or Python",
 )
+FIX_REENTRANT = "a step takes it as it is; with use_reentrant=False it can be checked, and lets go of more memory"
 FIX_RULE = (
     "put it on a branch that the logits do not depend on, or replace it by a function with its true derivative; or "
     "accept knowingly that the information terms reach the layers before it by that rule"
@@ -39,6 +40,8 @@ def judge(name: str, own: nn.Module, double: nn.Module, inputs: tuple, logits: C
     probe = Probe(own, inputs, logits)
     try:
         probe.differentiate()
+    except Unseen as error:
+        return _unverified(finding, str(error), FIX_REENTRANT)
     except Exception as error:
         return _failed(finding, error, probe.functions)
     own.zero_grad()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sib_ext import SIBStep, SpatialIBLoss, check_double_backward, fused_double_backward
 
@@ -114,6 +115,36 @@ def test_a_frozen_backbone_without_a_graph(x, criterion):
         part.requires_grad_(False)
     assert check_double_backward(model, x, criterion=criterion, layers="last").verified
     trained(model, x)
+
+
+def test_a_frozen_backbone_without_a_graph_up_to_the_map(x, criterion):
+    """The map itself is what comes out of no_grad."""
+    model = Network(nn.Hardsigmoid())
+    frozen = nn.Sequential(model.stem, model.last).requires_grad_(False)
+    model.stem, model.last = nn.Identity(), Do(torch.no_grad()(lambda h: frozen(h)))
+    model.frozen = frozen
+    assert check_double_backward(model, x, criterion=criterion, layers="frozen.1").verified
+    SIBStep(model, criterion, "frozen.1")(x, torch.tensor([0, 1])).backward()
+    assert model.head.linear.weight.grad.abs().sum() > 0
+
+
+def test_a_map_inside_a_reentrant_checkpoint_is_left_unverified(x, criterion):
+    """A step takes it rightly: PyTorch's function stands where the map's own would, so nothing else can."""
+    models = [Network(nn.Identity()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    last = models[1].last
+    models[1].last = Do(lambda h: checkpoint(last, h, use_reentrant=True))
+    models[1].last.extra = last
+    report = check_double_backward(models[1], x, criterion=criterion, layers="last.extra")
+    assert report.ok and not report.verified
+    assert "in a reentrant checkpoint" in str(report) and "use_reentrant=False" in str(report)
+    gradients = []
+    for model, place in zip(models, ("last", "last.extra"), strict=True):
+        torch.manual_seed(0)
+        SIBStep(model, criterion, place)(x, torch.tensor([0, 1])).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for of_plain, of_checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(of_checkpointed, of_plain, rtol=1e-6, atol=1e-8)
 
 
 def test_attention_after_it_counts_as_in_the_whole(x, criterion):
