@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 from measure import machine, save
-from sib_lab.explain import SIX, explain
-from sib_lab.measure import measure_maps, measure_perturbation
-from sib_lab.networks import SmallCNN
+from sib_lab.explaining.measures import measure_maps, measure_perturbation
+from sib_lab.explaining.methods import SIX, explain
+from sib_lab.networks.own import SmallCNN
 
 GOAL_SECONDS = 120  #: for the defaults, on two cores
 

@@ -25,8 +25,8 @@ from rich.table import Table
 from scipy.optimize import brentq
 from scipy.special import expit, log_expit, ndtr, xlogy
 from scipy.stats import chi, norm
-from sib_lab.losses import background_share
-from sib_lab.pictures import COLOURS, FAINT, INK, STYLE, save
+from sib_lab.reporting.pictures import COLOURS, FAINT, INK, STYLE, save
+from sib_lab.training.losses import background_share
 from torch import Tensor, nn
 
 from sib_ext import SpatialIBLoss, masked_statistics

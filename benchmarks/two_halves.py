@@ -21,15 +21,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from sib_lab import measure, pictures
-from sib_lab.compare import OF_MASKS, Material, Plan, compare
-from sib_lab.evidence import BASELINE, OURS, SCALES, SITUATIONS, check_data, plan_of
-from sib_lab.explain import METHODS, SIX
-from sib_lab.losses import background_share, captured
-from sib_lab.networks import cam_layer
-from sib_lab.report import IMAGES, MAPS
-from sib_lab.results import EMPTY, MEASURED, RUNS, run_name
-from sib_lab.runs import Run, open_run, write_text
+from sib_lab.experiments.compare import compare
+from sib_lab.experiments.evidence import BASELINE, OURS, SCALES, SITUATIONS, check_data, plan_of
+from sib_lab.experiments.material import Material
+from sib_lab.experiments.plan import OF_MASKS, Plan
+from sib_lab.explaining import measures as measure
+from sib_lab.explaining.methods import METHODS, SIX
+from sib_lab.networks.feature_maps import cam_layer
+from sib_lab.reporting import pictures
+from sib_lab.reporting.page import IMAGES, MAPS
+from sib_lab.reporting.results import EMPTY, MEASURED, RUNS, run_name
+from sib_lab.training.losses import background_share, captured
+from sib_lab.training.runs import Run, open_run, write_text
 from torch import Tensor
 
 from sib_ext import functional as sib

@@ -3,8 +3,8 @@
 import signal
 
 import pytest
-from sib_lab.config import TrainConfig, recipe
-from sib_lab.train import Trainer
+from sib_lab.training.config import TrainConfig, recipe
+from sib_lab.training.trainer import Trainer
 
 
 def tiny_config(method: str = "sib", **changes) -> TrainConfig:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sib_lab import cli, explain, runs
-from sib_lab.explain_files import prepared, shortened
-from sib_lab.train import train
+from sib_lab.cli import commands as cli
+from sib_lab.experiments.explain_files import prepared, shortened
+from sib_lab.explaining import methods as explain
+from sib_lab.training import runs
+from sib_lab.training.train import train
 from typer.testing import CliRunner
 
 COMMANDS = ("demo", "train", "compare", "report", "explain")
@@ -65,7 +67,7 @@ def test_every_help_has_an_example_that_the_command_understands(command, monkeyp
 
 
 def test_help_is_fast_and_loads_no_torch():
-    code = "from sib_lab import cli; cli.app(['compare', '--help'], standalone_mode=False); import sys; "
+    code = "from sib_lab.cli.commands import app; app(['compare', '--help'], standalone_mode=False); import sys; "
     code += "print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "Example: sib-lab compare" in shown and shown.endswith("False\n")
@@ -84,7 +86,7 @@ def test_help_is_fast_and_loads_no_torch():
 )
 def test_a_missing_library_is_one_sentence_with_the_command_that_installs_it(missing, words, tmp_path):
     code = f"import sys; sys.modules['{missing}'] = None; sys.argv = ['sib-lab', *{words}]; "
-    code += "from sib_lab import cli; cli.main()"
+    code += "from sib_lab.cli.__main__ import main; main()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 1
     assert run.stderr == f'sib-lab needs {missing}, which is not installed: pip install "sib-ext[lab]"\n'
@@ -197,7 +199,7 @@ def test_an_error_of_the_system_is_one_sentence(monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(errno.EACCES, "Permission denied", "runs/demo")
 
-    monkeypatch.setattr("sib_lab.compare.compare", refuse)
+    monkeypatch.setattr("sib_lab.experiments.compare.compare", refuse)
     assert stops_with(sib_lab("demo"), "runs/demo cannot be used: Permission denied.")
 
 
@@ -205,7 +207,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def fail(*arguments):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("sib_lab.compare.write_report", fail)
+    monkeypatch.setattr("sib_lab.experiments.compare.write_report", fail)
     assert isinstance(sib_lab("report", ".").exception, RuntimeError)
 
 

@@ -12,22 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from sib_lab import explain, results
-from sib_lab.compare import (
-    OF_MASKS,
-    OF_NETWORK,
-    Material,
-    Plan,
-    compare,
-    gallery_rows,
-    loss_sentence,
-    own_groups,
-    shrunk,
-    write_report,
-)
-from sib_lab.config import recipe
 from sib_lab.data import stack
-from sib_lab.runs import RunError, open_run
+from sib_lab.experiments.compare import compare, write_report
+from sib_lab.experiments.material import Material, gallery_rows, own_groups
+from sib_lab.experiments.measurement import shrunk
+from sib_lab.experiments.plan import OF_MASKS, OF_NETWORK, Plan
+from sib_lab.experiments.record import loss_sentence
+from sib_lab.explaining import methods as explain
+from sib_lab.reporting import results
+from sib_lab.training.config import recipe
+from sib_lab.training.runs import RunError, open_run
 
 SEEDS = (0, 1)
 NAMES = [f"{method}-seed{seed}" for method in ("ce", "sib") for seed in SEEDS]

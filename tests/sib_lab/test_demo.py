@@ -2,9 +2,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from sib_lab import cli, demo
-from sib_lab.config import TrainConfig
-from sib_lab.runs import open_run
+from sib_lab.cli import commands as cli
+from sib_lab.experiments import demo
+from sib_lab.training.config import TrainConfig
+from sib_lab.training.runs import open_run
 from typer.testing import CliRunner
 
 

@@ -11,9 +11,9 @@ import pytest
 from data_samples import write_backgrounds, write_objects
 from PIL import Image
 from rich.console import Console
-from sib_lab import evidence as ev
 from sib_lab.data import DataError
-from sib_lab.explain import SIX
+from sib_lab.experiments import evidence as ev
+from sib_lab.explaining.methods import SIX
 from typer.testing import CliRunner
 
 
@@ -66,7 +66,7 @@ def test_the_situations_are_compared_and_summed_up_and_nothing_is_done_twice(roo
     losses = json.loads((tmp_path / "few" / "comparison.json").read_text())["losses"]
     assert "was shown the objects in 8 % of the training images" in losses["sib"]  # 2 of 24
 
-    monkeypatch.setattr("sib_lab.compare.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("sib_lab.experiments.compare.train", lambda *a, **k: pytest.fail("trained again"))
     again, text = run()
     assert again == summary and "training" not in text
 
@@ -85,7 +85,7 @@ def test_without_controls_s_ib_and_cross_entropy_alone_are_trained_for_as_long_a
 def test_missing_pictures_are_named(tmp_path):
     with pytest.raises(DataError, match="eth80_128.zip, which is not there: name the folder"):
         ev.check_data(tmp_path)
-    from sib_lab.cli import app
+    from sib_lab.cli.commands import app
 
     told = CliRunner().invoke(app, ["evidence", str(tmp_path), "--scale", "small"])
     assert told.exit_code == 1 and "which is not there" in told.stderr

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import Saliency
-from sib_lab.explain import CAMS, METHODS, SIX, SeededNoiseTunnel, explain
-from sib_lab.measure import energy_pointing_game
-from sib_lab.networks import NetworkError, SmallCNN
+from sib_lab.explaining.measures import energy_pointing_game
+from sib_lab.explaining.methods import CAMS, METHODS, SIX, SeededNoiseTunnel, explain
+from sib_lab.networks.errors import NetworkError
+from sib_lab.networks.own import SmallCNN
 from torch import nn
 
 
@@ -423,7 +424,8 @@ def test_a_network_that_reshapes_with_view_can_be_explained(images):
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "vit_b_32"])
 def test_torchvisions_networks_have_maps_of_all_methods(name):
     pytest.importorskip("torchvision")
-    from sib_lab.networks import build_network, cam_layer, token_grid
+    from sib_lab.networks.build import build_network
+    from sib_lab.networks.feature_maps import cam_layer, token_grid
 
     torch.manual_seed(0)
     model = build_network(name, 4, 64).eval()

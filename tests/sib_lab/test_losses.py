@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sib_lab.config import METHODS, TrainConfig
-from sib_lab.losses import (
+from sib_lab.training.config import METHODS, TrainConfig
+from sib_lab.training.losses import (
     CentreMask,
     CrossEntropy,
     EnergyLoss,

@@ -4,8 +4,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from sib_lab import measure
-from sib_lab.measure import (
+from sib_lab.explaining import measures as measure
+from sib_lab.explaining.measures import (
     IOU_THRESHOLDS,
     MEASURES,
     accuracy,

@@ -4,8 +4,10 @@ import sys
 
 import pytest
 import torch
-from sib_lab import networks
-from sib_lab.networks import NETWORKS, NetworkError, SmallCNN, build_network, cam_layer, token_grid
+from sib_lab.networks import build as networks
+from sib_lab.networks.build import NETWORKS, NetworkError, build_network
+from sib_lab.networks.feature_maps import cam_layer, token_grid
+from sib_lab.networks.own import SmallCNN
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel

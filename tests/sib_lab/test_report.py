@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from sib_lab import report, results
-from sib_lab.config import METHODS
-from sib_lab.pictures import COLOURS, colours, map_tile, outline
+from sib_lab.reporting import page as report
+from sib_lab.reporting import results
+from sib_lab.reporting.pictures import COLOURS, colours, map_tile, outline
+from sib_lab.training.config import METHODS
 
 EXPLANATIONS = {"gradcam": "Grad-CAM", "integrated_gradients": "Integrated Gradients", "vjp": "VJP"}
 SIX = ["gradcam", "integrated_gradients"]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from scipy import stats
-from sib_lab.statistics import estimate, over_seeds, paired_difference
+from sib_lab.explaining.statistics import estimate, over_seeds, paired_difference
 
 
 def test_the_interval_over_images_is_the_normal_one():

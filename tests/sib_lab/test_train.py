@@ -14,13 +14,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sib_lab import batches, config, runs, train
-from sib_lab.batches import Batches, all_batches, epoch_order, mean_object_area
-from sib_lab.config import METHODS, PAPER_NETWORKS, PAPER_SETS, TrainConfig, paper_recipes, recipe
 from sib_lab.data import DataError, open_data, stack
-from sib_lab.networks import SmallCNN
-from sib_lab.runs import BEST, CONFIG, FINISHED, LAST, METRICS, STEPS, TENSORBOARD, RunError, open_run
-from sib_lab.train import CheckpointError, Trainer, TrainingError, learning_rate
+from sib_lab.networks.own import SmallCNN
+from sib_lab.training import batches, config, runs, train
+from sib_lab.training.batches import Batches, all_batches, epoch_order, mean_object_area
+from sib_lab.training.config import METHODS, PAPER_NETWORKS, PAPER_SETS, TrainConfig, paper_recipes, recipe
+from sib_lab.training.runs import (
+    BEST,
+    CONFIG,
+    FINISHED,
+    LAST,
+    METRICS,
+    STEPS,
+    TENSORBOARD,
+    CheckpointError,
+    RunError,
+    TrainingError,
+    open_run,
+)
+from sib_lab.training.trainer import Trainer, learning_rate
 
 from sib_ext import SIBStep, SpatialIBLoss
 
@@ -312,7 +324,7 @@ def test_a_matched_penalty_takes_the_variances_of_a_run(data, tmp_path):
 
 
 def test_a_part_that_some_steps_do_not_have_is_the_mean_of_those_that_do(data, tmp_path, monkeypatch):
-    from sib_lab import losses
+    from sib_lab.training import losses
 
     original, calls = losses.CrossEntropy.forward, iter(range(100))
 
@@ -356,7 +368,7 @@ def test_a_run_folder_records_options_versions_and_commit(finished):
 
 
 def test_outside_git_there_is_no_commit(tmp_path, monkeypatch):
-    from sib_lab import keeper
+    from sib_lab.training import keeper
 
     (tmp_path / "keeper.py").touch()
     monkeypatch.setattr(keeper, "__file__", str(tmp_path / "keeper.py"))
@@ -679,7 +691,7 @@ def test_a_device_that_is_not_there_is_said_in_one_sentence(data, tmp_path, monk
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_leaves_the_weights(data, tmp_path, monkeypatch, where):
-    from sib_lab import losses
+    from sib_lab.training import losses
 
     original, calls = losses.CrossEntropy.forward, iter(range(1, 100))
 
@@ -790,7 +802,7 @@ def test_a_crash_while_writing_leaves_the_old_file_whole(tmp_path):
 def from_words(monkeypatch):
     """What a command line's words become, without training."""
     import typer
-    from sib_lab import train_command as command
+    from sib_lab.cli import train as command
     from typer.testing import CliRunner
 
     def call(*words):
@@ -854,7 +866,7 @@ def test_an_option_that_cannot_be_is_one_sentence_on_the_command_line(from_words
 
 
 def test_the_options_module_is_light_to_import():
-    code = "import sys, sib_lab.config, sib_lab.train_command; assert 'torch' not in sys.modules"
+    code = "import sys, sib_lab.training.config, sib_lab.cli.train; assert 'torch' not in sys.modules"
     subprocess.run([os.sys.executable, "-c", code], check=True)
     assert config.METHODS
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sib_lab import runs, train
-from sib_lab.config import TrainConfig
 from sib_lab.data import open_data
-from sib_lab.processes import with_processes_of_torchrun
-from sib_lab.runs import LAST, TrainingError, open_run
+from sib_lab.training import runs, train
+from sib_lab.training.config import TrainConfig
+from sib_lab.training.processes import with_processes_of_torchrun
+from sib_lab.training.runs import LAST, TrainingError, open_run
 
 DIGITS = {"train": 72, "validation": 19, "test": 10, "copies": 1}
 # No BatchNorm and no S-IB statistics: then two halves of a batch are the batch.
@@ -56,7 +56,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_signal(options, tmp_path):
     # Killed by SIGTERM somewhere on its way, then resumed.
     code = (
         "import os, signal, threading, time\n"
-        "from sib_lab import train\nfrom sib_lab.config import TrainConfig\n"
+        "from sib_lab.training import train\nfrom sib_lab.training.config import TrainConfig\n"
         "import json, sys\n"
         "def kill():\n"
         "    while not os.path.exists('parts/last.pt'):\n        time.sleep(0.01)\n"
@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_signal(options, tmp_path):
 def test_torchrun_trains_as_one_process(options, tmp_path):
     train.train(options, tmp_path / "one", quiet=True)
     code = (
-        "import json, sys\nfrom sib_lab import train\nfrom sib_lab.config import TrainConfig\n"
+        "import json, sys\nfrom sib_lab.training import train\nfrom sib_lab.training.config import TrainConfig\n"
         "run = train.train(TrainConfig(**json.loads(sys.argv[1])), 'two', quiet=True)\nassert run.finished\n"
     )
     (tmp_path / "program.py").write_text(code)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sib_lab.runs import BEST, FINISHED, LAST, METRICS, STEPS, open_run
+from sib_lab.training.runs import BEST, FINISHED, LAST, METRICS, STEPS, open_run
 from test_train import tensorboard_events
 
 # Imports once and forks for every attempt, so that a kill costs no import. {"whole": folder, "killed": folder,
@@ -21,10 +21,10 @@ import torch
 torch.set_num_threads(1)
 from lightning_fabric import Fabric
 from torch.utils.tensorboard import SummaryWriter
-from sib_lab import runs
-from sib_lab.config import TrainConfig
+from sib_lab.training import runs
+from sib_lab.training.config import TrainConfig
 from sib_lab.data import open_data
-from sib_lab.train import train
+from sib_lab.training.train import train
 
 task = json.loads(sys.argv[1])
 digits = {"train": 72, "validation": 20, "test": 10, "copies": 1}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from data_samples import write_backgrounds, write_objects
 from PIL import Image
-from sib_lab import evidence as ev
-from sib_lab.explain import SIX
-from sib_lab.losses import make_criterion
+from sib_lab.experiments import evidence as ev
+from sib_lab.explaining.methods import SIX
+from sib_lab.training.losses import make_criterion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,6 +98,6 @@ def test_a_tiny_run_writes_numbers_and_picture_and_trains_nothing_twice(halves, 
         assert 0 <= numbers["T/background"] <= 1 and numbers["T/capacity"] >= 0
     assert Image.open(tmp_path / "docs/images/two_halves.png").size[0] > 600
 
-    monkeypatch.setattr("sib_lab.compare.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("sib_lab.experiments.compare.train", lambda *a, **k: pytest.fail("trained again"))
     halves.main()
     assert json.loads(stored.read_text()) == found

@@ -6,11 +6,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import ANNOTATIONS
 from .errors import DataError
 
 if TYPE_CHECKING:
     from .base import DataSets
+
+#: What a training may see of masks: as they are, or their bounding "boxes".
+ANNOTATIONS = ("masks", "boxes")
 
 __all__ = ["SETS", "DataError", "DataSets", "Item", "SetInfo", "open_data", "set_epoch", "stack"]
 

@@ -1,25 +1,14 @@
 """The command ``sib-lab``. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
 
-import ctypes
-import os
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
-from .config import METHODS, TrainConfig
-from .data import SETS, DataError
+import typer
 
-INSTALL = 'sib-lab needs {missing}, which is not installed: pip install "sib-ext[lab]"'
-
-try:
-    import typer
-
-    from .train_command import EPILOG, config_from, train_command
-except ModuleNotFoundError as error:
-    raise SystemExit(INSTALL.format(missing=error.name)) from error
+from ..data import SETS
+from ..training.config import METHODS, TrainConfig
+from .common import as_sentence, command_line, listed, one_sentence, own_options
+from .train import EPILOG, config_from, train_command
 
 DEMO_OUT, COMPARE_OUT, EVIDENCE_OUT = Path("runs/demo"), Path("runs/compare"), Path("runs/evidence")
 
@@ -51,8 +40,8 @@ def demo(
     A few minutes on two cores, no network. Ctrl-C keeps what was done; --resume goes on.
     """
     with one_sentence(command_line(context, adding="--resume")):
-        from .compare import compare
-        from .demo import check_resumable, demo_plan
+        from ..experiments.compare import compare
+        from ..experiments.demo import check_resumable, demo_plan
 
         if resume:
             check_resumable(out)
@@ -136,7 +125,8 @@ def compare_command(
     or measure adds to it. A run that `sib-lab train` made at OUT/runs/METHOD-seedK is taken as it is.
     """
     with one_sentence(command_line(context, leaving_out="--fresh")):
-        from .compare import OF_MASKS, OF_NETWORK, Plan, compare
+        from ..experiments.compare import compare
+        from ..experiments.plan import OF_MASKS, OF_NETWORK, Plan
 
         own = ("strength", "loss_option")
         given = {name: value for name, value in context.params.items() if value is not None and name not in own}
@@ -179,7 +169,7 @@ def evidence_command(
     with one_sentence(command_line(context)):
         import torch
 
-        from .evidence import evidence
+        from ..experiments.evidence import evidence
 
         if scale == "auto":
             scale = "gpu" if torch.cuda.is_available() else "cpu"
@@ -199,7 +189,7 @@ def report_command(
     with one_sentence(command_line(context)):
         from rich.console import Console
 
-        from .compare import write_report
+        from ..experiments.compare import write_report
 
         write_report(folder, Console())
 
@@ -215,145 +205,6 @@ def explain_command(
 ) -> None:
     """Show where a trained network sees the evidence for its decision: six explanation methods, one picture."""
     with one_sentence():
-        from .explain_files import explain_files
+        from ..experiments.explain_files import explain_files
 
         explain_files(checkpoint, images, out, layer)
-
-
-# -------------------------------------------------------------------------------------------- going on, errors
-
-
-def command_line(context: typer.Context, adding: str = "", leaving_out: str = "") -> str:
-    """The command as it was given, with one flag more or less."""
-    words = ["sib-lab", context.info_name or ""]
-    for parameter in context.command.params:
-        option = parameter.opts[0]
-        source = context.get_parameter_source(parameter.name)
-        if source is None or source.name != "COMMANDLINE" or option in (adding, leaving_out):
-            continue
-        values = context.params[parameter.name]
-        for value in values if isinstance(values, (list, tuple)) else [values]:
-            words += [
-                word for word in (option, value) if word is not True and (option.startswith("-") or word is value)
-            ]
-    return shlex.join(str(word) for word in [*words, adding] if word != "")
-
-
-@contextmanager
-def one_sentence(go_on: str = "") -> Iterator[None]:
-    """Every known failure as one sentence and exit code 1; Ctrl-C as exit code 130.
-
-    Args:
-        go_on: the command that goes on after Ctrl-C; empty where there is nothing to go on with.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        _stop_at_missing(error)
-    except KeyboardInterrupt as error:
-        kept = f" everything done so far is kept. Go on with: {go_on}" if go_on else ""
-        typer.echo(f"Stopped{';' if kept else '.'}{kept}", err=True)
-        raise typer.Exit(130) from error
-    except OSError as error:  # a full disk, a folder that may not be written
-        _stop(f"{error.filename or 'A file'} cannot be used: {error.strerror or error}.", error)
-    except Exception as error:
-        if not isinstance(error, _known_errors()):
-            raise
-        _stop(str(error), error)
-
-
-def _known_errors() -> tuple[type[Exception], ...]:
-    """The exceptions whose message is a sentence for the user, of the modules that are loaded."""
-    names = {"runs": "RunError", "networks": "NetworkError", "results": "ReportError"}
-    loaded = ((sys.modules.get(f"{__package__}.{module}"), name) for module, name in names.items())
-    return DataError, *(getattr(module, name) for module, name in loaded if module is not None)
-
-
-@contextmanager
-def as_sentence(*kinds: type[Exception]) -> Iterator[None]:
-    """Exceptions about options as one sentence and exit code 1."""
-    try:
-        yield
-    except kinds as error:
-        text = str(error)
-        _stop(f"{text[0].upper()}{text[1:]}.", error)
-
-
-def _stop(sentence: str, error: Exception) -> NoReturn:
-    typer.echo(sentence, err=True)
-    raise typer.Exit(1) from error
-
-
-def _stop_at_missing(error: ModuleNotFoundError) -> NoReturn:
-    """One sentence for a library that is not installed; an own module that is missing stays a bug."""
-    if (error.name or "").startswith("sib_"):
-        raise error
-    raise SystemExit(INSTALL.format(missing=(error.name or "a library").partition(".")[0])) from error
-
-
-# ------------------------------------------------------------------------------------------------ words to values
-
-
-def listed(text: str) -> list[str]:
-    """``a,b`` -> [a, b], each once."""
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def pairs(words: list[str], option: str = "--option", form: str = "NAME=VALUE") -> dict[str, str]:
-    """NAME=VALUE words as a dict.
-
-    Raises:
-        DataError: a word without "=".
-    """
-    for word in words:
-        if "=" not in word:
-            raise DataError(f"{option} takes {form}, got {word!r}.")
-    return dict(word.split("=", 1) for word in words)
-
-
-def own_options(methods: list[str], strengths: list[str], loss_options: list[str]) -> dict[str, dict[str, Any]]:
-    """What each method has for itself: METHOD=VALUE and METHOD:NAME=VALUE words, sorted by method.
-
-    Raises:
-        DataError, ValueError: another form, no number, or a method that is not in ``methods``.
-    """
-    found: dict[str, dict[str, Any]] = {method: {"method": method} for method in methods}
-    for method, value in pairs(strengths, "--strength", "METHOD=VALUE").items():
-        try:
-            _of(found, method)["strength"] = float(value)
-        except ValueError:
-            raise ValueError(f"--strength {method} takes a number, got {value!r}") from None
-    for name, value in pairs(loss_options, "--loss-option", "METHOD:NAME=VALUE").items():
-        method, colon, option = name.partition(":")
-        if not colon:
-            raise ValueError(f"--loss-option takes METHOD:NAME=VALUE, got '{name}={value}'")
-        _of(found, method).setdefault("loss_option", []).append(f"{option}={value}")
-    return found
-
-
-def _of(found: dict[str, dict[str, Any]], method: str) -> dict[str, Any]:
-    if method not in found:
-        raise DataError(f"An option was given to {method}, which is not compared.")
-    return found[method]
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    # Read when torch loads: threads that wait without spinning cost little when idle and much less beside other jobs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_freed_memory()
-    app(prog_name="sib-lab")
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc, where it is the C library, not to hand freed pages back: the system fills every new one with zeros,
-    a fifth of a training step's time on a CPU where other work runs (docs/engines.md)."""
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,8 +16,8 @@ from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
 from sib_ext.functional import vjp
 
-from .measure import batch_for, for_model, in_eval_mode, scores_of
-from .networks import cam_layer, token_grid
+from ..networks.feature_maps import cam_layer, token_grid
+from .measures import batch_for, for_model, in_eval_mode, scores_of
 
 #: Key -> name for people. All but the last are "the six"; ``vjp`` is what the S-IB loss shapes in training.
 METHODS = {
@@ -59,7 +59,7 @@ def explain(
         target: classes to explain [N]; None: each image's predicted class.
         methods: keys of METHODS.
         layer: name of the module whose output the class-activation maps look at (``model.named_modules()``); None: the
-            last feature map, see :func:`sib_lab.networks.cam_layer`.
+            last feature map, see :func:`sib_lab.networks.feature_maps.cam_layer`.
         batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. Results do not depend on it beyond
             rounding.
         progress: called with the number of images finished since the last call.

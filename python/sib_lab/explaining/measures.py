@@ -2,7 +2,7 @@
 
 Every measure of maps gives one value an image. A map that is zero everywhere finds nothing and counts as 0;
 :func:`empty_maps` says which these are. NaN is for what is undefined: the object is empty, or the map holds a value
-that is not finite. Averages belong to :mod:`sib_lab.statistics`, which counts NaN.
+that is not finite. Averages belong to :mod:`sib_lab.explaining.statistics`, which counts NaN.
 """
 
 import math

@@ -81,7 +81,7 @@ def launch_processes(fabric: "Fabric", work: Callable) -> BaseException | None:
             return fabric.launch(work)
         except (ProcessRaisedException, ProcessExitedException) as error:
             kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
-            if kind.startswith(f"{__package__}."):  # an error of this program is a sentence
+            if kind.startswith("sib_lab."):  # an error of this program is a sentence
                 return TrainingError(message)
             return TrainingError(f"Process {error.error_index} of the training failed with {kind}: {message}")
 

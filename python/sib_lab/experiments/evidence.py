@@ -1,8 +1,8 @@
 """``sib-lab evidence``: the balanced preset with masks, boxes, a few masks and none, against its controls.
 
 Objects on backgrounds that agree with the class in 95 % of the training images (:mod:`sib_lab.data.composite`). Each
-situation is a comparison of its own (:mod:`sib_lab.compare`) in a folder of that name; what is the same in all of them
-is trained once. What they show together stands in ``evidence.json``, ``evidence.md`` and ``evidence.png``.
+situation is a comparison of its own (:mod:`sib_lab.experiments.compare`) in a folder of that name; what is the same in
+all of them is trained once. What they show together stands in ``evidence.json``, ``evidence.md`` and ``evidence.png``.
 """
 
 import json
@@ -18,13 +18,15 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from . import explain, pictures, results
-from .compare import OF_MASKS, OF_NETWORK, Plan, compare
-from .config import TrainConfig, recipe
-from .data import DataError
-from .results import EMPTY, MEASURED, RUNS, run_name
-from .runs import write_text
-from .statistics import Difference, paired_difference
+from ..data import DataError
+from ..explaining import methods as explain
+from ..explaining.statistics import Difference, paired_difference
+from ..reporting import pictures, results
+from ..reporting.results import EMPTY, MEASURED, RUNS, run_name
+from ..training.config import TrainConfig, recipe
+from ..training.runs import write_text
+from .compare import compare
+from .plan import OF_MASKS, OF_NETWORK, Plan
 
 SUMMARY, TABLE, PICTURE = "evidence.json", "evidence.md", "evidence.png"
 OBJECTS, BACKGROUNDS = "eth80_128.zip", "backgrounds"  #: in the data's folder
@@ -191,7 +193,7 @@ def evidence(
         scale: a key of SCALES.
         controls: False: cross-entropy, S-IB and its parts alone, for many seeds.
         epochs: of every training, at least 1; None: the scale's.
-        network: see :func:`sib_lab.networks.build_network`; None: the scale's.
+        network: see :func:`sib_lab.networks.build.build_network`; None: the scale's.
 
     Returns:
         the content of evidence.json.

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from . import explain, measure, pictures
-from .data import DataError
-from .data.base import Common, normalise, photo_transforms
-from .data.files import read_image
-from .runs import Run, RunError, open_run
+from ..data import DataError
+from ..data.base import Common, normalise, photo_transforms
+from ..data.files import read_image
+from ..explaining import measures as measure
+from ..explaining import methods as explain
+from ..reporting import pictures
+from ..training.runs import Run, RunError, open_run
 
 FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
 MADE_AT_SIZE = ("digits", "composite")  #: data sets whose images are not cropped

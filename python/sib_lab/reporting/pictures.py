@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .runs import write_whole
+from ..training.runs import write_whole
 
 #: One colour per training method, the same in every chart and report.
 COLOURS = {

@@ -21,8 +21,8 @@ from sib_ext.information import INPUT
 from sib_ext.loss import PRESETS, WEIGHTS
 from sib_ext.seeds import SEEDS, vjp
 
+from ..networks.feature_maps import token_grid
 from .config import TrainConfig
-from .networks import token_grid
 
 #: Weight of each method's main term where none is given.
 STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}

@@ -7,6 +7,7 @@ import jinja2
 import matplotlib
 import numpy as np
 
+from ..training.runs import write_text
 from . import pictures
 from .results import (
     EMPTY,
@@ -22,7 +23,6 @@ from .results import (
     row_name,
     run_name,
 )
-from .runs import write_text
 
 IMAGES = "images.npz"  #: the gallery's images in the comparison's folder
 MAPS = "gallery.npz"  #: their maps and predictions in a run's folder of measurements

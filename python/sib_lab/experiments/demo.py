@@ -3,10 +3,10 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from .compare import Plan
-from .config import TrainConfig, recipe
-from .results import RUNS
-from .runs import RunError
+from ..reporting.results import RUNS
+from ..training.config import TrainConfig, recipe
+from ..training.runs import RunError
+from .plan import Plan
 
 #: S-IB's training method for each preset of its loss, and where its foreground comes from for each ``--mask``.
 METHODS = {"balanced": "sib", "paper": "sib-paper"}

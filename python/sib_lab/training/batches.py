@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..data import Item, set_epoch, stack
 from .config import TrainConfig
-from .data import Item, set_epoch, stack
 
 EVALUATION_BATCH = 100  #: images classified at a time
 

@@ -15,8 +15,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from .runs import write_text
-from .statistics import Difference, Estimate, estimate, over_seeds, paired_difference
+from ..explaining.statistics import Difference, Estimate, estimate, over_seeds, paired_difference
+from ..training.runs import write_text
 
 COMPARISON = "comparison.json"  #: what was asked for, in the comparison's folder
 RESULTS, METRICS, REPORT, GALLERY = "results.json", "metrics.csv", "report.html", "gallery.png"

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-#: How a network is trained: key -> one sentence. What each computes is in sib_lab/losses.py.
+from ..data import ANNOTATIONS
+
+#: How a network is trained: key -> one sentence. What each computes is in sib_lab/training/losses.py.
 METHODS = {
     "ce": "cross-entropy alone",
     "sib": "S-IB, balanced preset: background down, foreground information up; with given masks where there are any",
@@ -18,7 +20,6 @@ SCHEDULES = ("one-cycle", "step", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda")
 MASKS = ("auto", "given", "self-made")
-ANNOTATIONS = ("masks", "boxes")
 PRESETS = ("balanced", "paper")
 
 STEP_EPOCHS = 30  #: schedule "step": epochs between two decays (published)
@@ -51,11 +52,11 @@ class TrainConfig:
     skip_broken: bool = False
     data_options: Mapping[str, Any] = field(default_factory=dict)  #: further options of this data set
 
-    # network, see sib_lab.networks.build_network
+    # network, see sib_lab.networks.build
     network: str = "small_cnn"
     weights: str | None = None  #: file of initial weights; None: random ones
 
-    # loss, see sib_lab.losses
+    # loss, see sib_lab.training.losses
     method: str = "sib"
     strength: float | None = None  #: weight of the method's main term, factor of all of S-IB's; None: the method's own
     masks: str = "auto"  #: of S-IB: "given" where annotated; "self-made" always; "auto": given except sib-paper

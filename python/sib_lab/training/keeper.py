@@ -1,4 +1,4 @@
-"""What a training writes into its run folder while it goes on; what lies there is named in sib_lab/runs.py."""
+"""What a training writes into its run folder while it goes on; what lies there is named in sib_lab/training/runs.py."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ from .runs import RunError, quantiles
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from .train import Trainer
+    from .trainer import Trainer
 
 PACKAGES = ("torch", "numpy", "sib-ext", "lightning-fabric", "torchvision", "captum", "torchcam", "timm")
 

@@ -61,7 +61,7 @@ def open_config_data(config: TrainConfig, root: Path | str | None = None):
     Raises:
         DataError: what is wrong with it.
     """
-    from .data import open_data
+    from ..data import open_data
 
     names = ("size", "seed", "annotated", "annotation", "agreement", "skip_broken", "augment", "limit")
     options = {name: getattr(config, name) for name in names} | dict(config.data_options)
@@ -136,7 +136,7 @@ def saved_config(options: Mapping[str, Any], where: Path) -> TrainConfig:
 
 
 def _network(config: TrainConfig, state: Mapping[str, Any], path: Path) -> nn.Module:
-    from .networks import build_network
+    from ..networks.build import build_network
 
     try:
         model = build_network(config.network, len(state["classes"]), state["size"])

@@ -1,4 +1,4 @@
-"""``sib-lab train``: its options, from the command line to a :class:`sib_lab.config.TrainConfig`; light to import."""
+"""``sib-lab train``: from the command line to a :class:`sib_lab.training.config.TrainConfig`; light to import."""
 
 import json
 from dataclasses import fields
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .config import METHODS, TrainConfig, recipe
-from .data import SETS
+from ..data import SETS
+from ..training.config import METHODS, TrainConfig, recipe
+from .common import as_sentence, command_line, one_sentence, pairs
 
 if TYPE_CHECKING:
-    from .runs import Run
+    from ..training.runs import Run
 
 EPILOG = "Example: sib-lab train --data folder --root photos --network resnet18 --method sib --out runs/photos"
 METHOD_HELP = "Training loss. " + "; ".join(f"{name}: {sentence}" for name, sentence in METHODS.items()) + "."
@@ -119,12 +120,10 @@ def train_command(
 
     A run that was stopped ends with the numbers of one that never was.
     """
-    from .cli import as_sentence, command_line, one_sentence
-
     with one_sentence(command_line(context, leaving_out="--fresh")), as_sentence(ValueError):
         given = {name: value for name, value in context.params.items() if value is not None}
         config = config_from(preset, data, network, given)
-        from .train import train
+        from ..training.train import train
 
         print_summary(train(config, out, resume=not fresh, quiet=quiet))
 
@@ -136,8 +135,6 @@ def config_from(preset: str, data: str, network: str, given: dict[str, Any]) -> 
         ValueError: an option that is unknown or out of range.
         RunError: ``match`` is no run, or one without a VJP.
     """
-    from .cli import pairs
-
     names = {f.name for f in fields(TrainConfig)} - {"data", "network", "match"}
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if name in names}
     base = recipe(preset, data, network, **({"method": given["method"]} if "method" in given else {}))
@@ -165,7 +162,7 @@ def matched(folder: Path) -> tuple[float, ...]:
     Raises:
         RunError: no run, or one whose method takes no VJP.
     """
-    from .runs import RunError, open_run
+    from ..training.runs import RunError, open_run
 
     variances = tuple(line["vjp_variance"] for line in open_run(folder).history if "vjp_variance" in line)
     if not variances:

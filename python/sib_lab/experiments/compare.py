@@ -1,0 +1,152 @@
+"""``sib-lab compare``: trains every (method, seed), explains and measures each network, and tells them apart.
+
+Everything is stored as it is done, in the comparison's folder::
+
+    comparison.json   what was asked for
+    images.npz        the gallery's images
+    runs/<method>-seed<k>/            a run folder, as ``sib-lab train`` makes it
+        measured/accuracy-<set>.json  right or wrong, an entry an image
+        measured/<explanation>.json   every measure of that method's maps, an entry an image
+        measured/gallery.npz          maps of the gallery's images (first seed)
+        measured/training.json        cost and curves; written last
+    results.json metrics.csv report.html gallery.png
+
+so that the same command goes on wherever it was stopped: a finished training or measurement is not done again, unless
+the network that it belongs to has changed.
+"""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from ..networks.build import build_network
+from ..reporting import page as report
+from ..reporting import results
+from ..reporting.results import RUNS, run_name
+from ..training.config import TrainConfig
+from ..training.runs import (
+    CONFIG,
+    FINISHED,
+    Run,
+    RunError,
+    open_run,
+    read_record,
+)
+from ..training.train import train
+from .material import Material
+from .measurement import Measurement
+from .plan import Plan
+from .record import write_comparison
+
+#: Options that decide the machine alone: a run that was trained with others is taken as it is.
+MACHINE = {"device", "devices", "deterministic", "threads", "precision", "match"}
+
+
+def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | None = None) -> dict:
+    """Does what is not done yet of ``plan`` in ``folder``, prints the table and writes the report.
+
+    Args:
+        fresh: start anew: what the folder holds of the plan's runs is removed.
+
+    Returns:
+        the content of results.json.
+
+    Raises:
+        RunError, DataError, NetworkError: one sentence for the user.
+        KeyboardInterrupt: Ctrl-C; the same plan goes on.
+    """
+    console = console or Console()
+    if fresh and start_anew(plan, folder):
+        console.print(f"Starting anew: the old runs in {folder} are removed.")
+    for method in plan.configs:
+        for seed in plan.seeds:
+            check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
+    for number, seed in enumerate(plan.seeds):
+        material = Material(plan, seed)
+        if number == 0:
+            check_layer(plan, material)
+            write_comparison(plan, material, folder)
+        for method in plan.order:
+            run = trained(plan, method, seed, folder, material, console)
+            Measurement(plan, material, run, gallery=number == 0).complete(console)
+    return write_report(folder, console)
+
+
+def write_report(folder: Path, console: Console) -> dict:
+    """Table, results.json, metrics.csv, report.html and gallery.png from what is stored in ``folder``.
+
+    Raises:
+        ReportError: nothing is stored there.
+    """
+    found = results.collect(folder)
+    results.write(found, folder)
+    report.write(found, folder)
+    for table in results.tables(found, console.width):
+        console.print(table)
+    if found["missing"]:
+        console.print(f"Not finished yet: {', '.join(found['missing'])}.")
+    console.print(f"Report: {folder / results.REPORT}")
+    return found
+
+
+def check_layer(plan: Plan, material: Material) -> None:
+    """Before anything is trained:
+
+    Raises:
+        RunError: the network has no module of the layer's name.
+    """
+    if plan.layer is None:
+        return
+    network = build_network(material.config.network, len(material.data.classes), material.data.size)
+    if plan.layer not in dict(network.named_modules()):
+        names = ", ".join(name for name, _ in network.named_children())
+        raise RunError(
+            f"{material.config.network} has no module {plan.layer!r} to look at: its first level has {names}."
+        )
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material, console: Console) -> Run:
+    """The run of (method, seed): opened where it is finished, else trained from where it stands."""
+    path = folder / RUNS / run_name(method, seed)
+    config = plan.config(method, seed)
+    if plan.is_matched(method):
+        config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed))))
+    if not (path / FINISHED).exists():
+        console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
+        train(config, path, console=console, data=material.training_data(config))
+    return open_run(path, plan.best)
+
+
+def check_same(config: TrainConfig, folder: Path) -> None:
+    """
+    Raises:
+        RunError: the run in ``folder``, if there is one, has other options.
+    """
+    if not (folder / CONFIG).exists():
+        return
+    was = config.differing(read_record(folder)["config"])
+    if other := ", ".join(f"{name} = {value}" for name, value in was.items() if name not in MACHINE):
+        raise RunError(
+            f"The run {folder} was begun with {other}: compare with the same options, into another --out, or --fresh."
+        )
+
+
+def variances(run: Run) -> tuple[float, ...]:
+    """The VJP variance of each epoch of an S-IB run, which the gradient penalty is matched to; empty where unknown."""
+    values = [line.get("vjp_variance", math.nan) for line in run.history]
+    return tuple(values) if all(math.isfinite(value) and value > 0 for value in values) else ()
+
+
+def start_anew(plan: Plan, folder: Path) -> bool:
+    """Removes the plan's runs from ``folder``; whether there was one."""
+    paths = [folder / RUNS / run_name(method, seed) for method in plan.configs for seed in plan.seeds]
+    there = [path for path in paths if path.is_dir()]
+    for path in there:
+        shutil.rmtree(path)
+    return bool(there)

@@ -1,0 +1,88 @@
+"""The data of a comparison, and the images of it that are explained."""
+
+from collections import Counter
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..data import DataSets, stack
+from ..data.base import limited
+from ..training.config import TrainConfig
+from ..training.runs import (
+    open_config_data,
+)
+from .plan import Plan
+
+GALLERY = 8  #: images in the report's gallery
+
+
+class Material:
+    """The data of one seed: opened once, the images to explain read once, both only when they are needed."""
+
+    def __init__(self, plan: Plan, seed: int):
+        self.plan, self.seed = plan, seed
+        self.config = plan.config(next(iter(plan.configs)), seed)
+
+    @cached_property
+    def data(self) -> DataSets:
+        return open_config_data(self.config)
+
+    def training_data(self, config: TrainConfig) -> DataSets:
+        """The same images, of whose masks the training may see the share, and the boxes or all, as ``config`` says."""
+        train = copy(self.data.train)  # with the images that it keeps in memory
+        if config.annotated != self.config.annotated:
+            train.annotated = open_config_data(config).train.annotated
+        train.annotation = config.annotation
+        return replace(self.data, train=train)
+
+    @property
+    def test_name(self) -> str:
+        """The test set that is explained."""
+        return next(iter(self.data.test))
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Which images of the first test set are explained: those with a known object where there are any."""
+        test = self.data.test[self.test_name]
+        rows = test.annotated.nonzero()[:, 0] if test.annotated.any() else torch.arange(len(test))
+        return rows[limited(test.labels[rows].tolist(), self.plan.images, seed=0)].tolist()
+
+    @cached_property
+    def items(self):
+        """The images of ``rows``, stacked."""
+        return stack(self.data.test[self.test_name], self.rows)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the object is known in the images that are explained."""
+        return bool(self.data.test[self.test_name].annotated.any())
+
+    @cached_property
+    def gallery(self) -> Tensor:
+        """Which of ``rows`` the gallery shows."""
+        return gallery_rows(self.items.label, self.items.group, own_groups(self.data.train))
+
+
+def own_groups(train) -> dict[int, int]:
+    """The background group that each class stands on most often in training; empty where there are no groups."""
+    pairs = Counter(zip(train.labels.tolist(), train.groups.tolist(), strict=True))
+    return {label: group for (label, group), _ in reversed(pairs.most_common()) if group >= 0}
+
+
+def gallery_rows(labels: Tensor, groups: Tensor, own: dict[int, int], count: int = GALLERY) -> Tensor:
+    """The first images on a background that is not their class's own, no class twice before each was there once.
+
+    Where every image stands on its own class's background, or none has a group: the first images.
+    """
+    pairs = list(zip(labels.tolist(), groups.tolist(), strict=True))
+    foreign = [row for row, (label, group) in enumerate(pairs) if group >= 0 and own.get(label) != group]
+    seen: Counter[int] = Counter()
+    turns = []
+    for row in foreign or range(len(pairs)):
+        label = pairs[row][0]
+        turns.append((seen[label], row))
+        seen[label] += 1
+    return torch.tensor([row for _, row in sorted(turns)[:count]])

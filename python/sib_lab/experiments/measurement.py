@@ -1,0 +1,246 @@
+"""What is measured on one network: accuracy, explanations, cost; each part in a file of its own."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..explaining import measures as measure
+from ..explaining import methods as explain
+from ..reporting.page import MAPS
+from ..reporting.results import EMPTY, MEASURED
+from ..training.config import TrainConfig
+from ..training.runs import (
+    Run,
+    RunError,
+    write_text,
+    write_whole,
+)
+from .material import Material
+from .plan import OF_MASKS, Plan
+
+GALLERY_SIDE = 160  #: the largest side at which their maps are kept, px
+BATCH = 64  #: images classified or explained at a time
+DEFINITIONS = 2  #: counted up when a measure's definition changes, so that stored values are made anew
+
+
+class Measurement:
+    """Everything that is measured on one run, each part stored in a file of its own."""
+
+    def __init__(self, plan: Plan, material: Material, run: Run, gallery: bool):
+        """``gallery``: keep the maps of the gallery's images, too."""
+        self.plan, self.material, self.run = plan, material, run
+        self.folder = run.folder / MEASURED
+        self.wants_gallery = gallery
+        weights = hashlib.sha256()
+        for tensor in run.model.state_dict().values():
+            weights.update(tensor.contiguous().numpy())
+        self.identity = {"definitions": DEFINITIONS, "weights": weights.hexdigest()}
+
+    def complete(self, console: Console) -> None:
+        """Measures what is missing."""
+        todo = self.missing()
+        if not todo:
+            return
+        self.run.model.to(device(self.run.config))
+        console.print(f"Measuring {self.run.folder.name}")
+        self.progress = Progress(
+            TextColumn("{task.description:<36}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        with self.progress:
+            self.task = self.progress.add_task("", total=sum(images for _, images, _, _ in todo))
+            for name, images, do, arguments in todo:
+                self.progress.update(self.task, description=f"Measuring {self.run.folder.name}: {name}")
+                done = self.progress.tasks[0].completed
+                do(*arguments)
+                self.progress.update(self.task, completed=done + images)
+
+    def missing(self) -> list[tuple]:
+        """What is not stored yet: (name, images, function, its arguments)."""
+        todo = []
+        for name, dataset in self.material.data.test.items():
+            if not self._values(f"accuracy-{name}"):
+                todo.append((name, len(dataset), self.accuracy, (name,)))
+        for explanation, name in explain.METHODS.items():
+            stored = self._values(explanation).keys()
+            if not stored >= {f"{measure}/{explanation}" for measure in self._measures()}:
+                todo.append((name, len(self.material.rows), self.maps, (explanation,)))
+        if self.wants_gallery and not self._gallery_fits():
+            todo.append(("gallery", len(self.material.gallery), self.gallery, ()))
+        if todo or not self._values("training"):
+            todo.append(("training", 0, self.training, ()))
+        return todo
+
+    def _measures(self) -> list[str]:
+        """What is measured of maps; with anything, how many are empty."""
+        known = self.material.has_masks
+        found = [name for name in self.plan.measures if known or name not in OF_MASKS]
+        return [*found, EMPTY] if found else []
+
+    def _key(self, name: str) -> dict:
+        """What a stored part depends on."""
+        if name in explain.METHODS or name == "gallery":
+            layer = self.plan.layer
+            return self.identity | {"rows": len(self.material.rows), "images": self.plan.images, "layer": layer}
+        return self.identity
+
+    def _values(self, name: str) -> dict:
+        """What is stored under a name; empty where nothing is, or where it is of another network or of other images."""
+        path = self.folder / f"{name}.json"
+        try:
+            stored = json.loads(path.read_text())
+            return stored["values"] if stored["key"] == self._key(name) else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # missing or damaged: measured anew
+
+    def _store(self, name: str, values: dict[str, list], **more) -> None:
+        content = {"key": self._key(name), "values": {key: plain(of_key) for key, of_key in values.items()}} | more
+        write_text(self.folder / f"{name}.json", json.dumps(content, allow_nan=False))
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Of each class, for the explained images; [N,K]."""
+        model = self.run.model
+        with measure.in_eval_mode(model), torch.no_grad():
+            batches = self.material.items.image.split(BATCH)
+            return torch.cat([F.softmax(measure.scores_of(model, x), 1).cpu() for x in batches])
+
+    def accuracy(self, name: str) -> None:
+        """Right or wrong for every image of a test set, and the accuracy of its worst group."""
+        dataset = self.material.data.test[name]
+        loader = DataLoader(dataset, BATCH, num_workers=self.run.config.workers)
+        right = measure.correct(self.run.model, loader)
+        values = {f"accuracy/{name}": right.tolist()}
+        worst = measure.worst_group(right, dataset.labels, dataset.groups)
+        if math.isfinite(worst):
+            values[f"worst_group/{name}"] = [worst]
+        self._store(f"accuracy-{name}", values)
+
+    def maps(self, explanation: str) -> None:
+        """Every measure of one explanation method's maps; those that are stored stay."""
+        images, target = self.material.items.image, self.probabilities.argmax(1)
+        maps = self._explained((explanation,), progress=self._advance)[explanation]
+        stored = self._values(explanation)
+        wanted = [name for name in self._measures() if f"{name}/{explanation}" not in stored]
+        found = {EMPTY: measure.empty_maps(maps)}
+        if set(wanted) & set(OF_MASKS):
+            found |= measure.measure_maps(maps, self.material.items.mask)
+        if "deletion" in wanted:
+            found["deletion"] = measure.deletion(self.run.model, images, maps, target)
+        if "insertion" in wanted:
+            found["insertion"] = measure.insertion(self.run.model, images, maps, target)
+        values = {f"{name}/{explanation}": of.tolist() for name, of in found.items()}
+        self._store(explanation, stored | values)
+
+    def _explained(
+        self,
+        explanations: Sequence[str],
+        rows: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Maps of the explained images, or of some of them, for the predicted classes.
+
+        Raises:
+            RunError: the layer that was named has no feature map.
+        """
+        images, target = self.material.items.image, self.probabilities.argmax(1)
+        if rows is not None:
+            images, target = images[rows], target[rows]
+        model, layer = self.run.model, self.plan.layer
+        try:
+            return explain.explain(model, images, target, explanations, layer, progress=progress, rows=rows)
+        except ValueError as error:
+            if layer is None:
+                raise
+            raise RunError(f"{error}.") from error
+
+    def gallery(self) -> None:
+        """The gallery's maps, with the predicted classes and each map's EPG."""
+        rows = self.material.gallery
+        probability, predicted = self.probabilities[rows].max(1)
+        maps = self._explained(tuple(explain.METHODS), rows)
+        arrays = {
+            "predicted": predicted.numpy(),
+            "probability": probability.numpy(),
+            "key": json.dumps(self._key("gallery")),
+        }
+        for name, values in maps.items():
+            values = values.cpu()
+            arrays[name] = shrunk(values).numpy().astype(np.float32)
+            undefined = torch.full((len(rows),), math.nan)
+            masks = self.material.items.mask[rows]
+            epg = measure.energy_pointing_game(values, masks) if self.material.has_masks else undefined
+            arrays[f"epg_{name}"] = epg.numpy()
+        write_whole(self.folder / MAPS, lambda file: np.savez_compressed(file, **arrays))
+
+    def _advance(self, images: int) -> None:
+        self.progress.advance(self.task, images)
+
+    def _gallery_fits(self) -> bool:
+        try:
+            with np.load(self.folder / MAPS, allow_pickle=False) as stored:
+                return json.loads(str(stored["key"])) == self._key("gallery")
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def training(self) -> None:
+        """What the training cost, and its curves."""
+        run = self.run
+        seconds = run.seconds_per_step["median"]
+        about = {
+            "chance": measure.object_share(self.material.items.mask).mean().item() if self.material.has_masks else None,
+            "epochs": len(run.history),
+            "measured_epoch": run.epoch,
+            "config": asdict(run.config),
+            "record": {name: value for name, value in run.record.items() if name != "config"},
+            "curves": curves(run),
+        }
+        self._store("training", {"seconds_per_step": [seconds]}, run=about)
+
+
+def device(config: TrainConfig) -> torch.device:
+    """Where the network is measured: as where it was trained."""
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def shrunk(maps: Tensor) -> Tensor:
+    """Maps [N,H,W] at most GALLERY_SIDE px wide and high, by averaging."""
+    times = math.ceil(max(maps.shape[1:]) / GALLERY_SIDE)
+    return F.avg_pool2d(maps[:, None], times, ceil_mode=True, count_include_pad=False)[:, 0] if times > 1 else maps
+
+
+def plain(values: list) -> list:
+    """None for what JSON cannot hold; six digits are enough for a value of one image."""
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+
+
+def curves(run: Run) -> dict[str, list[float]]:
+    """A run's history by quantity, named for people: the training's cross-entropy and every validation accuracy."""
+    named = {}
+    for column in run.history[0] if run.history else ():
+        values = [line[column] for line in run.history]
+        if column == "cross_entropy":
+            named["Cross-entropy in training"] = values
+        elif column.startswith("accuracy_"):
+            of = column.removeprefix("accuracy_").replace("_", " ")
+            named["Validation accuracy" + (f", {of}" if of != "validation" else "")] = values
+    return named
