@@ -98,10 +98,10 @@ def test_the_pointing_game_asks_whether_the_maximum_is_on_the_object():
     assert pointing_game(maps, masks).tolist() == [1, 0, 1]
 
 
-def test_any_of_several_equal_maxima_counts():
+def test_of_several_equal_maxima_the_share_on_the_object_counts():
     maps = torch.tensor([[[4.0, 2.0], [3.0, 4.0]]] * 3)
     masks = masks_of([[0, 0], [0, 1]], [[1, 0], [0, 0]], [[0, 1], [1, 0]])
-    assert pointing_game(maps, masks).tolist() == [1, 1, 0]
+    assert pointing_game(maps, masks).tolist() == [0.5, 0.5, 0]
 
 
 def test_the_pointing_game_is_quantus_relevance_rank_accuracy_of_an_object_of_one_pixel():
@@ -280,8 +280,8 @@ def test_measures_pixel_by_pixel_where_some_maps_are_empty():
         assert values["empty"][row] == float(not total) == float(row % 4 == 0)
         share = sum(value for value, inside in pixels if inside) / total if total else 0.0
         assert values["epg"][row].item() == pytest.approx(share, abs=1e-12)
-        hit = any(inside for value, inside in pixels if value == highest > 0)
-        assert values["pointing_game"][row] == float(hit)
+        hits = [inside for value, inside in pixels if value == highest]
+        assert values["pointing_game"][row].item() == pytest.approx(sum(hits) / len(hits) if highest else 0.0)
 
 
 def test_a_flat_map_says_nothing_but_is_defined():
@@ -289,7 +289,7 @@ def test_a_flat_map_says_nothing_but_is_defined():
     values = measure_maps(torch.full((1, 2, 2), 0.3), masks)
     assert {key: value.item() for key, value in values.items()} == {
         "epg": pytest.approx(0.25),
-        "pointing_game": 1,
+        "pointing_game": 0.25,
         "iou": 0.25,
         "iou_threshold": 0.15,
         "ehr": pytest.approx(0.25),

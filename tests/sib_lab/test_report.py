@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from sib_lab.explaining.statistics import paired_difference_of_shares
 from sib_lab.reporting import page as report
 from sib_lab.reporting import results
 from sib_lab.reporting.pictures import COLOURS, colours, map_tile, outline
@@ -111,6 +112,61 @@ def written(tmp_path_factory):
     return folder, found
 
 
+@pytest.mark.parametrize("how", ["cut short", "empty", "another type", "other keys", "no numbers"])
+@pytest.mark.parametrize(
+    "name",
+    ["comparison.json", "runs/ce-seed0/measured/accuracy.json", "runs/sib-seed1/measured/training.json"],
+)
+def test_a_damaged_file_is_named_in_one_sentence(name, how, tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / name
+    text = path.read_text()
+    path.write_text(
+        {
+            "cut short": text[: len(text) // 2],
+            "empty": "",
+            "another type": "[1, 2]",
+            "other keys": '{"a": {}}',
+            "no numbers": '{"values": {"accuracy/uncorrelated": ["x"]}, "run": 3, "methods": 3}',
+        }[how]
+    )
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
+        results.collect(folder)
+
+
+@pytest.mark.parametrize("name", ["images.npz", "runs/ce-seed0/measured/gallery.npz"])
+@pytest.mark.parametrize("size", [0, 20, 900, -30], ids=["empty", "head", "middle", "end"])
+def test_a_gallery_that_is_cut_short_is_named_in_one_sentence(name, size, tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
+        report.write(results.collect(folder), folder)
+
+
+def test_a_gallery_of_other_images_is_a_sentence(tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    np.savez(folder / report.IMAGES, images=np.zeros((2, 5)), masks=np.zeros(3), annotated=np.ones(2, bool))
+    with pytest.raises(results.ReportError, match="damaged or of another version"):
+        report.write(results.collect(folder), folder)
+
+
+def test_names_are_text_and_no_markup(tmp_path):
+    """Neither rich nor matplotlib nor a browser finds anything in them."""
+    folder = stored_comparison(tmp_path / "x [red]")
+    path = folder / results.COMPARISON
+    names = ["[bold red]cat[/]", "$\\frac{1}$ dog", "<script>alert(1)</script>", "a[/b]c", "$"]
+    comparison = json.loads(path.read_text())
+    comparison["data"]["classes"][:5] = names
+    comparison["methods"] = {"ce": "[bold]CE[/bold]", "sib": "S-IB $x_$"}
+    path.write_text(json.dumps(comparison))
+    found = results.collect(folder)
+    text = printed(found)
+    assert "[bold]CE[/bold]" in text and "S-IB $x_$" in text
+    report.write(found, folder)
+    assert "<script>" not in (folder / results.REPORT).read_text()
+
+
 def row(found, key):
     return next(row for row in found["rows"] if row["key"] == key)
 
@@ -158,11 +214,21 @@ def test_with_one_seed_the_interval_is_over_images_and_differences_pair_equal_im
     ce, sib = [0.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]
     found = row(hand_made(tmp_path, {"ce": {7: ce}, "sib": {7: sib}}), "accuracy/uncorrelated")
     assert found["values"]["ce"]["mean"] == 0.5 and found["values"]["ce"]["count"] == 4
-    assert found["values"]["ce"]["half_width"] == pytest.approx(1.959963984540054 * math.sqrt(1 / 3) / 2)
-    t = 3.182446305284263  # 3 degrees of freedom
+    assert (found["values"]["ce"]["low"], found["values"]["ce"]["high"]) == pytest.approx((0.150, 0.850), abs=1e-3)
     assert found["differences"]["sib"]["mean"] == 0.25
-    assert found["differences"]["sib"]["half_width"] == pytest.approx(t * 0.5 / 2)
     assert found["differences"]["sib"]["excludes_zero"] is False
+    change = paired_difference_of_shares(ce, sib)
+    assert found["differences"]["sib"]["low"] == change.low and found["differences"]["sib"]["high"] == change.high
+
+
+def test_an_interval_that_is_not_even_is_shown_by_its_ends():
+    even = {"mean": 0.5, "half_width": 0.1, "low": 0.4, "high": 0.6}
+    uneven = {"mean": 0.75, "half_width": 0.327, "low": 0.301, "high": 0.954}
+    assert results.number(even) == "0.500 ± 0.100" and results.number(uneven) == "0.750 (0.301 to 0.954)"
+    assert results.difference(even | {"mean": 0.5}) == "+0.500 ± 0.100"
+    minus = {"mean": -0.5, "half_width": 0.3, "low": -0.6, "high": 0.0}
+    assert results.difference(minus) == "\N{MINUS SIGN}0.500 (\N{MINUS SIGN}0.600 to +0.000)"
+    assert results.number(even | dict.fromkeys(("half_width", "low", "high"))) == "0.500"
 
 
 def test_undefined_images_are_counted_and_left_out(tmp_path):
@@ -325,7 +391,7 @@ def test_a_folder_without_results_is_one_sentence(tmp_path):
     with pytest.raises(results.ReportError, match=r"There is no comparison in .*: comparison.json is missing\."):
         results.collect(tmp_path)
     (tmp_path / results.COMPARISON).write_text("{")
-    with pytest.raises(results.ReportError, match="cannot be read"):
+    with pytest.raises(results.ReportError, match="is damaged or of another version"):
         results.collect(tmp_path)
 
 

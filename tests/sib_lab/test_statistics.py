@@ -1,9 +1,16 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sib_lab.explaining.statistics import estimate, over_seeds, paired_difference
+from sib_lab.explaining.statistics import (
+    estimate,
+    over_seeds,
+    paired_difference,
+    paired_difference_of_shares,
+    share,
+)
 
 
 def test_the_interval_over_images_is_the_normal_one():
@@ -63,6 +70,55 @@ def test_a_paired_difference_is_clear_exactly_where_scipys_paired_t_test_is_belo
         assert clear == (stats.ttest_rel(b.numpy(), a.numpy()).pvalue < 0.05)
         seen.add(clear)
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("hits, images", [(4, 4), (0, 4), (3, 4), (57, 100), (1, 1)])
+def test_the_interval_of_a_share_is_scipys_of_wilson(hits, images):
+    value = share([1.0] * hits + [0.0] * (images - hits) + [math.nan])
+    expected = stats.binomtest(hits, images).proportion_ci(method="wilson")
+    assert (value.low, value.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert (value.mean, value.count, value.undefined) == (hits / images, images, 1)
+
+
+def test_all_of_four_images_right_is_not_certainty():
+    value = share([1.0, 1.0, 1.0, 1.0])
+    assert value.mean == value.high == 1 and value.low == pytest.approx(0.510, abs=1e-3)
+
+
+def test_the_interval_of_a_share_never_leaves_0_1_and_holds_the_mean():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        value = share(rng.random(rng.integers(1, 9)).round(int(rng.integers(0, 3))))
+        assert 0 <= value.low <= value.mean <= value.high <= 1
+
+
+def test_two_gained_images_are_no_clear_difference_and_twelve_are():
+    assert not paired_difference_of_shares([0.0, 0.0], [1.0, 1.0]).clear
+    assert paired_difference_of_shares([0.0] * 12, [1.0] * 12).clear
+    assert paired_difference_of_shares([1.0] * 12, [0.0] * 12).high < 0
+    same = paired_difference_of_shares([1.0, 0.0] * 20, [1.0, 0.0] * 20)
+    assert same.mean == 0 and same.low < 0 < same.high and not same.clear
+
+
+def test_the_interval_of_paired_shares_is_agresti_and_mins():
+    a, b = [1.0] * 10 + [0.0] * 30, [1.0] * 8 + [0.0] * 2 + [1.0] * 9 + [0.0] * 21
+    both, gained, lost, none = 8.5, 9.5, 2.5, 21.5  # half an image in each of the four cells
+    images = both + gained + lost + none
+    wald = math.sqrt(gained + lost - (gained - lost) ** 2 / images) / images
+    value = paired_difference_of_shares(a, b)
+    assert value.mean == pytest.approx(7 / 40)
+    assert value.low == pytest.approx((gained - lost) / images - 1.959964 * wald, abs=1e-6)
+    assert value.high == pytest.approx((gained - lost) / images + 1.959964 * wald, abs=1e-6)
+
+
+def test_nine_in_ten_intervals_of_paired_shares_and_more_hold_the_truth():
+    rng = np.random.default_rng(1)
+    held = []
+    for _ in range(400):
+        a, b = rng.random((2, 20)) < np.array([[0.6], [0.8]])
+        value = paired_difference_of_shares(a.astype(float), b.astype(float))
+        held.append(value.low <= 0.2 <= value.high)
+    assert 0.92 < sum(held) / len(held) < 0.99
 
 
 def test_the_sign_of_a_difference_is_second_minus_first():

@@ -187,11 +187,10 @@ def report_command(
     Of an unfinished comparison it shows what there is.
     """
     with one_sentence(command_line(context)):
-        from rich.console import Console
-
+        from ..console import plain_console
         from ..experiments.compare import write_report
 
-        write_report(folder, Console())
+        write_report(folder, plain_console())
 
 
 @app.command("explain", epilog="Example: sib-lab explain --checkpoint runs/compare/runs/sib-seed0 cat.jpg dog.jpg")

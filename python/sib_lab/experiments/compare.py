@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..console import plain_console
 from ..networks.build import build_network
 from ..reporting import page as report
 from ..reporting import results
@@ -58,9 +59,9 @@ def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | No
         RunError, DataError, NetworkError: one sentence for the user.
         KeyboardInterrupt: Ctrl-C; the same plan goes on.
     """
-    console = console or Console()
+    console = console or plain_console()
     if fresh and start_anew(plan, folder):
-        console.print(f"Starting anew: the old runs in {folder} are removed.")
+        console.print(f"Starting anew: the old runs in {folder} are removed.", markup=False)
     for method in plan.configs:
         for seed in plan.seeds:
             check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
@@ -87,8 +88,8 @@ def write_report(folder: Path, console: Console) -> dict:
     for table in results.tables(found, console.width):
         console.print(table)
     if found["missing"]:
-        console.print(f"Not finished yet: {', '.join(found['missing'])}.")
-    console.print(f"Report: {folder / results.REPORT}")
+        console.print(f"Not finished yet: {', '.join(found['missing'])}.", markup=False)
+    console.print(f"Report: {folder / results.REPORT}", markup=False, soft_wrap=True)
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from ..console import plain_console
 from ..data import DataError
 from ..explaining import methods as explain
 from ..explaining.statistics import Difference, paired_difference
@@ -202,7 +203,7 @@ def evidence(
         RunError, DataError: one sentence for the user.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    console = console or Console()
+    console = console or plain_console()
     check_data(root)
     found = {}
     trained: dict[str, Path] = {}
@@ -242,7 +243,9 @@ def write(found: dict[str, dict], situations: dict[str, Situation], folder: Path
     with matplotlib.rc_context(pictures.STYLE):
         pictures.save(figure(found), folder / PICTURE, dpi=110)
     console.print(text, markup=False)
-    console.print(f"Together: {folder / TABLE}, {folder / PICTURE}; each situation has a report.html of its own.")
+    console.print(
+        f"Together: {folder / TABLE}, {folder / PICTURE}; each situation has a report.html of its own.", markup=False
+    )
     return summary
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..console import progress_bar
 from ..explaining import measures as measure
 from ..explaining import methods as explain
 from ..reporting.page import MAPS
@@ -31,7 +31,7 @@ from .plan import OF_MASKS, Plan
 
 GALLERY_SIDE = 160  #: the largest side at which their maps are kept, px
 BATCH = 64  #: images classified or explained at a time
-DEFINITIONS = 2  #: counted up when a measure's definition changes, so that stored values are made anew
+DEFINITIONS = 3  #: counted up when a measure's definition changes, so that stored values are made anew
 
 
 class Measurement:
@@ -53,19 +53,8 @@ class Measurement:
         if not todo:
             return
         self.run.model.to(device(self.run.config))
-        console.print(f"Measuring {self.run.folder.name}")
-        self.progress = Progress(
-            TextColumn("{task.description:<36}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
+        console.print(f"Measuring {self.run.folder.name}", markup=False)
+        self.progress = progress_bar(console, "images")
         with self.progress:
             self.task = self.progress.add_task("", total=sum(images for _, images, _, _ in todo))
             for name, images, do, arguments in todo:

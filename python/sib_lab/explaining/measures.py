@@ -192,7 +192,9 @@ def energy_pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """1.0 where the map's maximum, or any of several equal ones, lies on the object, else 0.0 (Zhang et al. 2018).
+    """1.0 where the map's maximum lies on the object, else 0.0 (Zhang et al. 2018).
+
+    Of several equal maxima the share on the object counts: the expected hit of one that is drawn.
 
     A map that is zero everywhere has no maximum and counts as 0.0. Arguments, NaN and errors as for
     :func:`energy_pointing_game`.
@@ -280,7 +282,8 @@ def _energy_share(heat: Tensor, on_object: Tensor) -> Tensor:
 
 
 def _maximum_on_object(heat: Tensor, on_object: Tensor) -> Tensor:
-    return ((heat == heat.amax(1, keepdim=True)) & on_object).any(1).double()
+    highest = heat == heat.amax(1, keepdim=True)
+    return (highest & on_object).sum(1).double() / highest.sum(1)
 
 
 def _best_iou(heat: Tensor, on_object: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Means with what is needed to judge them: 95 % intervals over images or over seeds, and paired differences.
 
+Shares of images (accuracy, hits) have intervals of their own, which stay within [0,1] and do not shrink to nothing
+where all of few images agree.
+
 A value that is undefined (NaN) is counted and left out, never averaged in.
 """
 
@@ -19,12 +22,18 @@ Values = Tensor | Sequence[float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the half width of its 95 % interval."""
+    """A mean and its 95 % interval."""
 
     mean: float  #: NaN where nothing was defined
-    half_width: float  #: of the 95 % interval of the mean; NaN for under 2 values
+    low: float  #: of the 95 % interval of the mean; NaN where there is none
+    high: float
     count: int  #: values averaged
     undefined: int  #: values left out because they are NaN
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval's width; NaN where there is none."""
+        return (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
@@ -34,19 +43,34 @@ class Difference(Estimate):
     @property
     def clear(self) -> bool:
         """Whether the 95 % interval excludes zero; never for under 2 pairs, whose interval is not known."""
-        return abs(self.mean) > self.half_width
+        return self.low > 0 or self.high < 0
 
 
 def estimate(values: Values) -> Estimate:
     """Mean of values [N] over images, with the normal approximation's interval (for tens of images and more)."""
     defined, undefined = _defined(values)
-    return Estimate(*_mean_and_half_width(defined, NORMAL), len(defined), undefined)
+    return Estimate(*_mean_and_interval(defined, NORMAL), len(defined), undefined)
+
+
+def share(values: Values) -> Estimate:
+    """Mean of hits [N] in [0,1] over images, with Wilson's score interval (Wilson 1927).
+
+    Parts of a hit, of which a tie has an expected one, vary less than whole ones: their interval errs on the wide side.
+    """
+    defined, undefined = _defined(values)
+    count, z2 = len(defined), NORMAL**2
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan, 0, undefined)
+    mean = defined.mean().item()
+    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (mean * (1 - mean) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return Estimate(mean, max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean)), count, undefined)
 
 
 def over_seeds(values: Values) -> Estimate:
     """Mean of values [N] over training seeds, with Student's t interval (exact for normally distributed values)."""
     defined, undefined = _defined(values)
-    return Estimate(*_mean_and_half_width(defined, _quantile(len(defined))), len(defined), undefined)
+    return Estimate(*_mean_and_interval(defined, _quantile(len(defined))), len(defined), undefined)
 
 
 def paired_difference(a: Values, b: Values) -> Difference:
@@ -61,11 +85,34 @@ def paired_difference(a: Values, b: Values) -> Difference:
     Raises:
         ValueError: ``a`` and ``b`` have different lengths.
     """
+    defined, undefined = _pairs(a, b)
+    return Difference(*_mean_and_interval(defined, _quantile(len(defined))), len(defined), undefined)
+
+
+def paired_difference_of_shares(a: Values, b: Values) -> Difference:
+    """Mean of b - a over images that both hit or miss, in [0,1], with the interval of Agresti & Min (2005).
+
+    It is the normal one after half an image has been added to each of the four outcomes (hit by both, one, the other,
+    none). Arguments and errors as for :func:`paired_difference`.
+    """
+    defined, undefined = _pairs(a, b)
+    count = len(defined)
+    if not count:
+        return Difference(math.nan, math.nan, math.nan, 0, undefined)
+    gained, lost = (defined.clamp_min(0).sum().item() + 0.5, (-defined).clamp_min(0).sum().item() + 0.5)
+    padded = count + 2
+    centre = (gained - lost) / padded
+    half = NORMAL * math.sqrt(gained + lost - (gained - lost) ** 2 / padded) / padded
+    mean = defined.mean().item()
+    return Difference(mean, max(-1.0, min(centre - half, mean)), min(1.0, max(centre + half, mean)), count, undefined)
+
+
+def _pairs(a: Values, b: Values) -> tuple[Tensor, int]:
+    """b - a where both are defined, and how many are not."""
     a, b = _vector(a), _vector(b)
     if len(a) != len(b):
         raise ValueError(f"a and b must hold the same seeds in the same order: got {len(a)} and {len(b)} values")
-    defined, undefined = _defined(b - a)
-    return Difference(*_mean_and_half_width(defined, _quantile(len(defined))), len(defined), undefined)
+    return _defined(b - a)
 
 
 def _vector(values: Values) -> Tensor:
@@ -87,6 +134,7 @@ def _quantile(count: int) -> float:
     return float(stdtrit(count - 1, LEVEL)) if count > 1 else math.nan
 
 
-def _mean_and_half_width(values: Tensor, quantile: float) -> tuple[float, float]:
+def _mean_and_interval(values: Tensor, quantile: float) -> tuple[float, float, float]:
     half_width = quantile * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), half_width
+    mean = values.mean().item()
+    return mean, mean - half_width, mean + half_width

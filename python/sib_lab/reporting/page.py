@@ -10,6 +10,7 @@ import numpy as np
 from ..training.runs import write_text
 from . import pictures
 from .results import (
+    COMPARISON,
     EMPTY,
     GALLERY,
     MEAN,
@@ -20,6 +21,7 @@ from .results import (
     difference,
     interval_note,
     number,
+    reading,
     row_name,
     run_name,
 )
@@ -41,9 +43,11 @@ def write(results: dict, folder: Path) -> None:
     """
     examples = Examples.load(results, folder)
     if examples is not None:
-        with matplotlib.rc_context(pictures.STYLE):
+        with reading(folder / IMAGES), matplotlib.rc_context(pictures.STYLE):
             pictures.save(examples.figure(results), folder / GALLERY, dpi=90)
-    write_text(folder / REPORT, page(results, examples))
+    with reading(folder / COMPARISON):
+        text = page(results, examples)
+    write_text(folder / REPORT, text)
 
 
 def page(results: dict, examples: "Examples | None") -> str:
@@ -140,15 +144,16 @@ def bars(results: dict, row: dict, most: float = 1.0) -> list[dict]:
     for method, name in results["methods"].items():
         value = row["values"].get(method)
         mean = value and value["mean"]
-        width = (value and value["half_width"]) or 0
-        low, high = (min(max(100 * ((mean or 0) + sign * width) / most, 0), 100) for sign in (-1, 1))
+        has_interval = bool(value and value["low"] is not None)
+        ends = (value["low"], value["high"]) if has_interval else (0, 0)
+        low, high = (min(max(100 * end / most, 0), 100) for end in ends)
         found.append(
             {
                 "method": method,
                 "name": name,
                 "length": min(max(100 * (mean or 0) / most, 0), 100),
                 "low": low,
-                "span": high - low if width else 0,
+                "span": high - low,
                 "factor": "",
                 "number": "none" if mean is None else f"{mean:.2f}" if most == 1 else f"{mean:.3f}",
             }
@@ -438,5 +443,5 @@ def one_map(values: np.ndarray, mask: np.ndarray | None, epg: float) -> dict:
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, read and closed."""
-    with np.load(path, allow_pickle=False) as stored:
+    with reading(path), np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in stored.files}

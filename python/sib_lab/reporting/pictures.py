@@ -30,6 +30,7 @@ OTHER_COLOURS = ("#b0457b", "#4d7c8a", "#8a5a44", "#52606d")  #: of methods that
 INK, FAINT = "#1f2933", "#9aa5b1"
 TILE = 160  #: longest side of a tile in the report, px; smaller images are enlarged by an integer up to it
 STYLE = {
+    "text.parse_math": False,  # names may hold a $
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,

@@ -8,14 +8,27 @@ import csv
 import io
 import json
 import math
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
-from ..explaining.statistics import Difference, Estimate, estimate, over_seeds, paired_difference
+from ..explaining.statistics import (
+    Difference,
+    Estimate,
+    estimate,
+    over_seeds,
+    paired_difference,
+    paired_difference_of_shares,
+    share,
+)
 from ..training.runs import write_text
 
 COMPARISON = "comparison.json"  #: what was asked for, in the comparison's folder
@@ -25,8 +38,10 @@ RUNS, MEASURED = "runs", "measured"  #: folders: of all runs, and of the stored 
 MEAN = "mean"
 EMPTY = "empty"  #: the measure that counts maps which are zero everywhere
 MINUS = "\N{MINUS SIGN}"
+HARDLY = 0.0015  #: an interval whose ends are so near to mean ± half width is shown so
 #: Of metrics.csv.
-COLUMNS = ("method", "measure", "mean", "half_width_95", "undefined_images", "difference", "its_half_width_95")
+COLUMNS = ("method", "measure", "mean", "low_95", "high_95", "undefined_images")
+COLUMNS += ("difference", "its_low_95", "its_high_95")
 
 
 #: Training methods -> names for people.
@@ -55,10 +70,11 @@ class Measure:
     name: str
     higher_is_better: bool | None  #: None: neither
     reading: str  #: one line for people
+    is_share: bool = False  #: a hit or a miss of each image
 
 
 MEASURES = {
-    "accuracy": Measure("Accuracy", True, "the share of test images whose most probable class is the right one."),
+    "accuracy": Measure("Accuracy", True, "the share of test images whose most probable class is the right one.", True),
     "worst_group": Measure(
         "Worst group",
         True,
@@ -73,7 +89,11 @@ MEASURES = {
         "counts as 0, here and in every measure of maps on objects.",
     ),
     "pointing_game": Measure(
-        "Pointing game", True, "the share of images in which the brightest pixel of the map lies on the object."
+        "Pointing game",
+        True,
+        "the share of images in which the brightest pixel of the map lies on the object; of several equally bright "
+        "ones the share that does.",
+        True,
     ),
     "iou": Measure(
         "IoU",
@@ -99,7 +119,9 @@ MEASURES = {
         "area under the predicted class's probability while the map's hottest pixels are revealed first on a blurred "
         "copy: high means that the map names pixels that suffice.",
     ),
-    EMPTY: Measure("Empty maps", False, "the share of maps that are zero everywhere: the explanation finds nothing."),
+    EMPTY: Measure(
+        "Empty maps", False, "the share of maps that are zero everywhere: the explanation finds nothing.", True
+    ),
     "seconds_per_step": Measure("Seconds a step", False, "the median time of one optimiser step on one batch."),
 }
 
@@ -119,11 +141,37 @@ def read_json(path: Path) -> dict:
         ReportError: missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ReportError(f"There is no comparison in {path.parent}: {path.name} is missing.") from error
-    except (OSError, ValueError) as error:
-        raise ReportError(f"The file {path} cannot be read: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path) from error
+    if not isinstance(content, dict):
+        raise damaged(path)
+    return content
+
+
+def damaged(path: Path) -> ReportError:
+    return ReportError(
+        f"The file {path} is damaged or of another version: remove it and run the same sib-lab compare command again, "
+        "which makes anew what is missing."
+    )
+
+
+_OF_OTHER_CONTENT = (LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, what comes of a file or folder with other content than this program stores is a sentence.
+
+    Raises:
+        ReportError: that one.
+    """
+    try:
+        yield
+    except _OF_OTHER_CONTENT as error:
+        raise damaged(path) from error
 
 
 def stored_values(run: Path) -> dict[str, list]:
@@ -133,7 +181,11 @@ def stored_values(run: Path) -> dict[str, list]:
     """
     values = {}
     for path in sorted((run / MEASURED).glob("*.json")):
-        values |= read_json(path)["values"]
+        with reading(path):
+            found = read_json(path)["values"]
+            for of_key in found.values():
+                tensor(of_key)
+        values |= found
     return values
 
 
@@ -143,7 +195,11 @@ def collect(folder: Path) -> dict:
     Raises:
         ReportError: no comparison there, or none of its runs is measured.
     """
-    comparison = read_json(folder / COMPARISON)
+    with reading(folder / COMPARISON):
+        return _collected(folder, read_json(folder / COMPARISON))
+
+
+def _collected(folder: Path, comparison: dict) -> dict:
     runs, missing = [], []
     for method in comparison["methods"]:
         for seed in comparison["seeds"]:
@@ -172,7 +228,9 @@ def collect(folder: Path) -> dict:
 
 def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
     """One run's part of the results; its ``values`` are still per image."""
-    training = read_json(run / MEASURED / "training.json")
+    with reading(run / MEASURED / "training.json"):
+        training = read_json(run / MEASURED / "training.json")
+        training["run"]["chance"], training["run"]["curves"].items()
     values = {key: tensor(of_key) for key, of_key in stored_values(run).items()}
     six = [f"epg/{explanation}" for explanation in comparison["six"]]
     if six and all(key in values for key in six):
@@ -222,31 +280,33 @@ def summary_row(key: str, runs: list[dict], methods: list[str], interval: str) -
     for method, of_seed in of_method.items():
         if not of_seed:
             continue
-        values[method] = as_dict(_estimate(list(of_seed.values()), interval)) | {
+        values[method] = as_dict(_estimate(key, list(of_seed.values()), interval)) | {
             "undefined": sum(int(v.isnan().sum()) for v in of_seed.values())
         }
         pairs = [(of_seed[seed], first[seed]) for seed in of_seed if seed in first]
         if method != methods[0] and pairs:
-            differences[method] = as_difference(_difference(pairs, interval))
+            differences[method] = as_difference(_difference(key, pairs, interval))
     return {"key": key, "values": values, "differences": differences}
 
 
-def _estimate(of_seeds: list[Tensor], interval: str) -> Estimate:
+def _estimate(key: str, of_seeds: list[Tensor], interval: str) -> Estimate:
     if interval == "images":
-        return estimate(of_seeds[0])
+        return (share if measure_of(key).is_share else estimate)(of_seeds[0])
     return over_seeds(torch.stack([values.nanmean() for values in of_seeds]))
 
 
-def _difference(pairs: list[tuple[Tensor, Tensor]], interval: str) -> Difference:
+def _difference(key: str, pairs: list[tuple[Tensor, Tensor]], interval: str) -> Difference:
     """Of each pair's first value minus its second."""
     if interval == "images":
-        return paired_difference(pairs[0][1], pairs[0][0])
+        of_images = paired_difference_of_shares if measure_of(key).is_share else paired_difference
+        return of_images(pairs[0][1], pairs[0][0])
     return paired_difference(*(torch.stack([pair[side].nanmean() for pair in pairs]) for side in (1, 0)))
 
 
 def as_dict(value: Estimate) -> dict:
     """For JSON: None instead of NaN."""
-    return {"mean": plain(value.mean), "half_width": plain(value.half_width), "count": value.count}
+    numbers = {name: plain(getattr(value, name)) for name in ("mean", "half_width", "low", "high")}
+    return numbers | {"count": value.count}
 
 
 def as_difference(value: Difference) -> dict:
@@ -278,20 +338,27 @@ def row_name(key: str, explanations: dict[str, str]) -> str:
 
 
 def number(value: dict | None) -> str:
-    """An estimate for people, e.g. ``0.512 ± 0.049``."""
+    """An estimate for people: ``0.512 ± 0.049``, or ``0.250 (0.046 to 0.699)`` where the mean is off the middle."""
     if value is None:
         return ""
-    if value["mean"] is None:
-        return "undefined"
-    return f"{value['mean']:.3f}" + ("" if value["half_width"] is None else f" ± {value['half_width']:.3f}")
+    return "undefined" if value["mean"] is None else _with_interval(value, "")
 
 
 def difference(value: dict | None) -> str:
     """A difference for people, e.g. ``+0.120 ± 0.030``; empty where there is none."""
     if value is None or value["mean"] is None:
         return ""
-    interval = "" if value["half_width"] is None else f" ± {value['half_width']:.3f}"
-    return f"{value['mean']:+.3f}{interval}".replace("-", MINUS)
+    return _with_interval(value, "+").replace("-", MINUS)
+
+
+def _with_interval(value: dict, sign: str) -> str:
+    mean, half_width, low, high = (value[name] for name in ("mean", "half_width", "low", "high"))
+    shown = f"{mean:{sign}.3f}"
+    if half_width is None:
+        return shown
+    if max(abs(mean - half_width - low), abs(mean + half_width - high)) < HARDLY:
+        return f"{shown} ± {half_width:.3f}"
+    return f"{shown} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
 def interval_note(results: dict) -> str:
@@ -299,7 +366,10 @@ def interval_note(results: dict) -> str:
     if results["interval"] == "seeds":
         seeds = len(results["seeds"])
         return f"± is the 95 % interval of the mean over {seeds} seeds (Student's t); differences pair equal seeds"
-    return "± is the 95 % interval of the mean over images, of one training each; differences pair equal images"
+    return (
+        "±, or the two numbers in brackets, is the 95 % interval of the mean over images, of one training each (of "
+        "shares Wilson's, of their differences Agresti and Min's); differences pair equal images"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- writing
@@ -312,9 +382,10 @@ def tables(results: dict, width: int = 120) -> list[Table]:
     columns = [("values", method, name) for method, name in names.items()]
     columns += [("differences", m, f"{name}\n{MINUS} {names[first]}") for m, name in names.items() if m != first]
     found = [_table(results, part) for part in _fitting(results, columns, width)]
-    found[-1].caption = f"{interval_note(results)}. *: the interval of the difference excludes zero."
+    caption = f"{interval_note(results)}. *: the interval of the difference excludes zero."
     if any(value["undefined"] for row in results["rows"] for value in row["values"].values()):
-        found[-1].caption += " †: without the images where it is undefined."
+        caption += " †: without the images where it is undefined."
+    found[-1].caption = Text(caption)
     return found
 
 
@@ -339,16 +410,17 @@ def _table(results: dict, columns: list[tuple[str, str, str]]) -> Table:
     table = Table(caption_justify="left")
     table.add_column("")
     for _, _, name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     section = None
     for row in results["rows"]:
         measure, _, of = row["key"].partition("/")
         if measure != section:
             table.add_section()
             if of in results["explanations"]:
-                table.add_row(f"[bold]{MEASURES[measure].name}[/bold]{_chance(measure, results)}")
+                table.add_row(Text.assemble((MEASURES[measure].name, "bold"), _chance(measure, results)))
         section = measure
-        table.add_row(row_name(row["key"], results["explanations"]), *(_cell(row, *column[:2]) for column in columns))
+        cells = (_cell(row, *column[:2]) for column in columns)
+        table.add_row(*map(Text, (row_name(row["key"], results["explanations"]), *cells)))
     return table
 
 
@@ -378,7 +450,7 @@ def write(results: dict, folder: Path) -> None:
         if row["key"] == "seconds_per_step":
             continue
         for method, value in row["values"].items():
-            change = row["differences"].get(method, {"mean": None, "half_width": None})
-            numbers = [value["mean"], value["half_width"], value["undefined"], change["mean"], change["half_width"]]
-            writer.writerow([method, row["key"], *numbers])
+            change = row["differences"].get(method, dict.fromkeys(("mean", "low", "high")))
+            numbers = [*(value[name] for name in ("mean", "low", "high")), value["undefined"]]
+            writer.writerow([method, row["key"], *numbers, *(change[name] for name in ("mean", "low", "high"))])
     write_text(folder / METRICS, lines.getvalue())
