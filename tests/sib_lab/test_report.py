@@ -11,6 +11,7 @@ from rich.console import Console
 from sib_lab.explaining.statistics import paired_difference_of_shares
 from sib_lab.reporting import page as report
 from sib_lab.reporting import results
+from sib_lab.reporting.classes import mistakes
 from sib_lab.reporting.pictures import COLOURS, colours, map_tile, outline
 from sib_lab.training.config import METHODS
 
@@ -52,7 +53,15 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
                 f"accuracy/{name}": (rng.random(images) < level - 0.05 * place).tolist()
                 for name, level in (("uncorrelated", 0.75), ("matched", 0.97))
             }
-            store(measured / "accuracy.json", values | {"worst_group/uncorrelated": [0.5 - 0.04 * place]})
+            labels = (np.arange(images) % 10).tolist()
+            right = values["accuracy/uncorrelated"]
+            told = {
+                "labels": labels,
+                "predicted": [k if hit else (k + 1) % 10 for k, hit in zip(labels, right, strict=True)],
+            }
+            store(measured / "accuracy-matched.json", {"accuracy/matched": values.pop("accuracy/matched")})
+            worst = {"worst_group/uncorrelated": [0.5 - 0.04 * place]}
+            store(measured / "accuracy-uncorrelated.json", values | worst, classes=told)
             for number, explanation in enumerate(explanations):
                 if not masks:
                     values = {"deletion": rng.random(images) / 2}
@@ -73,7 +82,7 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
                 "Cross-entropy in training": [2 / (1 + e) + 0.1 * place for e in range(4)],
                 "Validation accuracy, matched": [0.5 + 0.1 * e for e in range(4)],
             }
-            run = {"chance": 0.1 if masks else None, "epochs": 4, "curves": curve}
+            run = {"chance": 0.1 if masks else None, "epochs": 4, "curves": curve, "labels": labels}
             (measured / "training.json").write_text(
                 json.dumps({"run": run, "values": {"seconds_per_step": [0.03 * (1 + 2 * place)]}})
             )
@@ -98,8 +107,8 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
     return folder
 
 
-def store(path, values):
-    path.write_text(json.dumps({"values": values}))
+def store(path, values, **more):
+    path.write_text(json.dumps({"values": values} | more))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +124,7 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("how", ["cut short", "empty", "another type", "other keys", "no numbers"])
 @pytest.mark.parametrize(
     "name",
-    ["comparison.json", "runs/ce-seed0/measured/accuracy.json", "runs/sib-seed1/measured/training.json"],
+    ["comparison.json", "runs/ce-seed0/measured/accuracy-uncorrelated.json", "runs/sib-seed1/measured/training.json"],
 )
 def test_a_damaged_file_is_named_in_one_sentence(name, how, tmp_path):
     folder = stored_comparison(tmp_path / "x")
@@ -149,6 +158,44 @@ def test_a_gallery_of_other_images_is_a_sentence(tmp_path):
     np.savez(folder / report.IMAGES, images=np.zeros((2, 5)), masks=np.zeros(3), annotated=np.ones(2, bool))
     with pytest.raises(results.ReportError, match="damaged or of another version"):
         report.write(results.collect(folder), folder)
+
+
+def test_class_by_class_accuracy_confusion_and_epg_are_counted_from_the_stored_images(written):
+    folder, found = written
+    of = found["classes"]
+    told = [
+        (k, p)
+        for seed in (0, 1, 2)
+        for k, p in zip(
+            *json.loads((folder / f"runs/sib-seed{seed}/measured/accuracy-uncorrelated.json").read_text())[
+                "classes"
+            ].values(),
+            strict=True,
+        )
+    ]
+    for label, of_class in enumerate(of["rows"]):
+        predicted = [p for k, p in told if k == label]
+        assert of_class["images"] == 4 and of_class["name"] == str(label)
+        assert of_class["accuracy"]["sib"] == pytest.approx(predicted.count(label) / len(predicted))
+        assert of["confusion"]["sib"][label] == [predicted.count(other) for other in range(10)]
+    values = []
+    for seed in (0, 1, 2):
+        of_run = [
+            json.loads((folder / f"runs/sib-seed{seed}/measured/{e}.json").read_text())["values"][f"epg/{e}"]
+            for e in EXPLANATIONS
+            if e != "vjp"
+        ]
+        of_seven = [np.mean(pair) for pair in zip(*((v[7::10]) for v in of_run), strict=True)]
+        values.append(np.mean(of_seven))
+    assert of["rows"][7]["epg"]["sib"] == pytest.approx(np.mean(values))
+    html = (folder / results.REPORT).read_text()
+    assert "Class by class" in html and "taken for" in html
+
+
+def test_the_most_frequent_mistakes_come_first():
+    matrix = [[5, 3, 0], [1, 7, 0], [0, 4, 0]]
+    assert mistakes(matrix, ["a", "b", "c"], most=2) == [("c", "b", 4, 1.0), ("a", "b", 3, 3 / 8)]
+    assert mistakes([[2, 0], [0, 0]], ["a", "b"], most=5) == []
 
 
 def test_names_are_text_and_no_markup(tmp_path):
@@ -189,7 +236,9 @@ def hand_made(folder, values, interval="seeds"):
                 if path.name != "training.json":
                     path.unlink()
             if seed in of_method:
-                store(measured / "accuracy-uncorrelated.json", {"accuracy/uncorrelated": of_method[seed]})
+                values_of_seed = {"accuracy/uncorrelated": of_method[seed]}
+                told = {"labels": [0] * len(of_method[seed]), "predicted": [0] * len(of_method[seed])}
+                store(measured / "accuracy-uncorrelated.json", values_of_seed, classes=told)
             else:
                 (measured / "training.json").unlink()
     return results.collect(folder)
@@ -330,8 +379,8 @@ def test_results_json_holds_every_number_of_every_seed(written):
 def test_the_report_is_one_file_that_loads_nothing_from_elsewhere(written):
     html = (written[0] / results.REPORT).read_text()
     sources = re.findall(r'src="([^"]{0,30})', html)
-    # two images: input, mask and three maps of two networks each; the scatter; two curves
-    assert len(sources) == 2 * (2 + 2 * 3) + 1 + 2
+    # two images: input, mask and three maps of two networks each; two confusions; the scatter; two curves
+    assert len(sources) == 2 * (2 + 2 * 3) + 2 + 1 + 2
     assert all(re.match(r"data:image/(png|jpeg|svg\+xml);base64,", source) for source in sources)
     assert "<link" not in html and "<script" not in html and "url(" not in html and "http" not in html
 

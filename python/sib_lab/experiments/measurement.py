@@ -1,7 +1,5 @@
 """What is measured on one network: accuracy, explanations, cost; each part in a file of its own."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,20 +16,15 @@ from ..console import progress_bar
 from ..explaining import measures as measure
 from ..explaining import methods as explain
 from ..reporting.page import MAPS
-from ..reporting.results import EMPTY, MEASURED
+from ..reporting.results import EMPTY
 from ..training.config import TrainConfig
-from ..training.runs import (
-    Run,
-    RunError,
-    write_text,
-    write_whole,
-)
+from ..training.runs import Run, RunError
 from .material import Material
 from .plan import OF_MASKS, Plan
+from .stored import Stored
 
 GALLERY_SIDE = 160  #: the largest side at which their maps are kept, px
 BATCH = 64  #: images classified or explained at a time
-DEFINITIONS = 3  #: counted up when a measure's definition changes, so that stored values are made anew
 
 
 class Measurement:
@@ -40,12 +33,8 @@ class Measurement:
     def __init__(self, plan: Plan, material: Material, run: Run, gallery: bool):
         """``gallery``: keep the maps of the gallery's images, too."""
         self.plan, self.material, self.run = plan, material, run
-        self.folder = run.folder / MEASURED
+        self.stored = Stored(plan, material, run)
         self.wants_gallery = gallery
-        weights = hashlib.sha256()
-        for tensor in run.model.state_dict().values():
-            weights.update(tensor.contiguous().numpy())
-        self.identity = {"definitions": DEFINITIONS, "weights": weights.hexdigest()}
 
     def complete(self, console: Console) -> None:
         """Measures what is missing."""
@@ -67,15 +56,15 @@ class Measurement:
         """What is not stored yet: (name, images, function, its arguments)."""
         todo = []
         for name, dataset in self.material.data.test.items():
-            if not self._values(f"accuracy-{name}"):
+            if not self.stored.values(f"accuracy-{name}"):
                 todo.append((name, len(dataset), self.accuracy, (name,)))
         for explanation, name in explain.METHODS.items():
-            stored = self._values(explanation).keys()
+            stored = self.stored.values(explanation).keys()
             if not stored >= {f"{measure}/{explanation}" for measure in self._measures()}:
                 todo.append((name, len(self.material.rows), self.maps, (explanation,)))
-        if self.wants_gallery and not self._gallery_fits():
+        if self.wants_gallery and not self.stored.fits(MAPS):
             todo.append(("gallery", len(self.material.gallery), self.gallery, ()))
-        if todo or not self._values("training"):
+        if todo or not self.stored.values("training"):
             todo.append(("training", 0, self.training, ()))
         return todo
 
@@ -84,26 +73,6 @@ class Measurement:
         known = self.material.has_masks
         found = [name for name in self.plan.measures if known or name not in OF_MASKS]
         return [*found, EMPTY] if found else []
-
-    def _key(self, name: str) -> dict:
-        """What a stored part depends on."""
-        if name in explain.METHODS or name == "gallery":
-            layer = self.plan.layer
-            return self.identity | {"rows": len(self.material.rows), "images": self.plan.images, "layer": layer}
-        return self.identity
-
-    def _values(self, name: str) -> dict:
-        """What is stored under a name; empty where nothing is, or where it is of another network or of other images."""
-        path = self.folder / f"{name}.json"
-        try:
-            stored = json.loads(path.read_text())
-            return stored["values"] if stored["key"] == self._key(name) else {}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}  # missing or damaged: measured anew
-
-    def _store(self, name: str, values: dict[str, list], **more) -> None:
-        content = {"key": self._key(name), "values": {key: plain(of_key) for key, of_key in values.items()}} | more
-        write_text(self.folder / f"{name}.json", json.dumps(content, allow_nan=False))
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -114,21 +83,22 @@ class Measurement:
             return torch.cat([F.softmax(measure.scores_of(model, x), 1).cpu() for x in batches])
 
     def accuracy(self, name: str) -> None:
-        """Right or wrong for every image of a test set, and the accuracy of its worst group."""
+        """Right or wrong for every image of a test set, what was predicted, and the accuracy of the worst group."""
         dataset = self.material.data.test[name]
-        loader = DataLoader(dataset, BATCH, num_workers=self.run.config.workers)
-        right = measure.correct(self.run.model, loader)
+        predicted = measure.predict(self.run.model, DataLoader(dataset, BATCH, num_workers=self.run.config.workers))
+        right = (predicted == dataset.labels).double()
         values = {f"accuracy/{name}": right.tolist()}
         worst = measure.worst_group(right, dataset.labels, dataset.groups)
         if math.isfinite(worst):
             values[f"worst_group/{name}"] = [worst]
-        self._store(f"accuracy-{name}", values)
+        classes = {"labels": dataset.labels.tolist(), "predicted": predicted.tolist()}
+        self.stored.write(f"accuracy-{name}", values, classes=classes)
 
     def maps(self, explanation: str) -> None:
         """Every measure of one explanation method's maps; those that are stored stay."""
         images, target = self.material.items.image, self.probabilities.argmax(1)
         maps = self._explained((explanation,), progress=self._advance)[explanation]
-        stored = self._values(explanation)
+        stored = self.stored.values(explanation)
         wanted = [name for name in self._measures() if f"{name}/{explanation}" not in stored]
         found = {EMPTY: measure.empty_maps(maps)}
         if set(wanted) & set(OF_MASKS):
@@ -138,7 +108,7 @@ class Measurement:
         if "insertion" in wanted:
             found["insertion"] = measure.insertion(self.run.model, images, maps, target)
         values = {f"{name}/{explanation}": of.tolist() for name, of in found.items()}
-        self._store(explanation, stored | values)
+        self.stored.write(explanation, stored | values)
 
     def _explained(
         self,
@@ -170,7 +140,6 @@ class Measurement:
         arrays = {
             "predicted": predicted.numpy(),
             "probability": probability.numpy(),
-            "key": json.dumps(self._key("gallery")),
         }
         for name, values in maps.items():
             values = values.cpu()
@@ -179,17 +148,10 @@ class Measurement:
             masks = self.material.items.mask[rows]
             epg = measure.energy_pointing_game(values, masks) if self.material.has_masks else undefined
             arrays[f"epg_{name}"] = epg.numpy()
-        write_whole(self.folder / MAPS, lambda file: np.savez_compressed(file, **arrays))
+        self.stored.write_arrays(MAPS, arrays)
 
     def _advance(self, images: int) -> None:
         self.progress.advance(self.task, images)
-
-    def _gallery_fits(self) -> bool:
-        try:
-            with np.load(self.folder / MAPS, allow_pickle=False) as stored:
-                return json.loads(str(stored["key"])) == self._key("gallery")
-        except (OSError, ValueError, KeyError):
-            return False
 
     def training(self) -> None:
         """What the training cost, and its curves."""
@@ -202,8 +164,9 @@ class Measurement:
             "config": asdict(run.config),
             "record": {name: value for name, value in run.record.items() if name != "config"},
             "curves": curves(run),
+            "labels": self.material.items.label.tolist(),
         }
-        self._store("training", {"seconds_per_step": [seconds]}, run=about)
+        self.stored.write("training", {"seconds_per_step": [seconds]}, run=about)
 
 
 def device(config: TrainConfig) -> torch.device:
@@ -215,11 +178,6 @@ def shrunk(maps: Tensor) -> Tensor:
     """Maps [N,H,W] at most GALLERY_SIDE px wide and high, by averaging."""
     times = math.ceil(max(maps.shape[1:]) / GALLERY_SIDE)
     return F.avg_pool2d(maps[:, None], times, ceil_mode=True, count_include_pad=False)[:, 0] if times > 1 else maps
-
-
-def plain(values: list) -> list:
-    """None for what JSON cannot hold; six digits are enough for a value of one image."""
-    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
 
 
 def curves(run: Run) -> dict[str, list[float]]:

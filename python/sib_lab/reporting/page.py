@@ -9,6 +9,7 @@ import numpy as np
 
 from ..training.runs import write_text
 from . import pictures
+from .classes import mistakes
 from .results import (
     COMPARISON,
     EMPTY,
@@ -19,6 +20,7 @@ from .results import (
     REPORT,
     RUNS,
     difference,
+    epg_key,
     interval_note,
     number,
     reading,
@@ -31,6 +33,9 @@ MAPS = "gallery.npz"  #: their maps and predictions in a run's folder of measure
 #: Explanations in gallery.png, which is made to be shown elsewhere; the report's gallery has all.
 PICTURED = ("vjp", "input_x_gradient", "gradcam")
 
+CLASSES = 50  #: that the table of classes has at most
+CONFUSED = 40  #: classes that a picture of the confusion matrix has at most
+MISTAKES = 5  #: of each method that are named
 FEW = 3  #: training methods that the summary speaks of in full
 
 
@@ -75,6 +80,10 @@ def page(results: dict, examples: "Examples | None") -> str:
         differences=count_differences(results),
         gallery=[] if examples is None else examples.figures(results),
         options=options(results["config"]),
+        classes=class_rows(results),
+        class_epg=any(any(v is not None for v in row["epg"].values()) for row in results["classes"]["rows"]),
+        confusions=confusions(results),
+        class_limit=CLASSES,
     )
 
 
@@ -180,7 +189,7 @@ def cost(results: dict) -> list[dict]:
 def scatter(results: dict) -> str | None:
     """Accuracy on the first test set against EPG, as an inline picture; None without masks."""
     accuracy = f"accuracy/{results['data']['explained']}"
-    epg = epg_key(results)
+    epg = epg_key(results["rows"])
     points: dict[str, list] = {}
     for run in results["runs"]:
         pair = [run["numbers"].get(key, {"mean": None})["mean"] for key in (epg, accuracy)]
@@ -191,15 +200,9 @@ def scatter(results: dict) -> str | None:
     return pictures.svg(lambda: pictures.scatter(points, results["methods"], results["chance"], epg_label(results)))
 
 
-def epg_key(results: dict) -> str:
-    """The EPG that stands for all: the mean of the six methods, or the first one measured."""
-    keys = [row["key"] for row in measure_rows(results, "epg")]
-    return f"epg/{MEAN}" if f"epg/{MEAN}" in keys or not keys else keys[0]
-
-
 def epg_label(results: dict) -> str:
     """What :func:`epg_key` is called."""
-    key = epg_key(results)
+    key = epg_key(results["rows"])
     return (
         "EPG, mean of the six methods"
         if key.endswith(f"/{MEAN}")
@@ -222,6 +225,41 @@ def curves(results: dict) -> list[dict]:
     ]
 
 
+def class_rows(results: dict) -> list[dict]:
+    """The CLASSES classes that the first method tells worst, for the template."""
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    def of_first(row: dict) -> float:
+        value = next(iter(row["accuracy"].values()))
+        return math.inf if value is None else value
+
+    return [
+        {
+            "name": row["name"],
+            "images": row["images"],
+            "cells": [(shown(row["accuracy"].get(m)), shown(row["epg"].get(m))) for m in results["methods"]],
+        }
+        for row in sorted(results["classes"]["rows"], key=of_first)[:CLASSES]
+    ]
+
+
+def confusions(results: dict) -> list[dict]:
+    """A picture of each method's confusion matrix, where there are few enough classes to see it, and what is most
+    often taken for what."""
+    names = results["data"]["classes"]
+    return [
+        {
+            "method": method,
+            "name": results["methods"][method],
+            "picture": pictures.svg(lambda m=matrix: pictures.confusion(m, names)) if len(names) <= CONFUSED else None,
+            "mistakes": mistakes(matrix, names, most=MISTAKES),
+        }
+        for method, matrix in results["classes"]["confusion"].items()
+    ]
+
+
 # ---------------------------------------------------------------------------------------------- in plain words
 
 
@@ -231,7 +269,7 @@ def findings(results: dict) -> list[dict]:
     first = next(iter(methods))
     rows = {row["key"]: row for row in results["rows"]}
     found = []
-    key = epg_key(results)
+    key = epg_key(results["rows"])
     if key in rows:
         found.append(
             {

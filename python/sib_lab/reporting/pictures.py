@@ -182,6 +182,23 @@ def curves(title: str, runs: Mapping[str, Sequence[Sequence[float]]], share: boo
 # ----------------------------------------------------------------------------------------- pictures as files
 
 
+def confusion(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Of the images of each class (rows) the share that is taken for each (columns)."""
+    counts = np.asarray(matrix, float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(3.2, 0.22 * len(names) + 1.6)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+    shortened = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+    axes.set_xticks(range(len(names)), shortened, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), shortened, fontsize=7)
+    axes.set(xlabel="predicted", ylabel="class")
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
+    return figure
+
+
 def bare(axes) -> None:
     """No ticks, no frame."""
     axes.set(xticks=[], yticks=[])

@@ -30,6 +30,7 @@ from ..explaining.statistics import (
     share,
 )
 from ..training.runs import write_text
+from .classes import by_class
 
 COMPARISON = "comparison.json"  #: what was asked for, in the comparison's folder
 RESULTS, METRICS, REPORT, GALLERY = "results.json", "metrics.csv", "report.html", "gallery.png"
@@ -214,7 +215,9 @@ def _collected(folder: Path, comparison: dict) -> dict:
     interval = "images" if len(comparison["seeds"]) == 1 else "seeds"
     rows = [summary_row(key, runs, list(methods), interval) for key in _keys(runs, comparison)]
     chances = [run["chance"] for run in runs if run["chance"] is not None]
+    of_classes = by_class(comparison["data"]["classes"], list(methods), runs, epg_key(rows))
     for run in runs:
+        del run["told"], run["labels"]
         run["numbers"] = {key: _run_number(values) for key, values in run.pop("values").items()}
     return comparison | {
         "methods": methods,
@@ -222,6 +225,7 @@ def _collected(folder: Path, comparison: dict) -> dict:
         "interval": interval,
         "chance": sum(chances) / len(chances) if chances else None,
         "rows": rows,
+        "classes": of_classes,
         "runs": runs,
     }
 
@@ -230,12 +234,21 @@ def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
     """One run's part of the results; its ``values`` are still per image."""
     with reading(run / MEASURED / "training.json"):
         training = read_json(run / MEASURED / "training.json")
-        training["run"]["chance"], training["run"]["curves"].items()
+        training["run"]["chance"], training["run"]["curves"].items(), training["run"]["labels"]
+    accuracy = run / MEASURED / f"accuracy-{comparison['data']['explained']}.json"
+    with reading(accuracy):
+        told = read_json(accuracy)["classes"]
     values = {key: tensor(of_key) for key, of_key in stored_values(run).items()}
     six = [f"epg/{explanation}" for explanation in comparison["six"]]
     if six and all(key in values for key in six):
         values[f"epg/{MEAN}"] = torch.stack([values[key] for key in six]).mean(0)  # NaN where one of them is
-    return {"name": run.name, "method": method, "seed": seed, "values": values, **training["run"]}
+    return {"name": run.name, "method": method, "seed": seed, "values": values, "told": told, **training["run"]}
+
+
+def epg_key(rows: list[dict]) -> str:
+    """The EPG that stands for all: the mean of the six methods, or the first one measured."""
+    keys = [row["key"] for row in rows if row["key"].startswith("epg/")]
+    return f"epg/{MEAN}" if f"epg/{MEAN}" in keys or not keys else keys[0]
 
 
 def tensor(values: list) -> Tensor:
