@@ -32,7 +32,8 @@ from sib_lab.training.runs import (
     TrainingError,
     open_run,
 )
-from sib_lab.training.trainer import Trainer, learning_rate
+from sib_lab.training.schedule import learning_rate
+from sib_lab.training.trainer import Trainer
 
 from sib_ext import SIBStep, SpatialIBLoss
 
