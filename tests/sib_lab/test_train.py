@@ -22,9 +22,12 @@ from sib_lab.training.config import METHODS, PAPER_NETWORKS, PAPER_SETS, TrainCo
 from sib_lab.training.runs import (
     BEST,
     CONFIG,
+    DATA,
     FINISHED,
     LAST,
+    LOCK,
     METRICS,
+    OPTIONS,
     STEPS,
     TENSORBOARD,
     CheckpointError,
@@ -32,7 +35,8 @@ from sib_lab.training.runs import (
     TrainingError,
     open_run,
 )
-from sib_lab.training.trainer import Trainer, learning_rate
+from sib_lab.training.schedule import learning_rate
+from sib_lab.training.trainer import Trainer
 
 from sib_ext import SIBStep, SpatialIBLoss
 
@@ -326,6 +330,7 @@ def test_a_matched_penalty_takes_the_variances_of_a_run(data, tmp_path):
 def test_a_part_that_some_steps_do_not_have_is_the_mean_of_those_that_do(data, tmp_path, monkeypatch):
     from sib_lab.training import losses
 
+    monkeypatch.setattr(train, "check", lambda *_: None)  # which calls the loss, too
     original, calls = losses.CrossEntropy.forward, iter(range(100))
 
     def forward(self, model, x, y, *masks):
@@ -349,7 +354,8 @@ def finished(data, tmp_path_factory):
 
 
 def test_a_run_folder_records_options_versions_and_commit(finished):
-    assert {p.name for p in finished.iterdir()} == {CONFIG, METRICS, STEPS, TENSORBOARD, LAST, BEST, FINISHED}
+    files = {CONFIG, OPTIONS, DATA, METRICS, STEPS, TENSORBOARD, LAST, BEST, FINISHED, LOCK}
+    assert {p.name for p in finished.iterdir()} == files
     record = json.loads((finished / CONFIG).read_text())
     assert record["config"]["seed"] == 0 and record["config"]["data_options"] == DIGITS
     (start,) = record["starts"]
@@ -440,8 +446,8 @@ def test_an_opened_run_is_in_eval_mode_and_gives_back_what_was_trained(finished,
     assert torch.equal(again.train[3].image, data.train[3].image)
 
 
-def test_a_finished_run_is_opened_without_its_data(finished, monkeypatch):
-    monkeypatch.setattr(train, "open_config_data", lambda *_: pytest.fail("opened"))
+def test_a_finished_run_is_opened_without_training(finished, monkeypatch):
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("trained"))
     before = (finished / LAST).stat().st_mtime_ns
     done = train.train(replace(SMALL, epochs=3), finished, quiet=True)
     assert done.finished and (finished / LAST).stat().st_mtime_ns == before
@@ -693,6 +699,7 @@ def test_a_device_that_is_not_there_is_said_in_one_sentence(data, tmp_path, monk
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_leaves_the_weights(data, tmp_path, monkeypatch, where):
     from sib_lab.training import losses
 
+    monkeypatch.setattr(train, "check", lambda *_: None)  # which calls the loss, too
     original, calls = losses.CrossEntropy.forward, iter(range(1, 100))
 
     def forward(self, model, x, y, *masks):
@@ -830,21 +837,23 @@ def test_without_options_the_command_trains_the_balanced_recipe(from_words):
 def test_every_option_of_the_command_reaches_the_config(from_words):
     words = (
         "--method rrr --preset paper --data folder --root photos --option masks=m --option boxes=b --size 64 "
-        "--agreement 0.5 --annotated 0.25 --annotation boxes --augment --limit 9 --skip-broken --network resnet18 "
+        "--agreement 0.5 --annotated 0.25 --annotation boxes --augmentation trivial --limit 9 --skip-broken --network resnet18 "
         "--weights w.pt --strength 3 --masks given --loss-option a=0.5 --loss-option b=word --seed 4 --epochs 5 "
         "--batch-size 6 --learning-rate 0.1 --weight-decay 0.2 --schedule constant --warm-up 0.3 --precision "
         "bf16-mixed --device cpu --devices 2 --fast --threads 3 --workers 7 --save-minutes 8 --save-steps 10 "
+        "--class-weights 1,2.5 --label-smoothing 0.1 --accumulate 3 --clip-norm 2 --ema 0.9 --patience 4 --wandb mine "
         "--fresh --quiet"
     )
     seen = from_words(*words.split())
     assert seen["resume"] is False and seen["quiet"] is True
     assert seen["config"] == TrainConfig(
         data="folder", root="photos", size=64, agreement=0.5, annotated=0.25, annotation="boxes", augment=True,
-        limit=9, skip_broken=True,
+        augmentation="trivial", limit=9, skip_broken=True,
         data_options={"masks": "m", "boxes": "b"}, network="resnet18", weights="w.pt", method="rrr", strength=3.0,
         masks="given", loss_options={"a": 0.5, "b": "word"}, seed=4, epochs=5, batch_size=6, learning_rate=0.1,
         weight_decay=0.2, schedule="constant", warm_up=0.3, precision="bf16-mixed", device="cpu", devices=2,
         deterministic=False, threads=3, workers=7, save_minutes=8.0, save_steps=10,
+        class_weights=(1.0, 2.5), label_smoothing=0.1, accumulate=3, clip_norm=2.0, ema=0.9, patience=4, wandb="mine",
     )  # fmt: skip
     unset = {f for f in vars(TrainConfig()) if getattr(seen["config"], f) == getattr(TrainConfig(), f)}
     assert unset == {"match"}

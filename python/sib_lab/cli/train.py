@@ -1,8 +1,10 @@
 """``sib-lab train``: from the command line to a :class:`sib_lab.training.config.TrainConfig`; light to import."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -27,7 +29,15 @@ def train_command(
         Literal["balanced", "paper"],
         typer.Option(help="Training recipe; paper: the published one. Any option below replaces a part of it."),
     ] = "balanced",
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(SETS)}.")] = TrainConfig.data,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of options, such as a run's run.yaml; those given here replace its.", show_default="none"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help=f"Data set: {', '.join(SETS)}.", show_default=TrainConfig.data)
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the data set.", show_default=False)] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="An option of this data set, NAME=VALUE; may be repeated.")
@@ -47,14 +57,24 @@ def train_command(
     augment: Annotated[
         bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips.", show_default=PRESETS)
     ] = None,
+    augmentation: Annotated[
+        str | None,
+        typer.Option(
+            help="Switches augmentation on: crops (and flips), or trivial: these, then TrivialAugment.",
+            show_default="crops",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Images per split, at most.", show_default="all")] = None,
     skip_broken: Annotated[
         bool | None, typer.Option("--skip-broken", help="Leave broken files out and name them.", show_default="stop")
     ] = None,
     network: Annotated[
-        str,
-        typer.Option(help="small_cnn, gap_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME."),
-    ] = TrainConfig.network,
+        str | None,
+        typer.Option(
+            help="small_cnn, gap_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME.",
+            show_default=TrainConfig.network,
+        ),
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="File of initial weights.", show_default="random")] = None,
     strength: Annotated[
         float | None, typer.Option(help="Weight of the method's main term, >= 0.", show_default="the method's")
@@ -77,9 +97,20 @@ def train_command(
             "energy-loss: attribution (gradcam, input_x_gradient), layer."
         ),
     ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the cross-entropy: balanced, or numbers in the order of the classes: A,B,C or a file of them.",
+            show_default="all 1",
+        ),
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Of the cross-entropy, in [0, 1).", show_default="0")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of data, weights and batches.", show_default="0")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times every image is seen.", show_default=PRESETS)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Over all devices.", show_default=PRESETS)] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in an optimiser step.", show_default="1")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest.", show_default=PRESETS)] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.", show_default="1e-4")] = None,
     schedule: Annotated[
@@ -91,6 +122,15 @@ def train_command(
     ] = None,
     warm_up: Annotated[
         float | None, typer.Option(help="Share of the steps over which one-cycle rises.", show_default=".1")
+    ] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Greatest norm of the gradient.", show_default="any")] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(help="Evaluate and keep a moving average of the weights with this decay.", show_default="none"),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(help="End after so many epochs without a better validation accuracy.", show_default="none"),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="32-true or bf16-mixed.", show_default="32-true")] = None,
     device: Annotated[str | None, typer.Option(help="auto (a GPU if there), cpu or cuda.", show_default="auto")] = None,
@@ -109,12 +149,16 @@ def train_command(
     save_steps: Annotated[
         int | None, typer.Option(help="The same in steps; 0: by time alone.", show_default="0")
     ] = None,
+    wandb: Annotated[
+        str | None, typer.Option(help="Project of Weights & Biases for the curves.", show_default="none")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew over what the folder holds.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
     """Train one network with one loss, and keep everything that comes out in a run folder.
 
-    In it: best.pt (best on validation), last.pt, metrics.csv, steps.csv, tensorboard/, config.json (options, versions).
+    In it: best.pt (best on validation), last.pt, metrics.csv, steps.csv, tensorboard/, config.json (options, versions),
+    run.yaml (--config run.yaml repeats the run).
 
     Ctrl-C finishes the batch and keeps everything; the same command goes on, also after a crash.
 
@@ -122,30 +166,81 @@ def train_command(
     """
     with one_sentence(command_line(context, leaving_out="--fresh")), as_sentence(ValueError):
         given = {name: value for name, value in context.params.items() if value is not None}
-        config = config_from(preset, data, network, given)
+        base = {} if config is None else options_of(config, given)
+        chosen = config_from(
+            preset,
+            data or base.get("data", TrainConfig.data),
+            network or base.get("network", TrainConfig.network),
+            given,
+            base,
+        )
         from ..training.train import train
 
-        print_summary(train(config, out, resume=not fresh, quiet=quiet))
+        print_summary(train(chosen, out, resume=not fresh, quiet=quiet))
 
 
-def config_from(preset: str, data: str, network: str, given: dict[str, Any]) -> TrainConfig:
+def options_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a file, without those that belong to another method or data set than the ones given.
+
+    Raises:
+        ValueError: the file cannot be read, or has an option that there is not.
+    """
+    from ..training.files import read_options
+
+    found = read_options(path)
+    for name, belonging in (("method", ("strength", "match", "loss_options")), ("data", ("root", "data_options"))):
+        if given.get(name, found.get(name)) != found.get(name):
+            for other in belonging:
+                found.pop(other, None)
+    return found
+
+
+def config_from(
+    preset: str, data: str, network: str, given: Mapping[str, Any], base: Mapping[str, Any] = MappingProxyType({})
+) -> TrainConfig:
     """The preset with what was given on the command line.
+
+    Args:
+        base: options that replace the preset's, and that those given replace.
 
     Raises:
         ValueError: an option that is unknown or out of range.
         RunError: ``match`` is no run, or one without a VJP.
     """
-    names = {f.name for f in fields(TrainConfig)} - {"data", "network", "match"}
+    names = {f.name for f in fields(TrainConfig)} - {"data", "network", "match", "class_weights"}
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if name in names}
-    base = recipe(preset, data, network, **({"method": given["method"]} if "method" in given else {}))
+    changes = {name: value for name, value in base.items() if name not in ("data", "network")} | changes
+    of_preset = recipe(preset, data, network, **({"method": changes["method"]} if "method" in changes else {}))
     if given.get("option"):
-        changes["data_options"] = dict(base.data_options) | pairs(given["option"])
+        changes["data_options"] = changes.get("data_options", {}) | pairs(given["option"])
     if given.get("loss_option"):
         words = pairs(given["loss_option"])
-        changes["loss_options"] = dict(base.loss_options) | {name: parsed(value) for name, value in words.items()}
+        old = changes.get("loss_options", of_preset.loss_options)
+        changes["loss_options"] = dict(old) | {name: parsed(value) for name, value in words.items()}
     if given.get("match"):
         changes["match"] = matched(given["match"])
+    if given.get("class_weights"):
+        changes["class_weights"] = weights_of_classes(given["class_weights"])
+    if given.get("augmentation"):
+        changes.setdefault("augment", True)
     return recipe(preset, data, network, **changes)
+
+
+def weights_of_classes(text: str) -> str | tuple[float, ...]:
+    """``balanced``, numbers with commas between them, or those in a file, with commas or blanks between them.
+
+    Raises:
+        ValueError: no numbers, and no file of numbers.
+    """
+    if text == "balanced":
+        return text
+    try:
+        try:
+            return tuple(float(word) for word in text.split(","))
+        except ValueError:
+            return tuple(float(word) for word in Path(text).read_text().replace(",", " ").split())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"class_weights takes balanced, A,B,C or a file of numbers, got {text!r}") from error
 
 
 def parsed(text: str) -> Any:

@@ -1,5 +1,6 @@
 """What every data set is made of: items, their transforms and the splits."""
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -36,6 +37,14 @@ class DataSets:
     test: "dict[str, ItemDataset]"  #: the first is explained and measured on
     skipped: tuple[str, ...] = ()  #: files left out on request, each with its reason
     groups: tuple[str, ...] = ()  #: names of the background groups that ``Item.group`` counts
+
+    def identity(self) -> dict:
+        """Split -> number of images and SHA-256 of their labels; for JSON."""
+        splits = {"train": self.train, **self.validation, **self.test}
+        return {
+            name: [len(split), hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()]
+            for name, split in splits.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,16 @@ def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 
 class Batches:
-    """The training batches of one process. The last, smaller batch of an epoch is left out.
+    """The images of each optimiser step of one process, ``config.accumulate`` batches together. Images of an epoch
+    that fill no step are left out.
 
     Args:
-        rank, world: of ``world`` processes this is number ``rank``; it gets every ``world``-th image of each batch.
+        rank, world: of ``world`` processes this is number ``rank``; it gets every ``world``-th image of each step.
     """
 
     def __init__(self, dataset: Dataset, config: TrainConfig, rank: int = 0, world: int = 1, pin_memory: bool = False):
         self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
-        self.steps_per_epoch = len(dataset) // config.batch_size
+        self.steps_per_epoch = len(dataset) // config.images_per_step
         self._planned = _Planned()
         self._loader = None
         if config.workers:
@@ -39,16 +40,16 @@ class Batches:
             )
 
     def rows(self, epoch: int, number: int) -> list[int]:
-        """Row numbers of batch ``number`` (from 0) of an epoch, this process's share."""
+        """Row numbers of step ``number`` (from 0) of an epoch, this process's share."""
         order = epoch_order(self.config.seed, epoch, len(self.dataset))
-        size = self.config.batch_size
+        size = self.config.images_per_step
         return order[number * size : (number + 1) * size][self.rank :: self.world].tolist()
 
     def from_batch(self, epoch: int, number: int) -> Iterator[Item]:
-        """The batches of an epoch from ``number`` on."""
+        """The images of an epoch's steps from ``number`` on."""
         set_epoch(self.dataset, epoch)
         order = epoch_order(self.config.seed, epoch, len(self.dataset))
-        size, count = self.config.batch_size, self.steps_per_epoch
+        size, count = self.config.images_per_step, self.steps_per_epoch
         mine = order[: count * size].reshape(count, size)[number:, self.rank :: self.world].tolist()
         if self._loader is None:
             return (stack(self.dataset, rows) for rows in mine)

@@ -1,8 +1,10 @@
 """What decides a training, and the recipes; light to import."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..data import ANNOTATIONS
 
@@ -21,6 +23,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 DEVICES = ("auto", "cpu", "cuda")
 MASKS = ("auto", "given", "self-made")
 PRESETS = ("balanced", "paper")
+AUGMENTATIONS = ("crops", "trivial")
 
 STEP_EPOCHS = 30  #: schedule "step": epochs between two decays (published)
 STEP_FACTOR = 0.1  #: schedule "step": what the learning rate is multiplied with
@@ -48,13 +51,14 @@ class TrainConfig:
     annotated: float = 1.0  #: share of the training masks that the loss may see
     annotation: str = "masks"  #: what it sees of them: as they are, or their bounding "boxes"
     augment: bool = False
+    augmentation: str = "crops"  #: what augment does: random "crops" and flips, or these and "trivial" augmentation
     limit: int | None = None  #: images per split
-    skip_broken: bool = False
+    skip_broken: bool = _of_the_machine(False)  #: whether it changed the data, the data's identity tells
     data_options: Mapping[str, Any] = field(default_factory=dict)  #: further options of this data set
 
     # network, see sib_lab.networks.build
     network: str = "small_cnn"
-    weights: str | None = None  #: file of initial weights; None: random ones
+    weights: str | None = _of_the_machine(None)  #: file of initial weights, whose content decides; None: random ones
 
     # loss, see sib_lab.training.losses
     method: str = "sib"
@@ -62,15 +66,22 @@ class TrainConfig:
     masks: str = "auto"  #: of S-IB: "given" where annotated; "self-made" always; "auto": given except sib-paper
     match: tuple[float, ...] = ()  #: VJP variances, evenly over training, that gradient-penalty's weight follows
     loss_options: Mapping[str, Any] = field(default_factory=dict)  #: further arguments of the method's loss
+    #: of the cross-entropy of every method, a number >= 0 a class; "balanced": each class's total the same; None: all 1
+    class_weights: str | tuple[float, ...] | None = None
+    label_smoothing: float = 0.0  #: of the cross-entropy of every method, in [0, 1)
 
     # optimisation
     seed: int = 0  #: of data, initial weights, the order of batches, dropout and augmentation
     epochs: int = 14
-    batch_size: int = 32  #: over all devices; the last, smaller batch of an epoch is left out
+    batch_size: int = 32  #: over all devices
+    accumulate: int = 1  #: batches an optimiser step; images of an epoch that fill no step are left out
     learning_rate: float = 4e-3  #: the highest
     weight_decay: float = 1e-4  #: of AdamW, on all parameters
     schedule: str = "one-cycle"
     warm_up: float = 0.1  #: share of all steps over which "one-cycle" rises
+    clip_norm: float | None = None  #: greatest norm of a step's whole gradient, > 0; None: any
+    ema: float | None = None  #: decay of the weights' average, in (0, 1), which is evaluated and kept; None: no average
+    patience: int | None = None  #: epochs without a better accuracy on the first validation split that end a training
 
     # machine
     precision: str = "32-true"
@@ -81,8 +92,10 @@ class TrainConfig:
     workers: int = _of_the_machine(0)  #: processes that load images; 0: none
     save_minutes: float = _of_the_machine(5.0)  #: between two checkpoints within an epoch
     save_steps: int = _of_the_machine(0)  #: the same in steps; 0: by time alone
+    wandb: str | None = _of_the_machine(None)  #: project of Weights & Biases that the curves go to as well; None: none
 
     def __post_init__(self):
+        self._check_types()
         for name, choices in (
             ("method", METHODS),
             ("schedule", SCHEDULES),
@@ -90,24 +103,11 @@ class TrainConfig:
             ("device", DEVICES),
             ("masks", MASKS),
             ("annotation", ANNOTATIONS),
+            ("augmentation", AUGMENTATIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("devices", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "save_minutes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("agreement", "annotated"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if not 0 <= self.warm_up < 1:
-            raise ValueError(f"warm_up must lie in [0, 1), got {self.warm_up}")
-        if self.weight_decay < 0 or (self.strength is not None and self.strength < 0):
-            raise ValueError("weight_decay and strength must be at least 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        self._check_ranges()
         if self.batch_size % self.devices:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be shared evenly by {self.devices} devices: "
@@ -117,7 +117,52 @@ class TrainConfig:
             raise ValueError(f"match is an option of method gradient-penalty, got method {self.method}")
         if self.strength is not None and self.method == "ce":
             raise ValueError("strength has no meaning for method ce: leave it out")
+        if self.augmentation != "crops" and not self.augment:
+            raise ValueError(f"augmentation {self.augmentation} has no use without augment: switch augment on")
+        self._check_class_weights()
         object.__setattr__(self, "match", tuple(self.match))
+
+    @property
+    def images_per_step(self) -> int:
+        """Over all devices."""
+        return self.batch_size * self.accumulate
+
+    def _check_types(self) -> None:
+        for name, hint in type_hints().items():
+            value = getattr(self, name)
+            if not is_of(value, hint):
+                raise ValueError(f"{name} must be {in_words(hint)}, got {value!r}")
+
+    def _check_ranges(self) -> None:
+        for names, is_inside, words in (
+            (("seed", "workers", "save_steps"), lambda value: value >= 0, "be at least 0"),
+            (("epochs", "batch_size", "devices", "accumulate"), lambda value: value >= 1, "be at least 1"),
+            (("threads", "patience"), lambda value: value >= 1, "be at least 1"),
+            (
+                ("learning_rate", "save_minutes", "clip_norm"),
+                lambda value: 0 < value < math.inf,
+                "be above 0 and finite",
+            ),
+            (("weight_decay", "strength"), lambda value: 0 <= value < math.inf, "be at least 0 and finite"),
+            (("agreement", "annotated"), lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+            (("warm_up", "label_smoothing"), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+            (("ema",), lambda value: 0 < value < 1, "lie in (0, 1)"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_inside(value):
+                    raise ValueError(f"{name} must {words}, got {value}")
+
+    def _check_class_weights(self) -> None:
+        weights = self.class_weights
+        if weights is None or weights == "balanced":
+            return
+        if isinstance(weights, str):
+            raise ValueError(f"class_weights must be balanced or a number for each class, got {weights!r}")
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            given = ", ".join(f"{weight:g}" for weight in weights) or "none"
+            raise ValueError(f"class_weights must be finite numbers of at least 0, not all of them 0, got {given}")
+        object.__setattr__(self, "class_weights", tuple(weights))
 
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The options that decide numbers and that ``saved`` (a config as a dict) has otherwise, with its values.
@@ -130,6 +175,39 @@ class TrainConfig:
             for f in fields(self)
             if not f.metadata.get("of_the_machine") and _plain(was[f.name]) != _plain(getattr(self, f.name))
         }
+
+
+@cache
+def type_hints() -> dict[str, Any]:
+    """Field -> type of :class:`TrainConfig`."""
+    return get_type_hints(TrainConfig)
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field; a list will do for a tuple, a whole number for a float."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(is_of(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if arguments:
+        return any(is_of(value, argument) for argument in arguments)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def in_words(hint: Any) -> str:
+    """What a value of a field's type is called in an error."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return "a list of numbers"
+    if origin is Mapping:
+        return "names with their values"
+    if arguments:
+        return " or ".join(in_words(argument) for argument in arguments)
+    words = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", type(None): "nothing"}
+    return words[hint]
 
 
 def _plain(value: Any) -> Any:

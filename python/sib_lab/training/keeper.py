@@ -3,13 +3,10 @@
 import csv
 import io
 import json
-import math
 import platform
-import shutil
 import subprocess
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +17,10 @@ import torch
 
 from . import runs
 from .config import TrainConfig
+from .files import options_as_yaml
+from .logs import Log, TensorBoard, WeightsAndBiases
 from .runs import RunError, quantiles
+from .state import best_state_of, state_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,13 +31,17 @@ PACKAGES = ("torch", "numpy", "sib-ext", "lightning-fabric", "torchvision", "cap
 
 
 class Keeper:
-    """Writes the run folder, in the first process; the others wait and hear of its errors."""
+    """Writes the run folder, in the first process; the others wait and hear of its errors.
 
-    def __init__(self, folder: Path, config: TrainConfig, fabric: "Fabric"):
+    Args:
+        identity: of the data, see :mod:`sib_lab.data.identity`.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, fabric: "Fabric", identity: Mapping[str, Any]):
         self.folder, self.config, self.fabric = folder, config, fabric
+        self.identity = identity
         self.saved_at = time.monotonic()
-        self.writer = None  # of TensorBoard
-        self.written = {"epochs": 0, "curves": 0}  # of the history, to TensorBoard
+        self.logs: list[Log] = []
 
     def begin(self, trainer: "Trainer") -> None:
         """Notes the start in config.json and brings the curves to where the training stands."""
@@ -49,7 +53,7 @@ class Keeper:
         self.saved_at = time.monotonic()
 
     def best(self, trainer: "Trainer") -> None:
-        self._first(lambda: runs.save_state(self.folder / runs.BEST, trainer.best_state()))
+        self._first(lambda: runs.save_state(self.folder / runs.BEST, best_state_of(trainer)))
 
     def finish(self, trainer: "Trainer") -> None:
         """finished.json: the run's end in a few numbers."""
@@ -65,53 +69,41 @@ class Keeper:
         if trainer.step:
             record["starts"] = runs.read_record(self.folder).get("starts", [])
         record["starts"].append({"step": trainer.step} | surroundings(self.fabric.device))
+        record["weights_sha256"] = trainer.weights_sha256
         runs.write_text(self.folder / runs.CONFIG, json.dumps(record, indent=2) + "\n")
-        # Curves are written again from the checkpoint, so that nothing after it appears twice.
-        shutil.rmtree(self.folder / runs.TENSORBOARD, ignore_errors=True)
+        runs.write_text(self.folder / runs.OPTIONS, options_as_yaml(self.config))
+        runs.write_text(self.folder / runs.DATA, json.dumps(self.identity, indent=2) + "\n")
+        self.logs = [TensorBoard(self.folder / runs.TENSORBOARD)]
+        if self.config.wandb is not None:
+            self.logs.append(WeightsAndBiases(self.config, self.folder, record["starts"][0]["time"]))
         self._write_curves(trainer)
 
     def _checkpoint(self, trainer: "Trainer") -> None:
-        runs.save_state(self.folder / runs.LAST, trainer.state())
+        runs.save_state(self.folder / runs.LAST, state_of(trainer))
         self._write_curves(trainer)
 
     def _finish(self, trainer: "Trainer") -> None:
-        first = f"accuracy_{next(iter(trainer.data.validation))}"
-        best = max(trainer.epochs, key=lambda line: (line[first], line["epoch"]))
-        summary = {"steps": trainer.steps, "selected_by": first, "best": best, "last": trainer.epochs[-1]}
-        summary["seconds_per_step"] = quantiles(trainer.seconds)
+        first, epochs = trainer.selected_by, trainer.history.epochs
+        best = max(epochs, key=lambda line: (line[first], line["epoch"]))
+        summary = {"steps": trainer.step, "selected_by": first, "best": best, "last": epochs[-1]}
+        summary["seconds_per_step"] = quantiles(trainer.history.seconds)
         runs.write_text(self.folder / runs.FINISHED, json.dumps(summary, indent=2) + "\n")
-        if self.writer is not None:
-            self.writer.close()
+        for log in self.logs:
+            log.close()
 
     def _write_curves(self, trainer: "Trainer") -> None:
-        runs.write_text(self.folder / runs.METRICS, as_csv(trainer.epochs))
-        points = [
-            dict(zip(trainer.curves, values, strict=True)) for values in zip(*trainer.curves.values(), strict=True)
-        ]
+        epochs, curves = trainer.history.epochs, trainer.history.curves
+        points = [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+        runs.write_text(self.folder / runs.METRICS, as_csv(epochs))
         runs.write_text(self.folder / runs.STEPS, as_csv(points))
-        try:
-            self._write_tensorboard(trainer.epochs, points)
-        except OSError as error:
-            raise RunError(
-                f"{self.folder / runs.TENSORBOARD} cannot be written ({error.strerror or error}): the checkpoint is "
-                "whole; make room there and run the same command again."
-            ) from error
-
-    def _write_tensorboard(self, epochs: list[dict], points: list[dict]) -> None:
-        """What is new since the last call: epochs under ``epoch/``, curves under ``step/``."""
-        if self.writer is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of tensorboard's own imports
-                from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder / runs.TENSORBOARD))
-        for kind, group, lines in (("epochs", "epoch", epochs), ("curves", "step", points)):
-            for line in lines[self.written[kind] :]:
-                for name in line.keys() - {"epoch", "step"}:
-                    if not math.isnan(line[name]):  # a part that these steps did not have
-                        self.writer.add_scalar(f"{group}/{name}", line[name], int(line["step"]))
-            self.written[kind] = len(lines)
-        self.writer.flush()
+        for log in self.logs:
+            try:
+                log.write(epochs, points)
+            except OSError as error:
+                raise RunError(
+                    f"{log.place} cannot be written ({error.strerror or error}): the checkpoint is whole; make room "
+                    "there and run the same command again."
+                ) from error
 
     def _first(self, action: Callable[[], None]) -> None:
         """Does something in the first process; its RunError is raised in all."""

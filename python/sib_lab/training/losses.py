@@ -33,7 +33,19 @@ TINY = 1e-20  # keeps 0/0 at 0
 
 
 class TrainingLoss(nn.Module, ABC):
-    """The interface: a module, because a loss may have a state that belongs into checkpoints."""
+    """The interface: a module, because a loss may have a state that belongs into checkpoints.
+
+    Attributes:
+        takes_whole_steps: it is given all images of an optimiser step at once, and takes them in parts itself; else
+            one batch at a time.
+        smoothed: the cross-entropy of every loss, with class weights and label smoothing.
+    """
+
+    takes_whole_steps = False
+
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0):
+        super().__init__()
+        self.smoothed = nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
 
     @abstractmethod
     def forward(
@@ -55,35 +67,49 @@ class TrainingLoss(nn.Module, ABC):
     def advance(self, progress: float) -> None:
         """Called before every step with the share of the training that is done, in [0,1)."""
 
+    def _without_annotation(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        cross_entropy = self.smoothed(model(x), y)
+        return _result(cross_entropy, cross_entropy=cross_entropy, background=torch.zeros_like(cross_entropy))
 
-def make_criterion(config: TrainConfig, layer: str | None = None, area: float | None = None) -> TrainingLoss:
+
+def make_criterion(
+    config: TrainConfig, layer: str | None = None, area: float | None = None, weight: Tensor | None = None
+) -> TrainingLoss:
     """The loss that a config asks for.
 
     Args:
         layer: name of the module whose feature map Grad-CAM looks at (energy-loss only).
         area: mean share of the image that is object, from the training masks (centre-mask only); None: not known.
+        weight: of the classes in the cross-entropy, [K]; None: all alike.
 
     Raises:
         ValueError: a loss option that the method does not have, or one out of range.
     """
     options = dict(config.loss_options)
+    for name in ("weight", "label_smoothing"):
+        if name in options:
+            every = "class_weights" if name == "weight" else name
+            raise ValueError(f"{name} is no option of one method: give {every}, which every method takes")
+    common = {"weight": weight, "label_smoothing": config.label_smoothing}
     try:
         if config.method == "ce":
-            return CrossEntropy(**options)
+            return CrossEntropy(**common, **options)
         if config.method in ("sib", "sib-paper", "centre-mask"):
-            return _spatial_ib(config, options, area)
+            return _spatial_ib(config, common | options, area)
         strength = STRENGTH[config.method] if config.strength is None else config.strength
         if config.method == "gradient-penalty":
-            return GradientPenalty(strength, match=config.match, **options)
+            return GradientPenalty(strength, match=config.match, **common, **options)
         if config.method == "rrr":
-            return RightForTheRightReasons(strength, **options)
-        return EnergyLoss(strength, **({"layer": layer} | options))
+            return RightForTheRightReasons(strength, **common, **options)
+        return EnergyLoss(strength, **common, **({"layer": layer} | options))
     except TypeError as error:  # an argument that the loss does not have
         raise ValueError(f"the method {config.method} cannot take the options {options}: {error}") from error
 
 
 def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None) -> TrainingLoss:
     of_step = {name: options.pop(name) for name in STEP_OPTIONS if name in options}
+    if config.accumulate > 1:
+        of_step.setdefault("microbatch", config.batch_size // config.devices)
     paper = config.method == "sib-paper"
     preset = "paper" if paper else "balanced"
     if config.strength is not None:
@@ -103,7 +129,7 @@ class CrossEntropy(TrainingLoss):
     """-mean_b log p_b,y. No VJP is taken."""
 
     def forward(self, model, x, y, mask=None, annotated=None):
-        loss = F.cross_entropy(model(x), y)
+        loss = self.smoothed(model(x), y)
         return {"loss": loss, "cross_entropy": loss.detach()}
 
 
@@ -121,8 +147,10 @@ class SpatialIB(TrainingLoss):
         options: of :class:`sib_ext.SIBStep`: engine, every, jitter, microbatch.
     """
 
+    takes_whole_steps = True
+
     def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] | str = "auto", **options):
-        super().__init__()
+        super().__init__(criterion.weight, criterion.label_smoothing)
         self.criterion, self.given = criterion, given
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self.options = options
@@ -150,6 +178,11 @@ class SpatialIB(TrainingLoss):
             if self._restored:
                 self._step.load_state_dict(self._restored)
         return self._step
+
+    @property
+    def lacks_feature_map(self) -> bool:
+        """After a step: whether there are terms for feature maps, but the network has none."""
+        return self.criterion.has_feature_terms and self._step is not None and not self._step.layers
 
     def get_extra_state(self) -> dict:
         return self._restored if self._step is None else self._step.state_dict()
@@ -196,9 +229,13 @@ class GradientPenalty(TrainingLoss):
     """
 
     def __init__(
-        self, strength: float | None = None, seed: str = PRESETS["balanced"]["seed"], match: Sequence[float] = ()
+        self,
+        strength: float | None = None,
+        seed: str = PRESETS["balanced"]["seed"],
+        match: Sequence[float] = (),
+        **of_cross_entropy,
     ):
-        super().__init__()
+        super().__init__(**of_cross_entropy)
         if seed not in SEEDS:
             raise ValueError(f"seed must be one of {', '.join(SEEDS)}, got {seed!r}")
         if not all(value > 0 and math.isfinite(value) for value in match):
@@ -214,7 +251,7 @@ class GradientPenalty(TrainingLoss):
         with fused_double_backward():
             logits = model(x)
         R = vjp(logits, x, y, self.seed)
-        cross_entropy = F.cross_entropy(logits, y)
+        cross_entropy = self.smoothed(logits, y)
         penalty = self._mismatch(R) if self.match else _energy(R).mean()
         parts = {"cross_entropy": cross_entropy, "penalty": penalty, "vjp_variance": vjp_variance(R)}
         return _result(cross_entropy + self.strength * penalty, **parts)
@@ -233,17 +270,17 @@ class RightForTheRightReasons(TrainingLoss):
     unweighted.
     """
 
-    def __init__(self, strength: float):
-        super().__init__()
+    def __init__(self, strength: float, **of_cross_entropy):
+        super().__init__(**of_cross_entropy)
         self.strength = strength
 
     def forward(self, model, x, y, mask=None, annotated=None):
         if mask is None:
-            return _without_annotation(model, x, y)
+            return self._without_annotation(model, x, y)
         x = _watched(x)
         with fused_double_backward():
             logits = model(x)
-        cross_entropy = F.cross_entropy(logits, y)
+        cross_entropy = self.smoothed(logits, y)
         R = vjp(logits, x, y, "target_log_prob")
         background = _annotated_mean(_energy((1 - mask.to(_wide(R).dtype)) * _wide(R)), annotated)
         return _result(cross_entropy + self.strength * background, cross_entropy=cross_entropy, background=background)
@@ -265,8 +302,8 @@ class EnergyLoss(TrainingLoss):
 
     ATTRIBUTIONS = ("gradcam", "input_x_gradient")
 
-    def __init__(self, strength: float, attribution: str = "gradcam", layer: str | None = None):
-        super().__init__()
+    def __init__(self, strength: float, attribution: str = "gradcam", layer: str | None = None, **of_cross_entropy):
+        super().__init__(**of_cross_entropy)
         if attribution not in self.ATTRIBUTIONS:
             raise ValueError(f"attribution must be one of {', '.join(self.ATTRIBUTIONS)}, got {attribution!r}")
         if attribution == "gradcam" and layer is None:
@@ -275,9 +312,9 @@ class EnergyLoss(TrainingLoss):
 
     def forward(self, model, x, y, mask=None, annotated=None):
         if mask is None:
-            return _without_annotation(model, x, y)
+            return self._without_annotation(model, x, y)
         logits, maps = (self._gradcam if self.attribution == "gradcam" else self._input_x_gradient)(model, x, y)
-        cross_entropy = F.cross_entropy(logits, y)
+        cross_entropy = self.smoothed(logits, y)
         if maps.shape[2:] != mask.shape[2:]:
             maps = F.interpolate(maps, size=mask.shape[2:], mode="bilinear", align_corners=False)
         background = _annotated_mean(background_share(maps, mask.to(maps.dtype)), annotated)
@@ -414,11 +451,6 @@ def feature_map(values: Tensor) -> Tensor:
 
 def _result(loss: Tensor, **parts: Tensor | None) -> dict[str, Tensor]:
     return {"loss": loss} | {name: value.detach() for name, value in parts.items() if value is not None}
-
-
-def _without_annotation(model, x, y):
-    cross_entropy = F.cross_entropy(model(x), y)
-    return _result(cross_entropy, cross_entropy=cross_entropy, background=torch.zeros_like(cross_entropy))
 
 
 def _watched(x: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """Run folders: what a training leaves behind, written so that it is whole at every moment, and opened again.
 
-A run folder holds ``config.json`` (options, versions, git commit), ``metrics.csv`` (a line an epoch), ``steps.csv``
-(curves within epochs), ``tensorboard/``, ``last.pt`` (where to go on), ``best.pt`` (the best network on validation)
-and, at the end, ``finished.json``.
+A run folder holds ``config.json`` (options, versions, git commit), ``run.yaml`` (options that repeat it), ``data.json``
+(the data's identity), ``metrics.csv`` (a line an epoch), ``steps.csv`` (curves within epochs), ``tensorboard/``,
+``last.pt`` (where to go on), ``best.pt`` (the best network on validation) and, at the end, ``finished.json``.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,14 @@ from torch import nn
 
 from .config import TrainConfig
 
-CONFIG, FINISHED = "config.json", "finished.json"
+CONFIG, FINISHED, OPTIONS, DATA = "config.json", "finished.json", "run.yaml", "data.json"
 METRICS, STEPS, TENSORBOARD = "metrics.csv", "steps.csv", "tensorboard"
 LAST, BEST = "last.pt", "best.pt"
+LOCK = ".lock"
+
+
+#: What every checkpoint holds at least.
+STATE = {"config": dict, "classes": list, "size": int, "epoch": int, "model": dict}
 
 
 class RunError(Exception):
@@ -65,7 +72,12 @@ def open_config_data(config: TrainConfig, root: Path | str | None = None):
 
     names = ("size", "seed", "annotated", "annotation", "agreement", "skip_broken", "augment", "limit")
     options = {name: getattr(config, name) for name in names} | dict(config.data_options)
-    return open_data(config.data, config.root if root is None else root, **options)
+    data = open_data(config.data, config.root if root is None else root, **options)
+    if config.augmentation == "trivial":
+        from .augmentation import add_trivial
+
+        add_trivial(data)
+    return data
 
 
 def open_run(folder: Path | str, best: bool = True) -> Run:
@@ -85,7 +97,7 @@ def open_run(folder: Path | str, best: bool = True) -> Run:
     state = load_state(path) if path != folder / LAST else last
     config = saved_config(record["config"], folder)
     model = _network(config, state, path)
-    history = last["history"]
+    history = _history(last, folder / LAST)
     return Run(
         folder=folder,
         config=config,
@@ -96,7 +108,7 @@ def open_run(folder: Path | str, best: bool = True) -> Run:
         history=history["epochs"],
         curves=history["curves"],
         seconds_per_step=quantiles(history["seconds"]),
-        finished=(folder / FINISHED).exists(),
+        finished=is_finished(folder),
         record=record,
     )
 
@@ -112,12 +124,50 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise RunError(
             f"There is no run in {folder}: it has no {CONFIG}; train one with `sib-lab train --out {folder}`."
         )
-    try:
-        record = json.loads(path.read_text())
-        record["config"].keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} cannot be read as a run's configuration: train anew into another folder.") from error
+    record = _json(path)
+    if not isinstance(record.get("config"), dict) or not isinstance(record.get("starts", []), list):
+        raise RunError(f"{path} cannot be read as a run's configuration: train anew into another folder.")
     return record
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder is at its end.
+
+    Raises:
+        RunError: finished.json is damaged.
+    """
+    path = folder / FINISHED
+    if not path.exists():
+        return False
+    if not isinstance(_json(path).get("best"), dict):
+        raise RunError(f"{path} is damaged: remove it and run the same command again, which writes it anew.")
+    return True
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """data.json of a run folder: what its data was, see :mod:`sib_lab.data.identity`.
+
+    Raises:
+        RunError: it is not there or cannot be read.
+    """
+    path = folder / DATA
+    found = _json(path) if path.is_file() else None
+    if not found:
+        problem = "is damaged" if path.is_file() else "is not there"
+        raise RunError(
+            f"The run in {folder} does not say what data it was trained on ({DATA} {problem}): start anew with --fresh "
+            "or in another folder."
+        )
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; {} for anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):  # text that is no UTF-8 is a ValueError, too
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def saved_config(options: Mapping[str, Any], where: Path) -> TrainConfig:
@@ -141,7 +191,7 @@ def _network(config: TrainConfig, state: Mapping[str, Any], path: Path) -> nn.Mo
     try:
         model = build_network(config.network, len(state["classes"]), state["size"])
         model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"The weights in {path} do not fit the network {config.network}: they belong to another run or version."
         ) from error
@@ -161,11 +211,63 @@ def load_state(path: Path) -> dict[str, Any]:
         raise RunError(f"There is no checkpoint {path}: the run has not reached its first one.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or "model" not in state or "classes" not in state:
+        if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
             raise ValueError("not a checkpoint of this program")
     except Exception as error:  # torch.load fails in many ways on a damaged file
         raise RunError(f"The checkpoint {path} is damaged or not one of this program: train anew.") from error
     return state
+
+
+def _history(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    history = state.get("history")
+    kinds = {"epochs": list, "curves": dict, "seconds": list}
+    if not isinstance(history, dict) or not all(isinstance(history.get(name), kind) for name, kind in kinds.items()):
+        raise RunError(f"The checkpoint {path} is damaged or not one of this program: train anew.")
+    return history
+
+
+def file_hash(path: Path | str | None) -> str | None:
+    """SHA-256 of a file's content, as hexadecimal digits; None for no file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
+    except OSError as error:
+        raise RunError(f"The weights {path} cannot be read: {error.strerror or error}.") from error
+
+
+@contextmanager
+def locked(folder: Path | str) -> Iterator[None]:
+    """Inside, no other process that asks for it works in a folder; a killed process keeps nobody out.
+
+    Raises:
+        RunError: another one is at work there, or the folder cannot be made or written.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(f"Another process is at work in {folder}: wait for its end, or take another folder.") from error
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder} cannot be written or removed ({error.strerror or error}): take another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -231,7 +333,7 @@ def remove_results(folder: Path) -> None:
         RunError: the folder refuses.
     """
     try:
-        for name in (LAST, BEST, METRICS, STEPS, FINISHED):
+        for name in (LAST, BEST, METRICS, STEPS, FINISHED, DATA):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(

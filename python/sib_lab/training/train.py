@@ -1,13 +1,16 @@
 """``train``: a run folder from a config, in one process or several, with progress, signals and resumption."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import DataSets
-from . import runs
+from ..data.identity import changed
+from . import runs, state
+from .check import check
 from .config import TrainConfig
 from .keeper import Keeper
 from .processes import (
@@ -24,6 +27,8 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from rich.console import Console
+
+__all__ = ["check", "train"]
 
 
 def train(
@@ -54,10 +59,10 @@ def train(
     """
     folder = Path(folder)
     config = with_processes_of_torchrun(config)
-    if resume and (folder / runs.FINISHED).exists():
-        _check_same(config, runs.load_state(folder / runs.LAST), folder)
+    if resume and runs.is_finished(folder):
+        _check_same(config, _loaded(folder / runs.LAST), folder)
+        _check_data(folder, (open_config_data(config) if data is None else data).identity())
         return open_run(folder)
-    fabric = make_fabric(config)
     spawned = config.devices > 1 and not by_torchrun()
     # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
     work = partial(
@@ -69,7 +74,10 @@ def train(
         quiet=quiet,
         data=data,
     )
-    outcome = launch_processes(fabric, work) if spawned else fabric.launch(work)
+    # Of the processes that torchrun started the first locks the folder for all.
+    with runs.locked(folder) if os.environ.get("RANK", "0") == "0" or not by_torchrun() else nullcontext():
+        fabric = make_fabric(config)
+        outcome = launch_processes(fabric, work) if spawned else fabric.launch(work)
     if outcome is not None:
         raise outcome
     return open_run(folder)
@@ -87,9 +95,14 @@ def _work(
     """One process's training. What stops it is returned, for it may have to go to another process."""
     try:
         with settings(config, fabric.device):
-            trainer = Trainer(config, open_config_data(config) if data is None else data, fabric)
-            _resume_or_clear(trainer, folder, resume)
-            keep = Keeper(folder, config, fabric)
+            data = open_config_data(config) if data is None else data
+            identity = _identity(data, fabric)
+            stood = _stood(config, folder, identity) if resume else None
+            if stood is None:
+                check(config, data)
+            trainer = Trainer(config, data, fabric)
+            _load_or_clear(trainer, folder, stood)
+            keep = Keeper(folder, config, fabric, identity)
             keep.begin(trainer)
             shown = _progress(trainer, folder, console, quiet or fabric.global_rank > 0)
             with shown as show, deferred_signals() as stop_signal:
@@ -102,17 +115,36 @@ def _work(
     return None
 
 
-def _resume_or_clear(trainer: Trainer, folder: Path, resume: bool) -> None:
-    """Loads ``last.pt``; or, without one or told to start anew, removes what an old run left."""
-    path = folder / runs.LAST
-    if resume and path.exists():
-        state = _loaded(path)
-        _check_same(trainer.config, state, folder)
+def _identity(data: DataSets, fabric: "Fabric") -> dict[str, Any]:
+    """Of the data, taken by the first process for all."""
+    if fabric.world_size == 1:
+        return data.identity()
+    return fabric.broadcast(data.identity() if fabric.global_rank == 0 else None)
+
+
+def _stood(config: TrainConfig, folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where the same training stands in ``folder``; None: not begun.
+
+    Raises:
+        RunError: a damaged file, other options or other data.
+    """
+    if not (folder / runs.LAST).exists():
+        return None
+    stood = _loaded(folder / runs.LAST)
+    _check_same(config, stood, folder)
+    _check_data(folder, identity)
+    return stood
+
+
+def _load_or_clear(trainer: Trainer, folder: Path, stood: Mapping[str, Any] | None) -> None:
+    """Puts the training where it stood; or removes what an old run left."""
+    if stood is not None:
         try:
-            trainer.load(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            state.load(trainer, stood)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
-                f"The checkpoint {path} does not fit this training: start anew with --fresh or in another folder."
+                f"The checkpoint {folder / runs.LAST} does not fit this training: "
+                "start anew with --fresh or in another folder."
             ) from error
         return
     trainer.fabric.barrier()  # before the first process removes what another still looks for
@@ -130,12 +162,23 @@ def _loaded(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_same(config: TrainConfig, state: Mapping[str, Any], folder: Path) -> None:
-    if differing := config.differing(state.get("config", {})):
+def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> None:
+    differing = config.differing(stood["config"])
+    if runs.file_hash(config.weights) != stood.get("weights_sha256"):
+        differing["weights"] = f"{stood['config'].get('weights')}, of other content" if config.weights else "a file"
+    if differing:
         options = ", ".join(f"{name} = {value}" for name, value in differing.items())
         raise CheckpointError(
             f"The run in {folder} was made with {options}: "
             "go on with the same options, take another folder, or start anew with --fresh."
+        )
+
+
+def _check_data(folder: Path, identity: Mapping[str, Any]) -> None:
+    if what := changed(runs.read_identity(folder), identity):
+        raise CheckpointError(
+            f"The data of the run in {folder} is not what it was ({what}): restore the data, start anew with --fresh, "
+            "or take another folder with --out."
         )
 
 
@@ -192,10 +235,9 @@ def _progress(
 def _state(trainer: Trainer) -> str:
     """Recent cross-entropy and the latest accuracy."""
     words = []
-    if trainer.curves:
-        recent = trainer.curves["cross_entropy"][-20:]
+    if trainer.history.curves:
+        recent = trainer.history.curves["cross_entropy"][-20:]
         words.append(f"cross-entropy {sum(recent) / len(recent):.3f}")
-    if trainer.epochs:
-        first = next(iter(trainer.data.validation))
-        words.append(f"accuracy {trainer.epochs[-1][f'accuracy_{first}']:.3f}")
+    if trainer.history.epochs:
+        words.append(f"accuracy {trainer.history.epochs[-1][trainer.selected_by]:.3f}")
     return ", ".join(words)

@@ -1,0 +1,90 @@
+"""What a training is made of, from its options: the network, the loss and the optimiser."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data import DataSets
+from ..data.base import check_classes
+from ..networks.build import build_network
+from ..networks.feature_maps import cam_layer
+from .batches import mean_object_area
+from .config import TrainConfig
+from .losses import TrainingLoss, make_criterion
+from .runs import TrainingError
+
+NEED_MASKS = ("rrr", "energy-loss")  #: methods that do nothing without an annotation
+
+
+def check_data(config: TrainConfig, data: DataSets) -> None:
+    """Whether the data is what the options need.
+
+    Raises:
+        DataError: a class without a training image.
+        TrainingError: no mask for a method that needs one, or fewer images than a step takes.
+    """
+    check_classes(data.classes, data.train.labels, data.name)
+    if config.method in NEED_MASKS and not data.train.annotated.any():
+        raise TrainingError(f"The method {config.method} needs masks, but no training image of {data.name} has one.")
+    if len(data.train) < config.images_per_step:
+        batches = f"batches of {config.batch_size}" if config.accumulate == 1 else f"steps of {config.images_per_step}"
+        raise TrainingError(
+            f"There are {len(data.train)} training images in {data.name}, too few for {batches}: take a smaller batch "
+            "size."
+        )
+
+
+def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
+    """The network with its initial weights, on the CPU, which follow from the seed alone.
+
+    Raises:
+        NetworkError: what is wrong with its name, size or weights.
+    """
+    torch.manual_seed(config.seed)
+    weights = Path(config.weights) if config.weights else None
+    return build_network(config.network, len(data.classes), data.size, weights)
+
+
+def make_loss(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
+    """The loss with all that it has to know of data and network.
+
+    Raises:
+        TrainingError: an option that the loss does not have, or weights of other classes.
+        NetworkError: no feature map for a loss that looks at one.
+    """
+    options, layer, area = config.loss_options, None, None
+    if config.method == "energy-loss" and options.get("attribution", "gradcam") == "gradcam":
+        layer = None if "layer" in options else cam_layer(network)
+    if config.method == "centre-mask" and "centre_area" not in options:
+        area = mean_object_area(data.train)
+    try:
+        return make_criterion(config, layer, area, class_weights(config, data))
+    except ValueError as error:
+        raise TrainingError(f"The loss cannot be made: {error}.") from error
+
+
+def class_weights(config: TrainConfig, data: DataSets) -> Tensor | None:
+    """Of the cross-entropy, [K] float32. ``"balanced"``: N / (K N_k), of N training images N_k in class k.
+
+    Raises:
+        ValueError: not one for every class.
+    """
+    if config.class_weights is None:
+        return None
+    classes = len(data.classes)
+    if config.class_weights == "balanced":
+        counts = torch.bincount(data.train.labels, minlength=classes)
+        return len(data.train) / (classes * counts.double()).float()
+    if len(config.class_weights) != classes:
+        raise ValueError(
+            f"class_weights must have one number for each of the {classes} classes, got {len(config.class_weights)}"
+        )
+    return torch.tensor(config.class_weights)
+
+
+def make_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on all parameters that are trained."""
+    return torch.optim.AdamW(
+        [p for p in network.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=config.weight_decay
+    )
