@@ -11,6 +11,7 @@ import typer
 import yaml
 from sib_lab.cli.train import train_command
 from sib_lab.data import DataError, open_data
+from sib_lab.networks.errors import NetworkError
 from sib_lab.networks.own import SmallCNN
 from sib_lab.training import runs, train
 from sib_lab.training.config import TrainConfig
@@ -87,7 +88,7 @@ def test_a_run_is_repeated_from_its_run_yaml_bit_for_bit(tmp_path, command):
     assert done.exit_code == 0, done.output
     first, again = (open_run(tmp_path / name) for name in ("first", "again"))
     assert again.config == options and same_weights(first.model, again.model)
-    assert again.curves == first.curves
+    assert str(again.curves) == str(first.curves)  # with NaN in them
 
 
 @pytest.fixture
@@ -218,7 +219,8 @@ def test_weights_count_by_their_content_not_their_path(data, tmp_path, monkeypat
 
 
 def test_two_processes_do_not_work_in_one_folder(data, tmp_path):
-    code = "import sys\nfrom sib_lab.training.runs import locked\nwith locked(sys.argv[1]): print('in', flush=True); input()"
+    code = "import sys\nfrom sib_lab.training.runs import locked\n"
+    code += "with locked(sys.argv[1]): print('in', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=-1, stdout=-1, text=True)
     try:
         assert holder.stdout.readline() == "in\n"
@@ -260,7 +262,7 @@ def answers(call) -> None:
     """It works, or says a sentence."""
     try:
         call()
-    except (RunError, DataError) as error:
+    except (RunError, DataError, NetworkError) as error:
         text = str(error)
         assert "\n" not in text and text.endswith(".") and text[0].isupper(), text
 
