@@ -225,7 +225,7 @@ def history_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
         RunError: there is none.
     """
     history = state.get("history")
-    kinds = {"epochs": list, "curves": dict, "seconds": list, "sums": dict}
+    kinds = {"epochs": list, "curves": dict, "seconds": list}
     if not isinstance(history, dict) or not all(isinstance(history.get(name), kind) for name, kind in kinds.items()):
         raise RunError(f"The checkpoint {path} is damaged or not one of this program: train anew.")
     return history
