@@ -837,10 +837,11 @@ def test_without_options_the_command_trains_the_balanced_recipe(from_words):
 def test_every_option_of_the_command_reaches_the_config(from_words):
     words = (
         "--method rrr --preset paper --data folder --root photos --option masks=m --option boxes=b --size 64 "
-        "--agreement 0.5 --annotated 0.25 --annotation boxes --augmentation trivial --limit 9 --skip-broken --network resnet18 "
-        "--weights w.pt --strength 3 --masks given --loss-option a=0.5 --loss-option b=word --seed 4 --epochs 5 "
-        "--batch-size 6 --learning-rate 0.1 --weight-decay 0.2 --schedule constant --warm-up 0.3 --precision "
-        "bf16-mixed --device cpu --devices 2 --fast --threads 3 --workers 7 --save-minutes 8 --save-steps 10 "
+        "--agreement 0.5 --annotated 0.25 --annotation boxes --augmentation trivial --limit 9 --skip-broken "
+        "--network resnet18 --weights w.pt --strength 3 --masks given --loss-option a=0.5 --loss-option b=word "
+        "--seed 4 --epochs 5 --batch-size 6 --learning-rate 0.1 --weight-decay 0.2 --schedule constant --warm-up 0.3 "
+        "--precision bf16-mixed --device cpu --devices 2 --fast --threads 3 --workers 7 "
+        "--save-minutes 8 --save-steps 10 "
         "--class-weights 1,2.5 --label-smoothing 0.1 --accumulate 3 --clip-norm 2 --ema 0.9 --patience 4 --wandb mine "
         "--fresh --quiet"
     )

@@ -53,7 +53,7 @@ def _try(config: TrainConfig, data: DataSets, network: nn.Module, criterion: Tra
         ) from error
     if isinstance(criterion, SpatialIB) and criterion.lacks_feature_map:
         raise NetworkError(
-            f"{config.network} has no feature map for the terms of {config.method}: name a layer with --loss-option "
-            "layers=NAME, or leave them out with --loss-option feature_background=0 --loss-option "
+            f"The network {config.network} has no feature map for the terms of {config.method}: name a layer with "
+            "--loss-option layers=NAME, or leave them out with --loss-option feature_background=0 --loss-option "
             "feature_foreground=0."
         )

@@ -97,7 +97,7 @@ def open_run(folder: Path | str, best: bool = True) -> Run:
     state = load_state(path) if path != folder / LAST else last
     config = saved_config(record["config"], folder)
     model = _network(config, state, path)
-    history = _history(last, folder / LAST)
+    history = history_of(last, folder / LAST)
     return Run(
         folder=folder,
         config=config,
@@ -126,7 +126,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     record = _json(path)
     if not isinstance(record.get("config"), dict) or not isinstance(record.get("starts", []), list):
-        raise RunError(f"{path} cannot be read as a run's configuration: train anew into another folder.")
+        raise RunError(f"The file {path} cannot be read as a run's configuration: train anew into another folder.")
     return record
 
 
@@ -140,7 +140,7 @@ def is_finished(folder: Path) -> bool:
     if not path.exists():
         return False
     if not isinstance(_json(path).get("best"), dict):
-        raise RunError(f"{path} is damaged: remove it and run the same command again, which writes it anew.")
+        raise RunError(f"The file {path} is damaged: remove it and run the same command again, which writes it anew.")
     return True
 
 
@@ -218,7 +218,12 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _history(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def history_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The history in what ``last.pt`` holds.
+
+    Raises:
+        RunError: there is none.
+    """
     history = state.get("history")
     kinds = {"epochs": list, "curves": dict, "seconds": list}
     if not isinstance(history, dict) or not all(isinstance(history.get(name), kind) for name, kind in kinds.items()):

@@ -44,6 +44,8 @@ def load(trainer: "Trainer", state: Mapping[str, Any]) -> None:
     """
     if state["classes"] != list(trainer.data.classes) or state["size"] != trainer.data.size:
         raise ValueError("the checkpoint's classes or image size are not those of the data")
+    if not (isinstance(state["step"], int) and isinstance(state["best"], float)):
+        raise TypeError("the checkpoint's step or best accuracy is no number")
     trainer.evaluated.load_state_dict(state["model"])
     if trainer.average is not None:
         trainer.network.load_state_dict(state["raw"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import DataSets
 from ..data.identity import changed
-from . import runs, state
+from . import runs
 from .check import check
 from .config import TrainConfig
 from .keeper import Keeper
@@ -22,6 +22,7 @@ from .processes import (
     with_processes_of_torchrun,
 )
 from .runs import CheckpointError, Run, RunError, open_config_data, open_run
+from .state import load
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -140,8 +141,8 @@ def _load_or_clear(trainer: Trainer, folder: Path, stood: Mapping[str, Any] | No
     """Puts the training where it stood; or removes what an old run left."""
     if stood is not None:
         try:
-            state.load(trainer, stood)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            load(trainer, stood)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"The checkpoint {folder / runs.LAST} does not fit this training: "
                 "start anew with --fresh or in another folder."
@@ -154,7 +155,9 @@ def _load_or_clear(trainer: Trainer, folder: Path, stood: Mapping[str, Any] | No
 
 def _loaded(path: Path) -> dict[str, Any]:
     try:
-        return runs.load_state(path)
+        state = runs.load_state(path)
+        runs.history_of(state, path)
+        return state
     except RunError as error:
         raise CheckpointError(
             f"The checkpoint {path} is damaged or not one of this program: "
