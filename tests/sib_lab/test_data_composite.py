@@ -8,9 +8,10 @@ import pytest
 import torch
 from data_samples import RED_ON_BLUE, save, square, write_backgrounds, write_objects
 from PIL import Image
-from sib_lab.data import DataError, files, open_data, stack
+from sib_lab.data import DataError, images, open_data, stack
 from sib_lab.data.composite import FLIPPED, Region, background, cut_out, draw_groups
-from sib_lab.data.files import Sample, ZipEntry
+from sib_lab.data.files import Sample
+from sib_lab.data.images import ZipEntry
 from torch.utils.data import DataLoader
 
 SHARED = Path(os.environ.get("SIB_EXT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -301,7 +302,7 @@ def test_an_archive_is_read_like_the_folder_also_in_workers(root, tmp_path, pref
 def test_no_two_processes_read_an_archive_through_one_handle(root, tmp_path, monkeypatch):
     entry = ZipEntry(zipped(root / "objects", tmp_path / "objects.zip"), "masks/ball/1/0.png")
     opened = []
-    monkeypatch.setattr(files, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
+    monkeypatch.setattr(images, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
     for process in (1, 1, 2):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         entry.open()

@@ -7,7 +7,7 @@ import torch
 from data_samples import RED_ON_BLUE, box_of, save, save_picture, square, write_folder
 from PIL import ExifTags, Image
 from sib_lab.data import DataError, open_data, stack
-from sib_lab.data.files import read_size
+from sib_lab.data.images import read_size
 
 
 def paths(dataset):

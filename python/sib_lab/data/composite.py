@@ -27,18 +27,9 @@ from torch import Tensor
 
 from .base import Common, DataSets, ItemDataset, Transform, check_classes, gentle_transforms, limited, visible
 from .errors import DataError, some
-from .files import (
-    SUFFIXES,
-    Sample,
-    ZipEntry,
-    image_files,
-    is_hidden,
-    read_image,
-    read_layers,
-    read_mask,
-    read_size,
-    usable,
-)
+from .files import Sample, image_files, is_hidden, read_layers, usable
+from .images import SUFFIXES, ZipEntry, read_image, read_size
+from .masks import read_mask
 
 EDGE_BLUR = 0.7  #: standard deviation of the blur of a pasted object's edge, px of its photograph
 CROP = (0.6, 1.0)  #: side of a background's crop, as a share of its region's shorter side

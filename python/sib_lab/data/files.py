@@ -1,18 +1,14 @@
-"""Images in files, with masks or boxes beside them: reading, checking and splitting."""
+"""Images in files, with masks or boxes beside them: annotations, checking and splitting."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
-from zipfile import ZipFile
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sib_ext.functional import boxes_to_mask
@@ -29,49 +25,25 @@ from .base import (
     visible,
 )
 from .errors import DataError
+from .images import SUFFIXES, File, read_orientation, read_size, read_smaller, turned
+from .masks import read_mask
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
 Box = tuple[float, float, float, float]  #: x1, y1, x2, y2 in pixels, x2 and y2 excluded
 THREADS = 4  #: that check files
-
-
-@dataclass(frozen=True)
-class ZipEntry:
-    """A file in a .zip, read where a Path would be."""
-
-    archive: Path
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.archive}/{self.name}"
-
-    def open(self) -> BytesIO:
-        try:
-            return BytesIO(_archive(self.archive, os.getpid()).read(self.name))
-        except KeyError as error:
-            raise FileNotFoundError(str(self)) from error
-
-
-@lru_cache(maxsize=8)
-def _archive(path: Path, process: int) -> ZipFile:
-    """One handle a process: forked workers must not share a file position."""
-    return ZipFile(path)
-
-
-#: Where an image is read from; a plain string where there are a million of them.
-File = Path | str | ZipEntry
+MARGIN = 0.02  #: of a side, or 2 px: as far a box may reach out of its image
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image file with its label and at most one kind of annotation."""
+    """One image file with its label and at most one kind of annotation, of which a mask comes first."""
 
     image: File
     label: int
     mask: File | None = None
     boxes: tuple[Box, ...] = ()  #: their union is the object
     xml: Path | str | None = None  #: an annotation with the boxes, read when they are wanted
-    upright: bool = False  #: whether the image is turned as its EXIF orientation says; masks and boxes never are
+    upright: bool = False  #: whether the image is turned as its EXIF orientation says; boxes never are
+    group: int = -1  #: kind of background; -1 where nobody said
 
     @property
     def annotated(self) -> bool:
@@ -87,80 +59,6 @@ class Sample:
 
 
 # ----------------------------------------------------------------------------------------------- reading
-
-
-def read_image(path: File, upright: bool = False) -> np.ndarray:
-    """RGB [H,W,3] uint8; greyscale and palette images are converted.
-
-    ``upright`` turns photographs as their EXIF orientation says, as every viewer does. The published sets are read
-    as they are stored, which is what their annotations refer to.
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        loaded = _loaded(image, path)
-        return np.asarray((ImageOps.exif_transpose(loaded) if upright else loaded).convert("RGB"))
-
-
-def read_mask(path: File) -> np.ndarray:
-    """Mask [H,W] uint8, 255 on the object: a greyscale image's value, or 0 and not 0 for 1-bit images, palettes of
-    colours and values of at most 1.
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        _loaded(image, path)
-        indices = image.mode == "P" and not _is_grey(image)
-        values = np.asarray(image if indices else image.convert("L"))
-        indices |= values.max(initial=0) <= 1
-    return np.where(values > 0, 255, 0).astype(np.uint8) if indices else values
-
-
-def _is_grey(image: Image.Image) -> bool:
-    """Whether every colour of a palette is grey, so that the palette only packs a greyscale image."""
-    palette = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
-    return bool((palette == palette[:, :1]).all())
-
-
-def read_trimap(path: File) -> np.ndarray:
-    """Oxford-IIIT Pet's trimap -> mask [H,W] uint8: 255 on the animal (1) and on its unclassified outline (3), 0 on the
-    background (2).
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        return np.where(np.asarray(_loaded(image, path)) == 2, 0, 255).astype(np.uint8)
-
-
-def _opened(path: File) -> Image.Image:
-    try:
-        return Image.open(path.open() if isinstance(path, ZipEntry) else path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing.") from error
-    except Exception as error:  # PIL's decoders fail in many ways on damaged files
-        raise DataError(f"{path} cannot be read as an image.") from error
-
-
-def _loaded(image: Image.Image, path: File) -> Image.Image:
-    try:
-        image.load()
-    except Exception as error:
-        raise DataError(f"{path} is damaged: it cannot be read to its end.") from error
-    return image
-
-
-def read_size(path: File, upright: bool = False) -> tuple[int, int]:
-    """Width and height from the file's header; ``upright`` as in :func:`read_image`.
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return image.size[::-1] if turned else image.size
 
 
 def read_xml_boxes(path: Path | str) -> tuple[tuple[Box, ...], tuple[float, float] | None]:
@@ -225,11 +123,18 @@ def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> st
         else:
             size = read_size(sample.image, sample.upright)
             if sample.mask is not None:
-                _check_size(sample, size, read_size(sample.mask))
+                mask_size = read_size(sample.mask)
+                _check_size(sample, size, mask_size[::-1] if _turns(sample, size, mask_size) else mask_size)
             _check_boxes(sample, sample.all_boxes(*size), *size)
     except DataError as error:
         return str(error).removesuffix(".")
     return None
+
+
+def _turns(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> bool:
+    """Whether a mask of this size (as stored) has to be turned with its image of this size (upright): it fits the image
+    as that is stored, and only so."""
+    return sample.upright and size == mask_size[::-1] != mask_size and read_orientation(sample.image) >= 5
 
 
 def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
@@ -244,8 +149,20 @@ def _check_boxes(sample: Sample, boxes: Sequence[Box], width: int, height: int) 
     try:
         for box in boxes:
             clip(box, width, height)
+            if sample.boxes:  # copies of ImageNet may have been cropped since
+                _check_inside(box, width, height)
     except DataError as error:
         raise DataError(f"{sample.image}: {error}") from error
+
+
+def _check_inside(box: Box, width: int, height: int) -> None:
+    x, y = max(2, MARGIN * width), max(2, MARGIN * height)
+    if box[0] < -x or box[1] < -y or box[2] > width + x or box[3] > height + y:
+        sides = ", ".join(f"{side:g}" for side in box)
+        raise DataError(
+            f"the box ({sides}) reaches out of the image of {width} x {height} px: give x1, y1, x2, y2 in pixels of "
+            "this very image."
+        )
 
 
 def usable(
@@ -289,14 +206,18 @@ def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
     Raises:
         DataError: a file is missing or broken, or the mask has another size than its image.
     """
-    image = read_image(sample.image, sample.upright)
+    image, times = read_smaller(sample.image, sample.upright)
     height, width, _ = image.shape
     if sample.mask is not None:
         mask = mask_reader(sample.mask)
+        if _turns(sample, (width, height), mask.shape[::-1]):
+            mask = np.asarray(turned(Image.fromarray(mask), read_orientation(sample.image)))
         _check_size(sample, (width, height), mask.shape[::-1])
-    elif boxes := sample.all_boxes(width, height):
-        _check_boxes(sample, boxes, width, height)
-        mask = rasterise(boxes, width, height)
+    elif sample.annotated:
+        size = (width, height) if times == 1 else read_size(sample.image, sample.upright)
+        boxes = sample.all_boxes(*size)
+        _check_boxes(sample, boxes, *size)
+        mask = rasterise([tuple(side / times for side in box) for box in boxes], width, height)
     else:
         mask = np.zeros((height, width), dtype=np.uint8)
     return torch.from_numpy(np.concatenate([image.transpose(2, 0, 1), mask[None]]))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError
-from .files import Sample, file_sets, read_trimap
+from .files import Sample, file_sets
+from .masks import read_trimap
 
 FOLDER = "oxford-iiit-pet"
 
