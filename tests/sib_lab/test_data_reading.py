@@ -76,12 +76,6 @@ def test_avif_is_read_where_pillow_can(tmp_path):
     assert abs(read_image(path).astype(int) - 120).max() < 5
 
 
-def test_colours_that_cannot_be_read_are_one_sentence(tmp_path):
-    Image.new("LAB", (4, 4)).save(tmp_path / "lab.tif")
-    with pytest.raises(DataError, match="lab.tif has colours in LAB, which are not read: save it in RGB"):
-        read_image(tmp_path / "lab.tif")
-
-
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_large_images_are_read_smaller_with_their_mask_and_boxes(tmp_path, monkeypatch, suffix):
     inside = np.zeros((401, 403), bool)

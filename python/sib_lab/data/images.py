@@ -211,13 +211,9 @@ def is_deep(image: Image.Image) -> bool:
 def _rgb(image: Image.Image, path: File) -> Image.Image:
     if is_deep(image):
         return Image.fromarray(eight_bits(image, path)).convert("RGB")
-    try:
-        if not has_alpha(image):
-            return image.convert("RGB")
-        shown = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, BACKDROP), shown).convert("RGB")
-    except ValueError as error:
-        raise DataError(f"{path} has colours in {image.mode}, which are not read: save it in RGB.") from error
+    if not has_alpha(image):
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, BACKDROP), image.convert("RGBA")).convert("RGB")
 
 
 def eight_bits(image: Image.Image, path: File) -> np.ndarray:
