@@ -44,11 +44,10 @@ SUFFIXES = (
         )
     )
 )  #: of the files that are read
-#: What to do about pictures that are not read here.
-CURES = {
-    ".heic": "pip install pillow-heif, or save them as .jpg",
-    ".heif": "pip install pillow-heif, or save them as .jpg",
-    ".avif": "pip install -U pillow, or save them as .jpg",
+#: Other pictures, and what to do to have them read.
+CURES = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "pip install -U pillow"} | {
+    suffix: "save them as .jpg or .png"
+    for suffix in (".arw", ".cr2", ".cr3", ".dng", ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg")
 }
 BACKDROP = "white"  #: behind what is transparent
 LARGE = 2**25  #: pixels; images of more are made smaller while they are read
@@ -74,6 +73,11 @@ class ZipEntry:
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
+
+    @property
+    def size(self) -> int:
+        """Bytes when unpacked."""
+        return _archive(self.archive, os.getpid()).getinfo(self.name).file_size
 
     def open(self) -> BytesIO:
         try:
@@ -142,12 +146,18 @@ def read_orientation(path: File) -> int:
         DataError: the file is missing or cannot be read as an image.
     """
     with opened(path) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return _stored_orientation(image)
 
 
 def _orientation(image: Image.Image) -> int:
     """How an opened image has yet to be turned; a TIFF is turned by Pillow."""
-    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1 if image.format == "TIFF" else _stored_orientation(image)
+
+
+def _stored_orientation(image: Image.Image) -> int:
+    # Of a PNG Pillow would read all pixels to find an entry behind them.
+    exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+    return exif.get(ExifTags.Base.Orientation, 1)
 
 
 def read_size(path: File, upright: bool = False) -> tuple[int, int]:
