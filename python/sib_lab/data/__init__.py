@@ -105,6 +105,13 @@ SETS: dict[str, SetInfo] = {
         "train/<class>/*.JPEG, val/<class>/*.JPEG, optionally Annotations/ with XML boxes and meta.bin with names",
         {"validation_share": "share of each class's training images kept for validation (0.01)"},
     ),
+    "waterbirds": SetInfo(
+        "Waterbirds: birds of land or water pasted on backgrounds that agree with them in 95 % of training.",
+        "boxes",
+        224,
+        "waterbirds",
+        "metadata.csv with file,split,waterbird,on_water (x1,y1,x2,y2), or img_filename,split,y,place; its images",
+    ),
     "folder": SetInfo(
         "Your own images: one folder a class, or train/, val/ and test/ with such folders in each.",
         "masks or boxes",
