@@ -98,7 +98,7 @@ def _problems(data: DataSets, splits: dict[str, SplitReport]) -> list[str]:
     if _mostly(areas > FULL):
         found.append(
             f"{_of(areas > FULL)} masks that were looked at mark nearly the whole image: look at the masks, and say "
-            "what marks the object with the option mask_values, or with invert_masks=true that they mark the background."
+            "what marks the object with the option mask_values, or that it is the background with invert_masks=true."
         )
     elif _mostly((edges > EDGE) & (areas > MOST)):
         found.append(
