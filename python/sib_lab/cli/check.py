@@ -117,7 +117,10 @@ def picture(data: "DataSets") -> "Figure":
 
 def _title(data: "DataSets", row: int) -> str:
     """An image's class, and the end of its file's name where it has one."""
+    from ..data.files import ImageFiles, name_of
+
     label = data.classes[int(data.train.labels[row])]
-    samples = getattr(data.train, "samples", None)
-    name = f"\n{str(samples[row].image)[-40:]}" if samples else ""
+    name = ""
+    if isinstance(data.train, ImageFiles):
+        name = f"\n{name_of(data.train.samples[row].image, data.train.root)[-40:]}"
     return f"{label[-40:]}{'' if data.train.annotated[row] else ' (no mask)'}{name}"
