@@ -1,5 +1,9 @@
 """What a look at a data set tells before a training, from the library and from ``sib-lab check``."""
 
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from data_samples import save, write_folder
@@ -8,6 +12,8 @@ from sib_lab.cli import commands
 from sib_lab.data import DataError, open_data
 from sib_lab.data.checks import check
 from typer.testing import CliRunner
+
+SHARED = Path(os.environ.get("SIB_EXT_SHARED", Path(__file__).parents[3] / "shared"))
 
 
 def repainted(root, change):
@@ -86,3 +92,22 @@ def test_the_command_fails_where_something_cannot_be_right(tmp_path):
     assert again.exit_code == 0
     assert "must end in one of .png" in sib_lab_check(root, "--out", tmp_path / "check.txt").stderr
     assert "root is not a folder" in sib_lab_check(tmp_path / "nowhere").stderr
+
+
+@pytest.mark.parametrize(
+    "archive, name, counts",
+    [
+        ("waterbirds2k", "waterbirds", [1360, 160, 600]),
+        ("cub20", "folder", [522, 78, 594]),
+        ("pets3", "folder", [360, 60, 180]),
+    ],
+)
+def test_real_photographs_have_no_problem(archive, name, counts, tmp_path):
+    path = SHARED / "data" / "photos" / f"{archive}.zip"
+    if not path.is_file():
+        pytest.skip("needs the shared photographs")
+    shutil.unpack_archive(path, tmp_path)
+    data = open_data(name, tmp_path, size=64)
+    assert [len(split) for split in data.splits().values()] == counts
+    assert check(data, most=20).problems == () and data.skipped == ()
+    assert len(data.identity()["train"]) == counts[0]

@@ -11,6 +11,7 @@ from PIL import Image
 from sib_lab.data import DataError, images, open_data, stack
 from sib_lab.data.composite import FLIPPED, Region, background, cut_out, draw_groups
 from sib_lab.data.files import Sample
+from sib_lab.data.identity import changed
 from sib_lab.data.images import ZipEntry
 from torch.utils.data import DataLoader
 
@@ -447,3 +448,16 @@ def test_the_real_eth80_on_bsds_backgrounds():
     for split in (data.train, data.validation["matched"], data.test["matched"]):
         scenes.append({r.picture.stem.split("_")[1] for group in split.regions for r in group})
     assert not scenes[0] & scenes[1] and not scenes[0] & scenes[2] and not scenes[1] & scenes[2]
+
+
+def test_an_identity_follows_the_files_and_their_groups_wherever_they_lie(root, tmp_path):
+    before = open_data("composite", root, size=32).identity()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("objects", "backgrounds"):
+        (root / name).rename(moved / name)
+    assert open_data("composite", moved, size=32).identity() == before
+    assert open_data("composite", moved, size=32, agreement=0.5).identity()["train"] != before["train"]
+    save(moved / "objects/images/ball/1/0.png", np.zeros((50, 60, 3), np.uint8))
+    save(moved / "objects/masks/ball/1/0.png", np.full((50, 60), 255, np.uint8))
+    assert changed(before, open_data("composite", moved, size=32).identity()) == "the training split differs"
