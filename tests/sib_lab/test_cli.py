@@ -16,7 +16,7 @@ from sib_lab.training import runs
 from sib_lab.training.train import train
 from typer.testing import CliRunner
 
-COMMANDS = ("demo", "train", "compare", "report", "explain")
+COMMANDS = ("demo", "train", "check", "compare", "report", "explain")
 #: A comparison of seconds.
 SMALL = "--option train=64 --option validation=20 --option test=20 --option copies=1 --epochs 1 --batch-size 16".split()
 SMALL += "--images 4 --threads 1".split()

@@ -8,7 +8,7 @@ import torch
 from data_samples import square, write_folder
 from sib_lab.data import SETS, DataError, Item, open_data, set_epoch, stack
 from sib_lab.data import digits_on_textures as textures
-from sib_lab.data.base import Common, bounding_box, limited, photo_transforms, stratified, visible
+from sib_lab.data.base import Common, bounding_box, drawn, limited, photo_transforms, stratified, visible
 from torch.utils.data import DataLoader
 
 TINY = {"train": 40, "validation": 20, "test": 20, "copies": 2}
@@ -277,3 +277,21 @@ def test_an_error_in_a_worker_stays_one_sentence(tmp_path):
     with pytest.raises(DataError, match="cannot be read as an image") as caught:
         list(loader)
     assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))
+
+
+def test_a_drawn_split_follows_from_names_and_gives_every_part_an_image():
+    names = [f"{label}/{place}.jpg" for label in "ab" for place in range(400)] + ["c/0.jpg", "c/1.jpg", "c/2.jpg"]
+    labels = ["abc".index(name[0]) for name in names]
+    shares = {"validation": 0.15, "test": 0.2}
+    parts = drawn(names, labels, "abc", shares, seed=0)
+    assert sorted(sum(parts.values(), [])) == list(range(803))
+    for part, share in (("validation", 0.15), ("test", 0.2), ("train", 0.65)):
+        for label in range(2):
+            assert abs(sum(labels[row] == label for row in parts[part]) / 400 - share) < 0.06
+        assert sum(labels[row] == 2 for row in parts[part]) == 1
+    fewer = drawn(names[7:], labels[7:], "abc", shares, seed=0)
+    assert all({names[7:][row] for row in fewer[part]} <= {names[row] for row in parts[part]} for part in parts)
+    composed, decomposed = (drawn([f"{e}{i}" for i in range(99)], [0] * 99, "a", shares, 0) for e in ("é", "e\u0301"))
+    assert composed == decomposed
+    with pytest.raises(DataError, match="class b has 2 images to share out among train, .* at least 3"):
+        drawn("abcdef", [0] * 4 + [1] * 2, "ab", shares, 0)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from data_samples import RED_ON_BLUE, save, square, write_backgrounds, write_objects
 from PIL import Image
-from sib_lab.data import DataError, files, open_data, stack
+from sib_lab.data import DataError, images, open_data, stack
 from sib_lab.data.composite import FLIPPED, Region, background, cut_out, draw_groups
-from sib_lab.data.files import Sample, ZipEntry
+from sib_lab.data.files import Sample
+from sib_lab.data.identity import changed
+from sib_lab.data.images import ZipEntry
 from torch.utils.data import DataLoader
 
 SHARED = Path(os.environ.get("SIB_EXT_SHARED", Path(__file__).parents[3] / "shared"))
@@ -301,7 +303,7 @@ def test_an_archive_is_read_like_the_folder_also_in_workers(root, tmp_path, pref
 def test_no_two_processes_read_an_archive_through_one_handle(root, tmp_path, monkeypatch):
     entry = ZipEntry(zipped(root / "objects", tmp_path / "objects.zip"), "masks/ball/1/0.png")
     opened = []
-    monkeypatch.setattr(files, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
+    monkeypatch.setattr(images, "ZipFile", lambda path: opened.append(path) or zipfile.ZipFile(path))
     for process in (1, 1, 2):
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         entry.open()
@@ -446,3 +448,16 @@ def test_the_real_eth80_on_bsds_backgrounds():
     for split in (data.train, data.validation["matched"], data.test["matched"]):
         scenes.append({r.picture.stem.split("_")[1] for group in split.regions for r in group})
     assert not scenes[0] & scenes[1] and not scenes[0] & scenes[2] and not scenes[1] & scenes[2]
+
+
+def test_an_identity_follows_the_files_and_their_groups_wherever_they_lie(root, tmp_path):
+    before = open_data("composite", root, size=32).identity()
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("objects", "backgrounds"):
+        (root / name).rename(moved / name)
+    assert open_data("composite", moved, size=32).identity() == before
+    assert open_data("composite", moved, size=32, agreement=0.5).identity()["train"] != before["train"]
+    save(moved / "objects/images/ball/1/0.png", np.zeros((50, 60, 3), np.uint8))
+    save(moved / "objects/masks/ball/1/0.png", np.full((50, 60), 255, np.uint8))
+    assert changed(before, open_data("composite", moved, size=32).identity()) == "the training split differs"

@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 from data_samples import RED_ON_BLUE, box_of, save, save_picture, square, write_folder
 from PIL import ExifTags, Image
 from sib_lab.data import DataError, open_data, stack
-from sib_lab.data.files import read_size
+from sib_lab.data import files as files_module
+from sib_lab.data.identity import changed
+from sib_lab.data.images import read_size
 
 
 def paths(dataset):
@@ -38,7 +41,7 @@ def write_boxes(root, name="boxes.csv", prefix=""):
 def test_class_folders_are_shared_out_and_masks_follow(tmp_path):
     data = open_data("folder", write_folder(tmp_path, count=20), size=32)
     assert data.classes == ("cat", "dog", "owl")
-    assert [len(split) for split in splits(data)] == [3 * 13, 3 * 3, 3 * 4]
+    assert [len(split) for split in splits(data)] == [41, 9, 10]  # 65, 15 and 20 % of 60 on average
     a, b, c = map(paths, splits(data))
     assert not a & b and not a & c and not b & c and len(a | b | c) == 60
     assert_masks_are_the_red_channel(data)
@@ -46,7 +49,7 @@ def test_class_folders_are_shared_out_and_masks_follow(tmp_path):
 
 def test_shares_can_be_chosen_as_on_a_command_line(tmp_path):
     data = open_data("folder", write_folder(tmp_path, count=20), validation_share="0.25", test_share="0.25")
-    assert [len(split) for split in splits(data)] == [30, 15, 15]
+    assert [len(split) for split in splits(data)] == [30, 13, 17]
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("training", "validation", "testing")])
@@ -67,7 +70,7 @@ def test_a_split_without_a_folder_is_taken_from_training(tmp_path):
     write_folder(tmp_path / "train", count=10, masks=False)
     write_folder(tmp_path / "test", count=2, masks=False)
     data = open_data("folder", tmp_path, size=32)
-    assert [len(split) for split in splits(data)] == [24, 6, 6]
+    assert [len(split) for split in splits(data)] == [27, 3, 6]
     assert paths(data.validation["validation"]) <= {str(p) for p in (tmp_path / "train").rglob("*.jpg")}
     assert not data.train.annotated.any()
 
@@ -143,7 +146,230 @@ def test_photographs_are_turned_upright_and_masks_fit_what_is_seen(tmp_path):
     assert_masks_are_the_red_channel(data)
 
 
+@pytest.mark.parametrize("option", [True, False])
+def test_an_image_without_a_mask_takes_its_boxes(tmp_path, option):
+    root = write_folder(tmp_path)
+    write_boxes(root)
+    for path in (root / "masks").rglob("[0-3].png"):
+        path.unlink()
+    data = open_data(
+        "folder", root, size=32, **({"masks": root / "masks", "boxes": root / "boxes.csv"} if option else {})
+    )
+    assert_masks_are_the_red_channel(data)
+    masked = [sample.mask is not None for split in splits(data) for sample in split.samples]
+    assert sum(masked) == 12 and all(s.boxes for split in splits(data) for s in split.samples if s.mask is None)
+
+
+def test_folders_are_known_in_any_case(tmp_path):
+    for name in ("Train", "TEST"):
+        write_folder(tmp_path / name)
+    for name in ("Train", "TEST"):
+        shutil.move(tmp_path / name / "masks", tmp_path / "Masks" / name.lower())
+    data = open_data("folder", tmp_path, size=32)
+    assert data.classes == ("cat", "dog", "owl") and len(data.test["test"]) == 24
+    assert_masks_are_the_red_channel(data)
+
+
+@pytest.mark.parametrize("place", ["train/masks/cat", "train/cat/masks", "train/cat/Segmentations"])
+def test_masks_may_lie_in_the_folder_of_a_split_or_class(tmp_path, place):
+    root = write_folder(tmp_path / "train", count=20)
+    if place != "train/masks/cat":
+        for name in ("cat", "dog", "owl"):
+            (root / "masks" / name).rename(tmp_path / place.replace("cat", name))
+        (root / "masks").rmdir()
+    data = open_data("folder", tmp_path, size=32)
+    assert data.classes == ("cat", "dog", "owl") and sum(map(len, splits(data))) == 60
+    assert_masks_are_the_red_channel(data)
+
+
+def test_boxes_may_lie_in_the_folder_of_a_split_and_name_files_as_windows_does(tmp_path):
+    root = write_folder(tmp_path / "train", masks=False)
+    write_boxes(root, name="Boxes.csv")
+    table = root / "Boxes.csv"
+    table.write_text(table.read_text().replace("/", "\\").replace("cat", "Cat"))
+    assert_masks_are_the_red_channel(open_data("folder", tmp_path, size=32))
+
+
+def test_boxes_in_0_to_1_are_shares(tmp_path):
+    root = write_folder(tmp_path, masks=False)
+    write_boxes(root)
+    with open(root / "boxes.csv") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["file,x1,y1,x2,y2"]
+    for row in rows:
+        width, height = read_size(root / row["file"])
+        sides = (width, height, width, height)
+        box = [float(row[side]) / length for side, length in zip(("x1", "y1", "x2", "y2"), sides, strict=True)]
+        lines.append(",".join([row["file"], *(f"{side:.8f}" for side in box)]))
+    (root / "boxes.csv").write_text("\n".join(lines))
+    assert_masks_are_the_red_channel(open_data("folder", root, size=32))
+    (root / "boxes.csv").write_text("\n".join([*lines, "cat/0.jpg,1,1,20,20"]))
+    refused(
+        root, "24 of 25 rows of boxes cannot be used .the first: line 2 of .* box in 0..1 where others are in pixels"
+    )
+
+
+def test_values_of_masks_can_be_named_and_inverted(tmp_path):
+    root = write_folder(tmp_path)
+    for path in (root / "masks").rglob("*.png"):
+        values = np.asarray(Image.open(path)) // 255
+        save(path, np.where(values, np.uint8(1), np.uint8(2)))
+    refused(
+        root,
+        "100|24 of 24 images cannot be used .the first: .*masks/cat/0.png holds the values 1, 2, .*mask_values=1,3",
+    )
+    assert_masks_are_the_red_channel(open_data("folder", root, size=32, mask_values="1"))
+    assert_masks_are_the_red_channel(open_data("folder", root, size=32, mask_values="2", invert_masks="true"))
+    refused(root, "The option invert_masks must be true or false, got 'maybe'", invert_masks="maybe")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folder(tmp_path, classes=("train", "bus"), masks=False)
+    assert open_data("folder", tmp_path, size=32).classes == ("bus", "train")
+
+
+def test_the_drawn_split_of_an_image_stays_when_others_go_or_come(tmp_path):
+    root = write_folder(tmp_path, count=40, masks=False)
+    before = open_data("folder", root, size=32)
+    for path in [root / "cat" / "7.jpg", root / "dog" / "0.jpg", root / "owl" / "39.jpg"]:
+        path.unlink()
+    write_folder(root, classes=("zebra",), masks=False)
+    after = open_data("folder", root, size=32)
+    for a, b in zip(splits(before), splits(after), strict=True):
+        assert {p for p in paths(a) - paths(b)} <= {str(root / p) for p in ("cat/7.jpg", "dog/0.jpg", "owl/39.jpg")}
+        assert all("zebra" in path for path in paths(b) - paths(a))
+    assert paths(open_data("folder", root, size=32, seed=1).train) != paths(after.train)
+
+
+# ---------------------------------------------------------------------------------------------- identity
+
+
+def moved(root, to):
+    shutil.copytree(root, to)
+    return to
+
+
+def test_an_identity_is_of_the_contents_wherever_they_lie_and_can_be_stored(tmp_path):
+    data = open_data("folder", write_folder(tmp_path / "a"), size=32)
+    identity = data.identity()
+    assert list(identity) == ["train", "validation/validation", "test/test"] and data.identity() is identity
+    assert {f"cat/{place}.jpg" for place in range(8)} <= {name for images in identity.values() for name in images}
+    again = open_data("folder", moved(tmp_path / "a", tmp_path / "b"), size=48, skip_broken=True)
+    assert json.loads(json.dumps(again.identity())) == identity and changed(identity, again.identity()) is None
+
+
+def test_a_broken_image_counts_whether_it_is_skipped_or_not(tmp_path):
+    root = write_folder(tmp_path)
+    (root / "cat" / "0.jpg").write_bytes((root / "cat" / "0.jpg").read_bytes()[:-30])
+    a, b = (open_data("folder", root, size=32, skip_broken=skip) for skip in (False, True))
+    assert len(b.skipped) == 1 and changed(a.identity(), b.identity()) is None
+
+
+def given_splits(root):
+    for name in ("train", "val", "test"):
+        write_folder(root / name)
+    return root
+
+
+def test_what_has_changed_is_one_clause(tmp_path):
+    root = given_splits(tmp_path)
+    for number, path in enumerate(sorted(root.rglob("*.jpg"))):
+        save(path, np.asarray(Image.open(path)) // 2 + np.uint8(number))  # no two images are alike
+    before = open_data("folder", root, size=32).identity()
+
+    def now():
+        return changed(before, open_data("folder", root, size=32).identity())
+
+    save(root / "test/masks/cat/3.png", np.asarray(Image.open(root / "test/masks/cat/3.png")) // 2)
+    assert now() == "1 mask differs (first: that of test/cat/3.jpg)"
+    for place in (5, 6):
+        (root / f"train/cat/{place}.jpg").rename(root / f"test/cat/1{place}.jpg")
+        (root / f"train/masks/cat/{place}.png").rename(root / f"test/masks/cat/1{place}.png")
+    (root / "val/dog/0.jpg").unlink()
+    (root / "val/masks/dog/0.png").unlink()
+    save(root / "test/owl/77.jpg", np.full((50, 50, 3), 9, np.uint8))
+    save(root / "val/cat/1.jpg", np.asarray(Image.open(root / "val/cat/1.jpg")) + np.uint8(1))
+    (root / "train/owl/0.jpg").rename(root / "train/owl/zero.jpg")
+    (root / "train/masks/owl/0.png").rename(root / "train/masks/owl/zero.png")
+    assert now() == (
+        "1 image of the test split is new, 1 image of the validation split is gone, 2 images moved from training to "
+        "test, 1 mask differs (first: that of test/cat/3.jpg), 1 image has another name (first: train/owl/zero.jpg), "
+        "1 image differs (first: val/cat/1.jpg)"
+    )
+
+
+def test_a_change_of_labels_boxes_or_kind_is_told(tmp_path):
+    root = write_folder(tmp_path / "a", masks=False)
+    write_boxes(root)
+    before = open_data("folder", root, size=32).identity()
+    table = root / "boxes.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([*lines[:-1], "owl/7.jpg,1,1,9,9"]))
+    assert changed(before, open_data("folder", root, size=32).identity()) == "1 mask differs (first: that of owl/7.jpg)"
+    assert changed(before, {"train": "0"}) == "the splits were training, validation, test and are training"
+    assert changed(before, before | {"train": "0"}) == "the training split differs"
+
+
+def test_many_images_have_one_digest_of_names_and_sizes(tmp_path, monkeypatch):
+    root = write_folder(tmp_path, masks=False)
+    monkeypatch.setattr(files_module, "MANY", 3)
+    before = open_data("folder", root, size=32).identity()
+    assert isinstance(before["train"], str)
+    assert changed(before, open_data("folder", root, size=32).identity()) is None
+    path = open_data("folder", root, size=32).train.samples[0].image
+    path.write_bytes(path.read_bytes() + b"0")
+    assert changed(before, open_data("folder", root, size=32).identity()) == "the training split differs"
+
+
 # ------------------------------------------------------------------------------------------------- errors
+
+
+def test_pictures_of_a_kind_that_is_not_read_are_counted_by_it(tmp_path):
+    root = write_folder(tmp_path, masks=False)
+    for name in ("cat/a.CR2", "cat/b.cr2", "dog/c.svg", "dog/notes.txt"):
+        (root / name).write_bytes(b"0")
+    save(root / "loose.png", np.zeros((9, 9), np.uint8))
+    refused(root, r"3 of 27 pictures cannot be read here .the first: 2 .cr2: save them as .jpg or .png, 1 .svg")
+    data = open_data("folder", root, size=32, skip_broken=True)
+    assert [line.split(" (the first")[0] for line in data.skipped] == [
+        "2 .cr2: save them as .jpg or .png, 1 .svg: save them as .jpg or .png cannot be read here",
+        "1 .png lie in no class folder",
+        "1 .txt are no pictures",
+    ]
+
+
+def test_a_class_of_unread_pictures_says_so(tmp_path):
+    root = write_folder(tmp_path, masks=False)
+    (root / "emu").mkdir()
+    (root / "emu" / "1.jxl").write_bytes(b"0")
+    refused(root, "The class folder .*emu holds no images that can be read here .1 .jxl: save them as")
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "gif", "JPG"])
+def test_images_of_other_suffixes_are_read(tmp_path, suffix):
+    root = write_folder(tmp_path, masks=False)
+    for path in list(root.rglob("*.jpg")):
+        path.rename(path.with_suffix(f".{suffix}"))
+    assert sum(map(len, splits(open_data("folder", root, size=32)))) == 24
+
+
+def test_class_folders_beside_splits_are_refused(tmp_path):
+    root = write_folder(tmp_path / "train", masks=False).parent
+    write_folder(root, classes=("emu", "fox"), masks=False)
+    refused(root, "has emu, fox beside train, in no split: move the images into the folders of the splits")
+
+
+@pytest.mark.parametrize("other", ["valid", "VAL"])
+def test_two_folders_for_one_split_are_refused(tmp_path, other):
+    for name in ("train", "val", other):
+        write_folder(tmp_path / name, masks=False)
+    refused(tmp_path, "two folders for one split: put their images in one")
+
+
+def test_two_masks_of_one_image_are_refused(tmp_path):
+    root = write_folder(tmp_path)
+    shutil.copy(root / "masks/cat/0.png", root / "masks/cat/0.tif")
+    refused(root, "1 of 25 masks cannot be used .the first: .*cat/0.tif is the second mask of .*cat/0.jpg")
 
 
 def refused(root, sentence, **options):
@@ -179,12 +405,6 @@ def test_a_class_of_two_images_is_named(tmp_path):
 def test_test_without_train_is_explained(tmp_path):
     write_folder(tmp_path / "test", masks=False)
     refused(tmp_path, "has test but no train: add it")
-
-
-def test_masks_and_boxes_at_once_are_refused(tmp_path):
-    root = write_folder(tmp_path)
-    write_boxes(root, name="mine.csv")
-    refused(root, "masks or boxes, not both", masks=root / "masks", boxes=root / "mine.csv")
 
 
 def test_masks_that_are_not_there_are_told(tmp_path):

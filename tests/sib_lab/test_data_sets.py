@@ -20,7 +20,8 @@ from data_samples import (
 )
 from PIL import Image
 from sib_lab.data import DataError, open_data, stack
-from sib_lab.data.files import rasterise, read_layers, read_mask, read_trimap, read_xml_boxes
+from sib_lab.data.files import rasterise, read_layers, read_xml_boxes
+from sib_lab.data.masks import read_mask, read_trimap
 
 WRITERS = {"cub200": write_cub200, "dogs": write_dogs, "pets": write_pets, "imagenet": write_imagenet}
 NAMES = {

@@ -7,6 +7,8 @@ import typer
 
 from ..data import SETS
 from ..training.config import METHODS, TrainConfig
+from .check import EPILOG as CHECK_EPILOG
+from .check import check_command
 from .common import as_sentence, command_line, listed, one_sentence, own_options
 from .train import EPILOG, config_from, train_command
 
@@ -49,6 +51,7 @@ def demo(
 
 
 app.command("train", epilog=EPILOG)(train_command)
+app.command("check", epilog=CHECK_EPILOG)(check_command)
 
 
 @app.command(

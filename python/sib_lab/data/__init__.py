@@ -105,6 +105,13 @@ SETS: dict[str, SetInfo] = {
         "train/<class>/*.JPEG, val/<class>/*.JPEG, optionally Annotations/ with XML boxes and meta.bin with names",
         {"validation_share": "share of each class's training images kept for validation (0.01)"},
     ),
+    "waterbirds": SetInfo(
+        "Waterbirds: birds of land or water pasted on backgrounds that agree with them in 95 % of training.",
+        "boxes",
+        224,
+        "waterbirds",
+        "metadata.csv with file,split,waterbird,on_water (x1,y1,x2,y2), or img_filename,split,y,place; its images",
+    ),
     "folder": SetInfo(
         "Your own images: one folder a class, or train/, val/ and test/ with such folders in each.",
         "masks or boxes",
@@ -112,8 +119,10 @@ SETS: dict[str, SetInfo] = {
         "folder",
         "<class>/*.jpg, or {train,val,test}/<class>/*.jpg; optionally masks/ with the same paths, or boxes.csv",
         {
-            "masks": "folder of masks with the paths of the images (root/masks where it is there)",
-            "boxes": "CSV with the columns file,x1,y1,x2,y2 in pixels (root/boxes.csv where it is there)",
+            "masks": "folder of masks with the paths of the images (every masks/ or segmentations/ that is there)",
+            "boxes": "CSV with the columns file,x1,y1,x2,y2 in pixels, or all in 0..1 (every boxes.csv that is there)",
+            "mask_values": "what marks the object in label maps: 1,3 or #ff0000, nonzero, grey, alpha (by itself)",
+            "invert_masks": "true: the masks mark the background (false)",
             "validation_share": "share of each class kept for validation where there is no val/ (0.15)",
             "test_share": "share of each class kept for the test where there is no test/ (0.2)",
         },
@@ -214,14 +223,16 @@ def _convert(option: str, value, hint):
     if not isinstance(value, str) or kind is str:
         return value
     try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.casefold()]
         if typing.get_origin(kind) is tuple:
             values = tuple(float(part) for part in value.split(","))
             if len(values) == len(typing.get_args(kind)):
                 return values
             raise ValueError
         return kind(value)
-    except ValueError as error:
-        words = {int: "a whole number", float: "a number"}
+    except (KeyError, ValueError) as error:
+        words = {int: "a whole number", float: "a number", bool: "true or false"}
         meaning = words.get(kind) or f"{len(typing.get_args(kind))} numbers with commas between them"
         raise DataError(f"The option {option} must be {meaning}, got {value!r}.") from error
 

@@ -1,10 +1,12 @@
 """What every data set is made of: items, their transforms and the splits."""
 
-import hashlib
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from .errors import DataError, some
+from .identity import Split, digest
 
 
 class Item(NamedTuple):
@@ -35,16 +38,26 @@ class DataSets:
     train: "ItemDataset"
     validation: "dict[str, ItemDataset]"  #: the first selects the best checkpoint
     test: "dict[str, ItemDataset]"  #: the first is explained and measured on
-    skipped: tuple[str, ...] = ()  #: files left out on request, each with its reason
+    skipped: tuple[str, ...] = ()  #: files left out, each with its reason; those that are no pictures by their kinds
     groups: tuple[str, ...] = ()  #: names of the background groups that ``Item.group`` counts
 
-    def identity(self) -> dict:
-        """Split -> number of images and SHA-256 of their labels; for JSON."""
-        splits = {"train": self.train, **self.validation, **self.test}
-        return {
-            name: [len(split), hashlib.sha256(split.labels.numpy().tobytes()).hexdigest()]
-            for name, split in splits.items()
-        }
+    def splits(self) -> "dict[str, ItemDataset]":
+        """Every split by name: "train", "validation/NAME", "test/NAME"."""
+        named = {"validation": self.validation, "test": self.test}
+        return {"train": self.train} | {f"{kind}/{name}": s for kind, sets in named.items() for name, s in sets.items()}
+
+    def identity(self) -> dict[str, Split]:
+        """What the set consists of, to be stored (as JSON) and compared with :func:`sib_lab.data.identity.changed`.
+
+        Every split has a hash of the contents of each image file and of its annotation, with its label, by the image's
+        path under root. Sets that are made or held in memory, and splits of more than ``files.MANY`` images, have one
+        digest of names, sizes, labels and groups instead. Files that ``skip_broken`` left out are counted in.
+        """
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, Split]:
+        return {name: split.identity(self.classes) for name, split in self.splits().items()}
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,11 @@ class ItemDataset(Dataset, ABC):
         annotated = bool(self.annotated[row])
         mask = layers[3:] if annotated else torch.zeros_like(layers[3:])
         return Item(normalise(layers[:3]), int(self.labels[row]), mask, annotated, int(self.groups[row]))
+
+    def identity(self, classes: Sequence[str]) -> Split:
+        """See :meth:`DataSets.identity`; here a digest of labels and groups."""
+        rows = zip(self.labels.tolist(), self.groups.tolist(), strict=True)
+        return digest(f"{classes[label]} {group}" for label, group in rows)
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that augmentation is drawn for; seen by workers that already run, too."""
@@ -216,25 +234,71 @@ def stratified(
     Raises:
         DataError: a class with too few images, or shares outside (0,1) or that leave nothing to train on.
     """
-    if not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
-        given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
-        raise DataError(
-            f"The shares of the splits must each lie between 0 and 1 and leave images to train on: {given}."
-        )
+    _check_shares(shares)
     labels = np.asarray(labels)
     parts: dict[str, list[int]] = {"train": [], **{name: [] for name in shares}}
     for label, name in enumerate(classes):
         rows = np.random.default_rng([seed, label]).permutation(np.flatnonzero(labels == label))
         counts = [max(1, round(share * len(rows))) for share in shares.values()]
         if len(rows) and len(rows) <= sum(counts):
-            raise DataError(
-                f"The class {name} has {len(rows)} images to share out among train, {' and '.join(shares)}: "
-                f"at least {len(shares) + 1} are needed, or smaller shares."
-            )
+            raise _too_few(name, len(rows), shares)
         *held, rest = np.split(rows, np.cumsum(counts))
         for part, chosen in zip([*shares, "train"], [*held, rest], strict=True):
             parts[part].extend(chosen.tolist())
     return {part: sorted(rows) for part, rows in parts.items()}
+
+
+def drawn(
+    names: Sequence[str], labels: Sequence[int], classes: Sequence[str], shares: dict[str, float], seed: int
+) -> dict[str, list[int]]:
+    """As :func:`stratified`, but the part of an image follows from its name and the seed, so that every image stays
+    where it is when others come or go, and the shares hold on average.
+
+    Only where a class would have no image in a part, its images nearest to that part go there, as long as there are
+    enough.
+
+    Raises:
+        DataError: a class with fewer images than parts, or shares outside (0,1) or that leave nothing to train on.
+    """
+    _check_shares(shares)
+    labels = np.asarray(labels)
+    ends = np.cumsum(list(shares.values()))
+    parts: dict[str, list[int]] = {name: [] for name in (*shares, "train")}
+    for label, name in enumerate(classes):
+        rows = np.flatnonzero(labels == label)
+        if 0 < len(rows) <= len(shares):
+            raise _too_few(name, len(rows), shares)
+        lots = np.array([_lot(names[row], seed) for row in rows])
+        chosen = np.searchsorted(ends, lots, side="right")
+        for place in range(len(parts) if len(rows) else 0):
+            if place not in chosen:
+                spare = np.flatnonzero(np.bincount(chosen, minlength=len(parts))[chosen] > 1)
+                middle = (([0, *ends][place]) + [*ends, 1][place]) / 2
+                chosen[spare[np.abs(lots[spare] - middle).argmin()]] = place
+        for place, part in enumerate(parts):
+            parts[part].extend(rows[chosen == place].tolist())
+    return {part: sorted(rows) for part, rows in parts.items()}
+
+
+def _lot(name: str, seed: int) -> float:
+    """A number in [0,1) that follows from a name, however the system composes its accents, and the seed."""
+    text = unicodedata.normalize("NFC", f"{seed}/{name}").encode(errors="surrogateescape")
+    return int.from_bytes(blake2b(text, digest_size=6).digest(), "big") / 2**48
+
+
+def _check_shares(shares: dict[str, float]) -> None:
+    if not all(0 < share < 1 for share in shares.values()) or sum(shares.values()) >= 1:
+        given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise DataError(
+            f"The shares of the splits must each lie between 0 and 1 and leave images to train on: {given}."
+        )
+
+
+def _too_few(name: str, count: int, shares: dict[str, float]) -> DataError:
+    return DataError(
+        f"The class {name} has {count} image{'' if count == 1 else 's'} to share out among train, "
+        f"{' and '.join(shares)}: at least {len(shares) + 1} are needed, or smaller shares."
+    )
 
 
 def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:

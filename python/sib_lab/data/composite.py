@@ -27,18 +27,10 @@ from torch import Tensor
 
 from .base import Common, DataSets, ItemDataset, Transform, check_classes, gentle_transforms, limited, visible
 from .errors import DataError, some
-from .files import (
-    SUFFIXES,
-    Sample,
-    ZipEntry,
-    image_files,
-    is_hidden,
-    read_image,
-    read_layers,
-    read_mask,
-    read_size,
-    usable,
-)
+from .files import Sample, image_files, is_hidden, read_layers, usable
+from .identity import digest
+from .images import SUFFIXES, File, ZipEntry, read_image, read_size
+from .masks import read_mask
 
 EDGE_BLUR = 0.7  #: standard deviation of the blur of a pasted object's edge, px of its photograph
 CROP = (0.6, 1.0)  #: side of a background's crop, as a share of its region's shorter side
@@ -466,6 +458,13 @@ def draw_groups(
     return groups
 
 
+def _name(file: File) -> str:
+    """A file's name in its folders and its size, wherever the set lies."""
+    if isinstance(file, ZipEntry):
+        return f"{file.name} {file.size}"
+    return f"{'/'.join(Path(file).parts[-3:])} {Path(file).stat().st_size}"
+
+
 class Composites(ItemDataset):
     """Composites made when they are asked for; row i follows from the seed, the part and i alone."""
 
@@ -491,6 +490,12 @@ class Composites(ItemDataset):
         self.key = (common.seed, 6, PARTS.index(part))
         self.keep = len(labels) * 4 * common.size**2 <= CACHE
         self.kept: dict[int, Tensor] = {}
+
+    def identity(self, classes: Sequence[str]) -> str:
+        rows = zip(self.photographs, self.groups.tolist(), strict=True)
+        objects = (f"{_name(p.image)} {_name(p.mask)} {classes[p.label]} {group}" for p, group in rows)
+        regions = (f"{_name(r.picture)} {r.start} {r.stop}" for among in self.regions for r in among)
+        return digest([*objects, *regions, f"{self.scale} {self.key}"])
 
     def layers(self, row: int) -> Tensor:
         if row not in self.kept:

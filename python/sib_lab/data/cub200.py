@@ -5,6 +5,7 @@ from pathlib import Path
 from .base import Common, DataSets
 from .errors import DataError
 from .files import Box, Sample, file_sets, read_lines
+from .masks import read_grey_mask
 
 FOLDER = "CUB_200_2011"
 MASKS = ("auto", "segmentations", "boxes")
@@ -47,7 +48,7 @@ def open_set(root: Path, common: Common, *, masks: str = "auto", validation_shar
         part = "train" if training[key] == "1" else "test"
         parts[part].append(Sample(base / "images" / path, number[labels[key]], mask, box))
     classes = [name.partition(".")[2].replace("_", " ") or name for name in names.values()]
-    return file_sets("cub200", classes, parts, common, {"validation": validation_share})
+    return file_sets("cub200", classes, parts, common, {"validation": validation_share}, base, read_grey_mask)
 
 
 def _boxes(base: Path) -> Path:

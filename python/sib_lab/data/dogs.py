@@ -31,7 +31,7 @@ def open_set(root: Path, common: Common, *, validation_share: float = 0.1) -> Da
         ]
         for part, entries in listed.items()
     }
-    return file_sets("dogs", classes, parts, common, {"validation": validation_share})
+    return file_sets("dogs", classes, parts, common, {"validation": validation_share}, root)
 
 
 def _list(path: Path) -> list[tuple[str, str, int]]:

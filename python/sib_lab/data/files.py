@@ -1,18 +1,16 @@
-"""Images in files, with masks or boxes beside them: reading, checking and splitting."""
+"""Images in files, with masks or boxes beside them: annotations, checking and splitting."""
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
-from zipfile import ZipFile
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sib_ext.functional import boxes_to_mask
@@ -23,55 +21,35 @@ from .base import (
     ItemDataset,
     Transform,
     check_classes,
+    drawn,
     limited,
     photo_transforms,
     stratified,
     visible,
 )
 from .errors import DataError
+from .identity import Split, digest, file_digest
+from .images import SUFFIXES, File, read_orientation, read_size, read_smaller, turned
+from .masks import read_mask
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
 Box = tuple[float, float, float, float]  #: x1, y1, x2, y2 in pixels, x2 and y2 excluded
 THREADS = 4  #: that check files
-
-
-@dataclass(frozen=True)
-class ZipEntry:
-    """A file in a .zip, read where a Path would be."""
-
-    archive: Path
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.archive}/{self.name}"
-
-    def open(self) -> BytesIO:
-        try:
-            return BytesIO(_archive(self.archive, os.getpid()).read(self.name))
-        except KeyError as error:
-            raise FileNotFoundError(str(self)) from error
-
-
-@lru_cache(maxsize=8)
-def _archive(path: Path, process: int) -> ZipFile:
-    """One handle a process: forked workers must not share a file position."""
-    return ZipFile(path)
-
-
-#: Where an image is read from; a plain string where there are a million of them.
-File = Path | str | ZipEntry
+MANY = 50_000  #: images; splits of more are identified by names and sizes
+MARGIN = 0.02  #: of a side, or 2 px: as far a box may reach out of its image
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image file with its label and at most one kind of annotation."""
+    """One image file with its label and at most one kind of annotation, of which a mask comes first."""
 
     image: File
     label: int
     mask: File | None = None
     boxes: tuple[Box, ...] = ()  #: their union is the object
     xml: Path | str | None = None  #: an annotation with the boxes, read when they are wanted
-    upright: bool = False  #: whether the image is turned as its EXIF orientation says; masks and boxes never are
+    upright: bool = False  #: whether the image is turned as its EXIF orientation says; boxes never are
+    group: int = -1  #: kind of background; -1 where nobody said
+    shares: bool = False  #: whether boxes are shares of the image's width and height
 
     @property
     def annotated(self) -> bool:
@@ -79,6 +57,8 @@ class Sample:
 
     def all_boxes(self, width: int, height: int) -> tuple[Box, ...]:
         """The boxes in pixels of the image, which has this size."""
+        if self.shares:
+            return tuple((x1 * width, y1 * height, x2 * width, y2 * height) for x1, y1, x2, y2 in self.boxes)
         if self.xml is None:
             return self.boxes
         boxes, size = read_xml_boxes(self.xml)
@@ -87,80 +67,6 @@ class Sample:
 
 
 # ----------------------------------------------------------------------------------------------- reading
-
-
-def read_image(path: File, upright: bool = False) -> np.ndarray:
-    """RGB [H,W,3] uint8; greyscale and palette images are converted.
-
-    ``upright`` turns photographs as their EXIF orientation says, as every viewer does. The published sets are read
-    as they are stored, which is what their annotations refer to.
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        loaded = _loaded(image, path)
-        return np.asarray((ImageOps.exif_transpose(loaded) if upright else loaded).convert("RGB"))
-
-
-def read_mask(path: File) -> np.ndarray:
-    """Mask [H,W] uint8, 255 on the object: a greyscale image's value, or 0 and not 0 for 1-bit images, palettes of
-    colours and values of at most 1.
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        _loaded(image, path)
-        indices = image.mode == "P" and not _is_grey(image)
-        values = np.asarray(image if indices else image.convert("L"))
-        indices |= values.max(initial=0) <= 1
-    return np.where(values > 0, 255, 0).astype(np.uint8) if indices else values
-
-
-def _is_grey(image: Image.Image) -> bool:
-    """Whether every colour of a palette is grey, so that the palette only packs a greyscale image."""
-    palette = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
-    return bool((palette == palette[:, :1]).all())
-
-
-def read_trimap(path: File) -> np.ndarray:
-    """Oxford-IIIT Pet's trimap -> mask [H,W] uint8: 255 on the animal (1) and on its unclassified outline (3), 0 on the
-    background (2).
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        return np.where(np.asarray(_loaded(image, path)) == 2, 0, 255).astype(np.uint8)
-
-
-def _opened(path: File) -> Image.Image:
-    try:
-        return Image.open(path.open() if isinstance(path, ZipEntry) else path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing.") from error
-    except Exception as error:  # PIL's decoders fail in many ways on damaged files
-        raise DataError(f"{path} cannot be read as an image.") from error
-
-
-def _loaded(image: Image.Image, path: File) -> Image.Image:
-    try:
-        image.load()
-    except Exception as error:
-        raise DataError(f"{path} is damaged: it cannot be read to its end.") from error
-    return image
-
-
-def read_size(path: File, upright: bool = False) -> tuple[int, int]:
-    """Width and height from the file's header; ``upright`` as in :func:`read_image`.
-
-    Raises:
-        DataError: the file is missing or cannot be read as an image.
-    """
-    with _opened(path) as image:
-        turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return image.size[::-1] if turned else image.size
 
 
 def read_xml_boxes(path: Path | str) -> tuple[tuple[Box, ...], tuple[float, float] | None]:
@@ -206,14 +112,15 @@ def clip(box: Box, width: int, height: int) -> Box:
     inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
     if not (inside[0] < inside[2] and inside[1] < inside[3]):
         sides = ", ".join(f"{side:g}" for side in box)
-        raise DataError(f"the box ({sides}) has no area inside the image of {width} x {height} px.")
+        hint = "" if x1 < x2 and y1 < y2 else ": x2 must be greater than x1, and y2 than y1"
+        raise DataError(f"the box ({sides}) has no area inside the image of {width} x {height} px{hint}.")
     return inside
 
 
 # ---------------------------------------------------------------------------------------------- checking
 
 #: How far every file is read when a set is opened.
-CHECKS = ("none", "header", "full")
+CHECKS = ("none", "header", "mask", "full")
 
 
 def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> str | None:
@@ -225,11 +132,20 @@ def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> st
         else:
             size = read_size(sample.image, sample.upright)
             if sample.mask is not None:
-                _check_size(sample, size, read_size(sample.mask))
+                mask_size = read_size(sample.mask)
+                _check_size(sample, size, mask_size[::-1] if _turns(sample, size, mask_size) else mask_size)
+                if check == "mask":
+                    mask_reader(sample.mask)
             _check_boxes(sample, sample.all_boxes(*size), *size)
     except DataError as error:
         return str(error).removesuffix(".")
     return None
+
+
+def _turns(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> bool:
+    """Whether a mask of this size (as stored) has to be turned with its image of this size (upright): it fits the image
+    as that is stored, and only so."""
+    return sample.upright and size == mask_size[::-1] != mask_size and read_orientation(sample.image) >= 5
 
 
 def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
@@ -244,8 +160,20 @@ def _check_boxes(sample: Sample, boxes: Sequence[Box], width: int, height: int) 
     try:
         for box in boxes:
             clip(box, width, height)
+            if sample.boxes:  # copies of ImageNet may have been cropped since
+                _check_inside(box, width, height)
     except DataError as error:
         raise DataError(f"{sample.image}: {error}") from error
+
+
+def _check_inside(box: Box, width: int, height: int) -> None:
+    x, y = max(2, MARGIN * width), max(2, MARGIN * height)
+    if box[0] < -x or box[1] < -y or box[2] > width + x or box[3] > height + y:
+        sides = ", ".join(f"{side:g}" for side in box)
+        raise DataError(
+            f"the box ({sides}) reaches out of the image of {width} x {height} px: give x1, y1, x2, y2 in pixels of "
+            "this very image."
+        )
 
 
 def usable(
@@ -255,21 +183,32 @@ def usable(
     skip_broken: bool,
     skipped: list[str],
     mask_reader: Callable = read_mask,
+    masks_read: int = 0,
 ) -> list[Sample]:
-    """The samples without a problem; the others are added to ``skipped``, each with its reason.
+    """The samples without a problem; the others are added to ``skipped``, each with its reason. Of ``masks_read``
+    samples, spread over all, the masks are read in full where headers are checked.
 
     Raises:
         DataError: there are others and ``skip_broken`` is False.
     """
     if check == "none":
         return samples
+    checks = [check] * len(samples)
+    if check == "header":
+        for row in spread(len(samples), masks_read):
+            checks[row] = "mask"
     with ThreadPoolExecutor(THREADS) as pool:
-        problems = list(pool.map(lambda sample: problem(sample, check, mask_reader), samples))
+        problems = list(pool.map(lambda sample, check: problem(sample, check, mask_reader), samples, checks))
     found = [text for text in problems if text]
     if found and not skip_broken:
         raise broken(name, len(found), f"{len(samples)} images cannot be used", found[0])
     skipped.extend(found)
     return [sample for sample, text in zip(samples, problems, strict=True) if text is None]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most ``most`` rows of ``count``, evenly spread."""
+    return sorted({row * count // most for row in range(most)}) if count > most else list(range(count))
 
 
 def broken(name: str, count: int, what: str, first: str) -> DataError:
@@ -289,21 +228,49 @@ def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
     Raises:
         DataError: a file is missing or broken, or the mask has another size than its image.
     """
-    image = read_image(sample.image, sample.upright)
+    image, times = read_smaller(sample.image, sample.upright)
     height, width, _ = image.shape
     if sample.mask is not None:
         mask = mask_reader(sample.mask)
+        if _turns(sample, (width, height), mask.shape[::-1]):
+            mask = np.asarray(turned(Image.fromarray(mask), read_orientation(sample.image)))
         _check_size(sample, (width, height), mask.shape[::-1])
-    elif boxes := sample.all_boxes(width, height):
-        _check_boxes(sample, boxes, width, height)
-        mask = rasterise(boxes, width, height)
+    elif sample.annotated:
+        size = (width, height) if times == 1 else read_size(sample.image, sample.upright)
+        boxes = sample.all_boxes(*size)
+        _check_boxes(sample, boxes, *size)
+        mask = rasterise([tuple(side / times for side in box) for box in boxes], width, height)
     else:
         mask = np.zeros((height, width), dtype=np.uint8)
     return torch.from_numpy(np.concatenate([image.transpose(2, 0, 1), mask[None]]))
 
 
+def name_of(image: Path | str, root: Path) -> str:
+    """The path of an image under root, the same on every system."""
+    return Path(os.path.relpath(image, root)).as_posix()
+
+
+def _bytes(file: Path | str) -> int:
+    return os.path.getsize(file) if os.path.exists(file) else -1
+
+
+def _entry(sample: Sample, classes: Sequence[str]) -> str:
+    """What the identity holds of a sample: hashes of its image and of its annotation, and its label."""
+    if sample.mask is not None or sample.xml is not None:
+        annotation = file_digest(sample.mask if sample.mask is not None else sample.xml)
+    else:
+        annotation = digest(map(repr, sample.boxes)) if sample.boxes else "-"
+    of_group = "" if sample.group < 0 else f", group {sample.group}"
+    return f"{file_digest(sample.image)} {annotation} {classes[sample.label]}{of_group}"
+
+
 class ImageFiles(ItemDataset):
-    """Images read from their files when they are asked for."""
+    """Images read from their files when they are asked for.
+
+    Args:
+        listed: the samples with those that were left out as broken, for the identity.
+        root: what names of files are relative to.
+    """
 
     def __init__(
         self,
@@ -311,10 +278,22 @@ class ImageFiles(ItemDataset):
         transform: Transform,
         annotated: Sequence[bool] | Tensor,
         mask_reader: Callable = read_mask,
+        listed: Sequence[Sample] = (),
+        root: Path = Path(),
     ):
-        super().__init__([sample.label for sample in samples], transform, annotated)
+        labels, groups = [sample.label for sample in samples], [sample.group for sample in samples]
+        super().__init__(labels, transform, annotated, groups)
         self.samples = samples
         self.mask_reader = mask_reader
+        self.listed = listed
+        self.root = root
+
+    def identity(self, classes: Sequence[str]) -> Split:
+        if len(self.listed) > MANY:
+            return digest(f"{name_of(s.image, self.root)} {_bytes(s.image)} {classes[s.label]}" for s in self.listed)
+        with ThreadPoolExecutor(THREADS) as pool:
+            entries = list(pool.map(partial(_entry, classes=classes), self.listed))
+        return {name_of(s.image, self.root): entry for s, entry in zip(self.listed, entries, strict=True)}
 
     def layers(self, row: int) -> Tensor:
         return read_layers(self.samples[row], self.mask_reader)
@@ -326,19 +305,28 @@ def file_sets(
     parts: dict[str, list[Sample]],
     common: Common,
     shares: dict[str, float],
+    root: Path,
     mask_reader: Callable = read_mask,
     check: str = "header",
     full: bool = True,
     skipped: Sequence[str] = (),
+    by_name: bool = False,
+    masks_read: int = 0,
+    groups: Sequence[str] = (),
 ) -> DataSets:
     """DataSets of image files.
 
     Args:
         parts: samples of ``train`` and of any of ``validation`` and ``test``.
         shares: what is taken from every class of ``train`` for a part that is not there.
+        root: the folder that the files' names are relative to.
         check: how far files are read now, of :data:`CHECKS`.
         full: whether ``skip_broken`` reads every file to its end.
         skipped: what the caller has left out already.
+        by_name: draw the parts that are not there by :func:`base.drawn` rather than by :func:`base.stratified`, for
+            folders whose files come and go.
+        masks_read: so many masks, spread over all, are read now.
+        groups: the names of the samples' groups.
 
     Raises:
         DataError: broken files (without ``skip_broken``), a class without training images, or an empty part.
@@ -346,15 +334,21 @@ def file_sets(
     parts, skipped = dict(parts), list(skipped)
     if missing := {part: share for part, share in shares.items() if part not in parts}:
         train = parts["train"]
-        rows = stratified([sample.label for sample in train], classes, missing, common.seed)
+        labels = [sample.label for sample in train]
+        if by_name:
+            names = [name_of(sample.image, root) for sample in train]
+            rows = drawn(names, labels, classes, missing, common.seed)
+        else:
+            rows = stratified(labels, classes, missing, common.seed)
         parts |= {part: [train[row] for row in chosen] for part, chosen in rows.items()}
     if common.skip_broken and full:
         check = "full"
     for part, samples in parts.items():
-        rows = limited([sample.label for sample in samples], common.limit, common.seed)
-        parts[part] = [samples[row] for row in rows]
+        kinds = [sample.label * (len(groups) + 1) + sample.group for sample in samples]
+        parts[part] = [samples[row] for row in limited(kinds, common.limit, common.seed)]
+    listed = dict(parts)
     everything = [sample for samples in parts.values() for sample in samples]
-    good = usable(name, everything, check, common.skip_broken, skipped, mask_reader)
+    good = usable(name, everything, check, common.skip_broken, skipped, mask_reader, masks_read)
     if len(good) < len(everything):
         kept = set(good)
         parts = {part: [sample for sample in samples if sample in kept] for part, samples in parts.items()}
@@ -365,14 +359,19 @@ def file_sets(
     for_training, fixed = photo_transforms(common)
     known = {part: [sample.annotated for sample in samples] for part, samples in parts.items()}
     seen = visible(known["train"], common.annotated, common.seed)
+
+    def files(part: str, transform: Transform, annotated: Sequence[bool] | Tensor) -> ImageFiles:
+        return ImageFiles(parts[part], transform, annotated, mask_reader, listed[part], root)
+
     return DataSets(
         name,
         tuple(classes),
         common.size,
-        ImageFiles(parts["train"], for_training, seen, mask_reader),
-        {"validation": ImageFiles(parts["validation"], fixed, known["validation"], mask_reader)},
-        {"test": ImageFiles(parts["test"], fixed, known["test"], mask_reader)},
+        files("train", for_training, seen),
+        {"validation": files("validation", fixed, known["validation"])},
+        {"test": files("test", fixed, known["test"])},
         tuple(skipped),
+        tuple(groups),
     )
 
 

@@ -1,16 +1,27 @@
-"""A user's own images: class folders, whole or split, with masks in a parallel folder or boxes in a CSV."""
+"""A user's own images: class folders, whole or split, with masks in parallel folders or boxes in a CSV."""
 
 import csv
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError, some
 from .files import Box, Sample, broken, file_sets, image_files, is_hidden
+from .images import CURES, SUFFIXES
+from .masks import mask_values as parsed_values
+from .masks import read_mask
 
-#: The names that the folder of a split may have.
+#: The names that the folder of a split may have, in any case.
 PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validation"), "test": ("test", "testing")}
-MASKS = "masks"
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
+IMAGES = ("images",)
+MASKS = ("masks", "segmentations")  #: folders of masks, wherever they lie
 BOXES = "boxes.csv"
+MASKS_READ = 100  #: masks that are read in full when the set is opened
 
 
 def open_set(
@@ -19,35 +30,38 @@ def open_set(
     *,
     masks: Path | None = None,
     boxes: Path | None = None,
+    mask_values: str | None = None,
+    invert_masks: bool = False,
     validation_share: float = 0.15,
     test_share: float = 0.2,
 ) -> DataSets:
     """A plain folder as DataSets; see :func:`sib_lab.data.open_data`.
 
     Classes are the folders in ``root`` (or in ``root/images`` where that is there), or those in its ``train``, ``val``
-    and ``test``; a split that is missing is taken from the training images of every class.
+    and ``test``; a split that is missing is drawn from the training images of every class, each by its path.
 
-    Photographs are turned as their EXIF orientation says, as viewers and annotation tools show them.
+    Photographs are turned as their EXIF orientation says, as viewers and annotation tools show them; so is a mask that
+    fits only the photograph as it is stored.
 
     Args:
-        masks: a folder with the paths of the images in it, whatever their suffix; default ``root/masks`` where it is
-            there. An image without a mask is not annotated.
-        boxes: a CSV with the columns file (path of the image under ``root``), x1, y1, x2, y2 in pixels; several rows
-            for one file are one object; default ``root/boxes.csv`` where it is there.
+        masks: a folder with the paths of the images in it, whatever their suffix; default: every folder ``masks`` or
+            ``segmentations``, in ``root`` or with the paths below it in the folder of a split or class. An image
+            without a mask takes its boxes, and without these is not annotated.
+        boxes: a CSV with the columns file (path of the image under ``root``), x1, y1, x2, y2 in pixels, or all in 0..1
+            as shares of the image's width and height; several rows for one file are one object; default every
+            ``boxes.csv`` in ``root`` or the folder of a split.
+        mask_values: what marks the object in masks where :func:`sib_lab.data.masks.read_mask` cannot be certain: values
+            or colours with commas between them, "nonzero", "grey" (opacities) or "alpha".
+        invert_masks: the masks mark the background.
         validation_share, test_share: share of every class, where the split has no folder.
 
     Raises:
         DataError: one sentence about the files.
     """
-    base = root / "images" if (root / "images").is_dir() else root
-    if masks is None and boxes is None:
-        masks = root / MASKS if (root / MASKS).is_dir() else None
-        boxes = root / BOXES if masks is None and (root / BOXES).is_file() else None
-    if masks is not None and boxes is not None:
-        raise DataError("Give masks or boxes, not both: one annotation an image.")
-    masks_folder = None if masks is None else Path(masks)
-    folders = _part_folders(base)
-    own = {masks_folder.resolve()} if masks_folder else set()
+    base = next(iter(_inner(root, IMAGES)), root)
+    mask_folders = _mask_folders(root, base) if masks is None else {Path(masks): base}
+    own = {folder.resolve() for folder in (*mask_folders, *_mask_folders(root, base))}
+    folders = _part_folders(base, own)
     classes = sorted({f.name for folder in folders.values() for f in _class_folders(folder, own)})
     if len(classes) < 2:
         raise DataError(
@@ -55,69 +69,235 @@ def open_set(
             "train, val and test with such folders in each."
         )
     files = {
-        part: [(path, label) for label, c in enumerate(classes) for path in _class_images(folder / c)]
+        part: [(path, label) for label, c in enumerate(classes) for path in _images(folder / c, own)]
         for part, folder in folders.items()
     }
     everything = [path for listed in files.values() for path, _ in listed]
-    skipped: list[str] = []
-    mask_of = _masks(masks_folder, base, everything, common.skip_broken, skipped) if masks_folder else {}
-    boxes_of = _boxes(Path(boxes), (base, root), everything, common.skip_broken, skipped) if boxes else {}
-    parts = {
-        part: [Sample(path, label, mask_of.get(path), boxes_of.get(path, ()), upright=True) for path, label in listed]
-        for part, listed in files.items()
-    }
+    skipped = _left_out(folders.values(), own, set(everything), common.skip_broken)
+    mask_of = _masks(mask_folders, everything, common.skip_broken, skipped)
+    tables = _tables(root, base, folders.values()) if boxes is None else {Path(boxes): (base, root)}
+    boxes_of = _boxes(tables, everything, common.skip_broken, skipped)
+
+    def sample(path: Path, label: int) -> Sample:
+        if path in mask_of:
+            return Sample(path, label, mask_of[path], upright=True)
+        return replace(boxes_of.get(path, Sample(path, label)), label=label, upright=True)
+
+    parts = {part: [sample(path, label) for path, label in listed] for part, listed in files.items()}
     return file_sets(
-        "folder", classes, parts, common, {"validation": validation_share, "test": test_share}, skipped=skipped
+        "folder",
+        classes,
+        parts,
+        common,
+        {"validation": validation_share, "test": test_share},
+        base,
+        partial(read_mask, values=None if mask_values is None else parsed_values(mask_values), invert=invert_masks),
+        skipped=skipped,
+        by_name=True,
+        masks_read=MASKS_READ,
     )
 
 
-def _part_folders(base: Path) -> dict[str, Path]:
-    """The folder of each split; without a training folder, ``base`` is that of training and the splits are drawn."""
-    found = {part: base / name for part, names in PARTS.items() for name in names if (base / name).is_dir()}
-    if "train" in found:
-        return found
-    if found:
+# ----------------------------------------------------------------------------------------------- folders
+
+
+def _inner(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The folders in a folder that have one of these names, in any case."""
+    return [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name.casefold() in names]
+
+
+def _mask_folders(root: Path, base: Path) -> dict[Path, Path]:
+    """The folders of masks, outermost only, each with the folder whose paths it mirrors."""
+    found: dict[Path, Path] = {}
+    for top, inner, _ in os.walk(root):
+        named = [name for name in sorted(inner) if name.casefold() in MASKS]
+        found |= {Path(top, name): base if Path(top) == root else Path(top) for name in named}
+        inner[:] = [name for name in sorted(inner) if name not in named and not is_hidden(name)]
+    return found
+
+
+def _part_folders(base: Path, own: set[Path]) -> dict[str, Path]:
+    """The folder of each split; without a training folder, ``base`` is that of training and the splits are drawn.
+
+    Raises:
+        DataError: two folders for one split, splits without one for training, or class folders beside them.
+    """
+    folders = [f for f in sorted(base.iterdir()) if f.is_dir() and not is_hidden(f.name) and f.resolve() not in own]
+    named = [f for f in folders if f.name.casefold() in PART_OF]
+    loose = [f for f in folders if f not in named and image_files(f)]
+    if not named or (loose and len(named) == 1 and not any(f.is_dir() for f in named[0].iterdir())):
+        return {"train": base}  # one folder of pictures among others is a class, whatever its name
+    found: dict[str, Path] = {}
+    for folder in named:
+        part = PART_OF[folder.name.casefold()]
+        if part in found:
+            raise DataError(
+                f"{base} has {found[part].name} and {folder.name}, two folders for one split: put their images in one."
+            )
+        found[part] = folder
+    if "train" not in found:
         raise DataError(f"{base} has {some([f.name for f in found.values()])} but no train: add it, or remove them.")
-    return {"train": base}
+    if loose:
+        raise DataError(
+            f"{base} has {some([f.name for f in loose])} beside {some([f.name for f in named])}, in no split: move the "
+            "images into the folders of the splits, or elsewhere; a folder of masks is named with the option masks."
+        )
+    return found
 
 
 def _class_folders(folder: Path, own: set[Path]) -> list[Path]:
     """The folders of classes, each with an image in it."""
     found = [f for f in sorted(folder.iterdir()) if f.is_dir() and not is_hidden(f.name) and f.resolve() not in own]
-    for empty in (f for f in found if not image_files(f)):
-        raise DataError(f"The class folder {empty} holds no images: add some, or remove it.")
+    for empty in (f for f in found if not _images(f, own)):
+        others = _kinds(path for path in _files(empty, own) if path.suffix.lower() in CURES)
+        what = f"holds no images that can be read here ({others})" if others else "holds no images"
+        raise DataError(f"The class folder {empty} {what}: add some, or remove it.")
     return found
 
 
-def _class_images(folder: Path) -> list[Path]:
-    return image_files(folder) if folder.is_dir() else []
+def _files(folder: Path, own: set[Path]) -> list[Path]:
+    """All files under a folder but masks and hidden ones, in order."""
+    found = []
+    for top, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not is_hidden(name) and Path(top, name).resolve() not in own]
+        found += [Path(top, name) for name in names if not is_hidden(name)]
+    return sorted(found)
 
 
-def _masks(folder: Path, base: Path, images: list[Path], skip_broken: bool, skipped: list[str]) -> dict[Path, Path]:
-    """The mask of each image that has one.
+def _images(folder: Path, own: set[Path]) -> list[Path]:
+    """The images of a class, none where it has no folder."""
+    return [path for path in _files(folder, own) if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+
+
+def _left_out(folders: Iterable[Path], own: set[Path], images: set[Path], skip_broken: bool) -> list[str]:
+    """What lies in the folders and is no image of the set, one sentence a kind.
 
     Raises:
-        DataError: no folder, or masks that belong to no image (without ``skip_broken``).
+        DataError: pictures that cannot be read here (without ``skip_broken``).
     """
-    if not folder.is_dir():
-        raise DataError(f"masks is not a folder: {folder}.")
-    by_stem = {path.relative_to(base).with_suffix(""): path for path in images}
-    masks = {path.relative_to(folder).with_suffix(""): path for path in image_files(folder)}
-    strays = [path for stem, path in masks.items() if stem not in by_stem]
-    _report_strays([f"{path} belongs to no image" for path in strays], len(masks), "masks", skip_broken, skipped)
-    if not masks.keys() & by_stem.keys():
-        raise DataError(f"{folder} has no mask with the path of an image under {base}: mirror its folders and names.")
-    return {by_stem[stem]: path for stem, path in masks.items() if stem in by_stem}
+    others = [path for folder in folders for path in _files(folder, own) if path not in images and path.name != BOXES]
+    unread = [path for path in others if path.suffix.lower() in CURES]
+    if unread and not skip_broken:
+        raise broken("folder", len(unread), f"{len(unread) + len(images)} pictures cannot be read here", _kinds(unread))
+    loose = [path for path in others if path.suffix.lower() in SUFFIXES]
+    rest = [path for path in others if path not in set(unread) | set(loose)]
+    found = ((unread, "cannot be read here"), (loose, "lie in no class folder"), (rest, "are no pictures"))
+    return [f"{_kinds(paths)} {why} (the first: {paths[0]})" for paths, why in found if paths]
+
+
+def _kinds(paths: Iterable[Path]) -> str:
+    """Files counted by suffix, with what to do: "12 .heic: pip install pillow-heif"."""
+    counts = Counter(path.suffix.lower() or "without suffix" for path in paths)
+    return ", ".join(f"{n} {kind}" + (f": {CURES[kind]}" if kind in CURES else "") for kind, n in counts.most_common())
+
+
+# ------------------------------------------------------------------------------------------- annotations
+
+
+def _masks(folders: dict[Path, Path], images: list[Path], skip_broken: bool, skipped: list[str]) -> dict[Path, Path]:
+    """The mask of each image that has one: of its path whatever the suffix, and case where that leaves one.
+
+    Raises:
+        DataError: no folder, or masks that belong to no image or to one that has another (without ``skip_broken``).
+    """
+    found, strays, count = {}, [], 0
+    for folder, base in folders.items():
+        if not folder.is_dir():
+            raise DataError(f"masks is not a folder: {folder}.")
+        of_key = defaultdict(list)
+        for image in images:
+            if image.is_relative_to(base):
+                for key in _keys(image, base):
+                    of_key[key].append(image)
+        masks = image_files(folder)
+        matched = 0
+        for mask in masks:
+            exact, folded = (of_key.get(key, []) for key in _keys(mask, folder))
+            belonging = exact or (folded if len(folded) == 1 else [])
+            matched += bool(belonging)
+            if not belonging:
+                strays.append(f"{mask} belongs to no image")
+            elif belonging[0] in found:
+                strays.append(f"{mask} is the second mask of {belonging[0]}")
+            found |= {image: mask for image in belonging if image not in found}
+        count += len(masks)
+        if not matched and (skip_broken or not masks):
+            raise DataError(
+                f"{folder} has no mask with the path of an image under {base}: mirror its folders and names."
+            )
+    _report_strays(strays, count, "masks", skip_broken, skipped)
+    return found
+
+
+def _keys(path: Path, base: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What an image and its mask have in common: the path without suffix, and the same in lower case with a split by
+    its first name."""
+    exact = path.relative_to(base).with_suffix("").parts
+    folded = tuple(part.casefold() for part in exact)
+    # It starts with "", so that it never equals an exact one.
+    return exact, ("", PART_OF.get(folded[0], folded[0]) if len(folded) > 1 else folded[0], *folded[1:])
+
+
+def _tables(root: Path, base: Path, folders: Iterable[Path]) -> dict[Path, tuple[Path, ...]]:
+    """The CSVs of boxes that are there, each with the folders that its paths may start from."""
+    places = dict.fromkeys((root, base, *folders))
+    return {
+        path: tuple(dict.fromkeys((place, base, root)))
+        for place in places
+        for path in place.iterdir()
+        if path.name.casefold() == BOXES
+    }
 
 
 def _boxes(
-    path: Path, bases: tuple[Path, ...], images: list[Path], skip_broken: bool, skipped: list[str]
-) -> dict[Path, tuple[Box, ...]]:
-    """The boxes of each image that has some.
+    tables: dict[Path, tuple[Path, ...]], images: list[Path], skip_broken: bool, skipped: list[str]
+) -> dict[Path, Sample]:
+    """Each image that has boxes, as a sample with them and without its label.
 
     Raises:
-        DataError: no such file, other columns, a row without four numbers, or rows for images that are not there
-            (the last two without ``skip_broken``).
+        DataError: no such file, other columns, a row without four numbers or in other units than the rest, or rows for
+            images that are not there (the last three without ``skip_broken``).
+    """
+    found: dict[Path, Sample] = {}
+    known = {str(path).casefold(): path for path in images} | {str(path): path for path in images}
+    for path, bases in tables.items():
+        rows, bad, boxes = _rows(path), [], []
+        for number, row in enumerate(rows, start=2):
+            name = (row["file"] or "").replace("\\", "/")
+            places = [str(base / name) for base in bases]
+            image = next((known[key] for key in (*places, *map(str.casefold, places)) if key in known), None)
+            try:
+                box = tuple(float(row[side]) for side in SIDES)
+            except (TypeError, ValueError):
+                bad.append(f"line {number} of {path} has no four numbers")
+                continue
+            if image is None:
+                bad.append(f"line {number} of {path} names {name}, which is no image of the set")
+                continue
+            boxes.append((number, image, box))
+        shares = bool(boxes) and all(_in_unit(box) for _, _, box in boxes)
+        for number, image, box in boxes:
+            if not shares and _in_unit(box):
+                bad.append(f"line {number} of {path} has a box in 0..1 where others are in pixels")
+                continue
+            before = found.get(image, Sample(image, 0, shares=shares))
+            found[image] = replace(before, boxes=(*before.boxes, box))
+        _report_strays(bad, len(rows), "rows of boxes", skip_broken, skipped)
+    return found
+
+
+SIDES = ("x1", "y1", "x2", "y2")
+
+
+def _in_unit(box: Box) -> bool:
+    return all(0 <= side <= 1 for side in box)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV of boxes.
+
+    Raises:
+        DataError: no such file, or other columns.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -127,23 +307,10 @@ def _boxes(
         raise DataError(f"boxes is not a file: {path}.") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a CSV.") from error
-    columns = ("file", "x1", "y1", "x2", "y2")
+    columns = ("file", *SIDES)
     if missing := [column for column in columns if column not in present]:
         raise DataError(f"{path} has no column {some(missing)}: its first line must be {','.join(columns)}.")
-    known, found, bad = set(images), {}, []
-    for number, row in enumerate(rows, start=2):
-        image = next((base / row["file"] for base in bases if base / row["file"] in known), None)
-        try:
-            box = tuple(float(row[side]) for side in columns[1:])
-        except (TypeError, ValueError):
-            bad.append(f"line {number} of {path} has no four numbers")
-            continue
-        if image is None:
-            bad.append(f"line {number} of {path} names {row['file']}, which is no image of the set")
-            continue
-        found[image] = (*found.get(image, ()), box)
-    _report_strays(bad, len(rows), "rows of boxes", skip_broken, skipped)
-    return found
+    return rows
 
 
 def _report_strays(problems: list[str], count: int, what: str, skip_broken: bool, skipped: list[str]) -> None:

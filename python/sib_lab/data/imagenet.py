@@ -46,7 +46,9 @@ def open_set(root: Path, common: Common, *, validation_share: float = 0.01) -> D
     names = _names(root)
     classes = [names.get(wnid, wnid) for wnid in wnids]
     check = "header" if common.skip_broken else "none"
-    return file_sets("imagenet", classes, parts, common, {"validation": validation_share}, check=check, full=False)
+    return file_sets(
+        "imagenet", classes, parts, common, {"validation": validation_share}, base, check=check, full=False
+    )
 
 
 def _annotations(folder: Path) -> dict[str, str]:

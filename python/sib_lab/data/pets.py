@@ -4,7 +4,8 @@ from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError
-from .files import Sample, file_sets, read_trimap
+from .files import Sample, file_sets
+from .masks import read_trimap
 
 FOLDER = "oxford-iiit-pet"
 
@@ -43,4 +44,4 @@ def open_set(root: Path, common: Common, *, validation_share: float = 0.1) -> Da
     }
     names = {s.label: s.image.stem.rpartition("_")[0].replace("_", " ") for part in parts.values() for s in part}
     classes = [names.get(label, f"breed {label + 1}") for label in range(max(names, default=0) + 1)]
-    return file_sets("pets", classes, parts, common, {"validation": validation_share}, read_trimap)
+    return file_sets("pets", classes, parts, common, {"validation": validation_share}, root, read_trimap)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import DataError
 from ..data.base import Common, normalise, photo_transforms
-from ..data.files import read_image
+from ..data.images import read_image
 from ..explaining import measures as measure
 from ..explaining import methods as explain
 from ..reporting import pictures

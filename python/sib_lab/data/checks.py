@@ -1,0 +1,124 @@
+"""What can be seen of a data set before a training: how many images and masks, how large the objects, what is wrong."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .base import DataSets, ItemDataset
+from .errors import DataError
+from .files import ImageFiles, spread
+
+LOOKED_AT = 60  #: annotated images of each split whose objects are measured
+EMPTY = 0.002  #: share of an image that an object at least covers
+FULL = 0.98  #: share that it at most covers
+EDGE = 0.9  #: share of the outermost pixels that a background reaches at most if it is taken for the object
+MOST = 0.5  #: share of masks that must look wrong before the whole set does
+DARK = 0.03  #: mean brightness, of 1, below which an image is nearly black
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split of a set."""
+
+    images: tuple[int, ...]  #: of each class
+    annotated: float  #: share in [0,1] of the images with a mask or box
+    areas: tuple[float, ...]  #: share of the image that the object covers, of each image that was looked at
+    edges: tuple[float, ...]  #: share of the outermost pixels that it covers
+    brightness: tuple[float, ...]  #: mean of the image, in [0,1]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check` found."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, SplitReport]  #: by the names of ``DataSets.splits``
+    skipped: tuple[str, ...]  #: what was left out and why
+    problems: tuple[str, ...]  #: what cannot be right, one sentence each, the worst first
+
+    def stop(self) -> None:
+        """Does nothing where there is no problem.
+
+        Raises:
+            DataError: the first problem.
+        """
+        if self.problems:
+            raise DataError(self.problems[0])
+
+
+def check(data: DataSets, most: int = LOOKED_AT) -> Report:
+    """Counts images, and looks at ``most`` annotated images of each split, evenly spread; reads no others.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    splits = {name: _look_at(split, len(data.classes), most) for name, split in data.splits().items()}
+    return Report(data.classes, splits, data.skipped, tuple(_problems(data, splits)))
+
+
+def _look_at(split: ItemDataset, classes: int, most: int) -> SplitReport:
+    # Annotations that the training may not see are there all the same.
+    known = (
+        [sample.annotated for sample in split.samples] if isinstance(split, ImageFiles) else split.annotated.tolist()
+    )
+    rows = [row for row, annotated in enumerate(known) if annotated] or list(range(len(split)))
+    seen = [measured(split, rows[place], known[rows[place]]) for place in spread(len(rows), most)]
+    return SplitReport(
+        tuple(np.bincount(split.labels.numpy(), minlength=classes).tolist()),
+        float(np.mean(known)),
+        tuple(area for area, _, _ in seen if area is not None),
+        tuple(edge for _, edge, _ in seen if edge is not None),
+        tuple(brightness for _, _, brightness in seen),
+    )
+
+
+def measured(split: ItemDataset, row: int, annotated: bool) -> tuple[float | None, float | None, float]:
+    """Share of a whole image and of its outermost pixels that the object covers (None without one), and the image's
+    mean brightness, in [0,1]."""
+    layers = split.layers(row)
+    scale = 1.0 if layers.is_floating_point() else 255.0
+    brightness = float(layers[:3].float().mean()) / scale
+    if not annotated:
+        return None, None, brightness
+    mask = layers[3].float().numpy() / scale
+    edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    return float(mask.mean()), float(edge.mean()), brightness
+
+
+def _problems(data: DataSets, splits: dict[str, SplitReport]) -> list[str]:
+    areas, edges = (np.array([v for s in splits.values() for v in getattr(s, name)]) for name in ("areas", "edges"))
+    brightness = np.array([value for split in splits.values() for value in split.brightness])
+    found = []
+    if _mostly(areas < EMPTY):
+        found.append(
+            f"{_of(areas < EMPTY)} masks that were looked at mark nearly nothing (less than {EMPTY:.1%} of the image): "
+            "look at the masks, and say what marks the object with the option mask_values."
+        )
+    if _mostly(areas > FULL):
+        found.append(
+            f"{_of(areas > FULL)} masks that were looked at mark nearly the whole image: look at the masks, and say "
+            "what marks the object with the option mask_values, or that it is the background with invert_masks=true."
+        )
+    elif _mostly((edges > EDGE) & (areas > MOST)):
+        found.append(
+            f"{_of((edges > EDGE) & (areas > MOST))} masks that were looked at cover the edge of the image and most of "
+            "it, as masks of the background do: turn them round with the option invert_masks=true."
+        )
+    if _mostly(brightness < DARK):
+        found.append(
+            f"{_of(brightness < DARK)} images that were looked at are nearly black: 16-bit images are read by their "
+            "whole range, so scale them to it (or save them with 8 bits)."
+        )
+    train = splits["train"].images
+    if few := [name for name, count in zip(data.classes, train, strict=True) if count < 2]:
+        found.append(f"The class {few[0]} has {train[data.classes.index(few[0])]} training image: add some.")
+    return found
+
+
+def _mostly(wrong: Sequence[bool]) -> bool:
+    return len(wrong) > 0 and float(np.mean(wrong)) > MOST
+
+
+def _of(wrong: np.ndarray) -> str:
+    return f"{int(wrong.sum())} of the {len(wrong)}"
