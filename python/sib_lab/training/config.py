@@ -54,7 +54,9 @@ class TrainConfig:
 
     # network, see sib_lab.networks.build
     network: str = "small_cnn"
-    weights: str | None = None  #: file of initial weights; None: random ones
+    weights: str | None = None  #: file of initial weights, or "imagenet" for efficientnet_lite0; None: random ones
+    mean: tuple[float, ...] | None = None  #: that the network normalises with; None: its weights' own, 0.5 without any
+    std: tuple[float, ...] | None = None  #: likewise
 
     # loss, see sib_lab.training.losses
     method: str = "sib"
@@ -117,6 +119,13 @@ class TrainConfig:
             raise ValueError(f"match is an option of method gradient-penalty, got method {self.method}")
         if self.strength is not None and self.method == "ce":
             raise ValueError("strength has no meaning for method ce: leave it out")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: give both, or none")
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None:
+                if len(values) != 3 or (name == "std" and min(values) <= 0):
+                    raise ValueError(f"{name} must be three numbers{' above 0' * (name == 'std')}, got {values}")
+                object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "match", tuple(self.match))
 
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:

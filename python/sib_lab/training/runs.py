@@ -68,15 +68,17 @@ def open_config_data(config: TrainConfig, root: Path | str | None = None):
     return open_data(config.data, config.root if root is None else root, **options)
 
 
-def open_run(folder: Path | str, best: bool = True) -> Run:
+def open_run(folder: Path | str, best: bool = True, trust: bool = False) -> Run:
     """Opens a run folder, or one checkpoint file in it.
 
     Args:
         folder: the folder; or its ``best.pt`` or ``last.pt``, then ``best`` does not matter.
         best: the weights that were best on validation; False: the latest.
+        trust: whether a network that the run names as ``module:function``, code that would run here, is imported.
 
     Raises:
         RunError: no run there, nothing trained yet, a damaged file, or a network that does not fit its weights.
+        NetworkError: a network that cannot be built, or that is not trusted.
     """
     path = Path(folder)
     folder, path = (path.parent, path) if path.suffix == ".pt" else (path, path / (BEST if best else LAST))
@@ -84,7 +86,7 @@ def open_run(folder: Path | str, best: bool = True) -> Run:
     last = load_state(folder / LAST)
     state = load_state(path) if path != folder / LAST else last
     config = saved_config(record["config"], folder)
-    model = _network(config, state, path)
+    model = _network(config, state, path, trust)
     history = last["history"]
     return Run(
         folder=folder,
@@ -135,11 +137,13 @@ def saved_config(options: Mapping[str, Any], where: Path) -> TrainConfig:
         raise RunError(f"The run {where} has an option that this version refuses: {error}.") from error
 
 
-def _network(config: TrainConfig, state: Mapping[str, Any], path: Path) -> nn.Module:
+def _network(config: TrainConfig, state: Mapping[str, Any], path: Path, trust: bool) -> nn.Module:
     from ..networks.build import build_network
 
     try:
-        model = build_network(config.network, len(state["classes"]), state["size"])
+        # The checkpoint says what the network normalises with: that may have come with its first weights.
+        mean, std = state.get("mean"), state.get("std")
+        model = build_network(config.network, len(state["classes"]), state["size"], mean=mean, std=std, trust=trust)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise RunError(

@@ -56,7 +56,7 @@ def train(
     config = with_processes_of_torchrun(config)
     if resume and (folder / runs.FINISHED).exists():
         _check_same(config, runs.load_state(folder / runs.LAST), folder)
-        return open_run(folder)
+        return open_run(folder, trust=True)
     fabric = make_fabric(config)
     spawned = config.devices > 1 and not by_torchrun()
     # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
@@ -72,7 +72,7 @@ def train(
     outcome = launch_processes(fabric, work) if spawned else fabric.launch(work)
     if outcome is not None:
         raise outcome
-    return open_run(folder)
+    return open_run(folder, trust=True)
 
 
 def _work(
@@ -160,6 +160,8 @@ def _progress(
     console = console or Console()
     if trainer.step:
         console.print(f"Going on at step {trainer.step} of {trainer.steps} in {folder}.")
+    elif trainer.network.weights_note:
+        console.print(trainer.network.weights_note, markup=False, highlight=False)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

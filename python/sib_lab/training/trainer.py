@@ -88,7 +88,9 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         weights = Path(config.weights) if config.weights else None
-        self.network = fabric.to_device(build_network(config.network, len(data.classes), data.size, weights))
+        self.network = fabric.to_device(
+            build_network(config.network, len(data.classes), data.size, weights, config.mean, config.std)
+        )
         self.criterion = fabric.to_device(_criterion(config, data, self.network))
         self.model = Forward(fabric.strategy.setup_module(self.network), fabric.autocast)
         self.optimizer = torch.optim.AdamW(
@@ -283,6 +285,8 @@ class Trainer:
             "classes": list(self.data.classes),
             "size": self.data.size,
             "epoch": self.epoch,
+            "mean": list(self.network.preprocessing.mean),
+            "std": list(self.network.preprocessing.std),
             "model": self.network.state_dict(),
         }
 
