@@ -50,10 +50,19 @@ class Subject:
         self.model = self.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @cached_property
+    def layer(self) -> str:
+        """The module that class-activation maps look at.
+
+        Raises:
+            NetworkError: there is none.
+        """
+        return cam_layer(self.model, self.size)
+
+    @cached_property
     def takes_any_shape(self) -> bool:
         """Whether it takes wide and tall images, too, and has no tokens, whose grid would not be known."""
         try:
-            layer = self.model.get_submodule(cam_layer(self.model, self.size))
+            layer = self.model.get_submodule(self.layer)
         except NetworkError:  # no feature map at all
             return False
         dimensions = []
@@ -99,7 +108,7 @@ def subject_of_network(
     own = read_weights(weights) if weights.is_file() else None
     size = own.size if own and own.size else published.size or USUAL_SIZE
     model = build_network(name, None, size, weights, mean, std)
-    count = model(torch.zeros(2, 3, size, size)).shape[1]
+    count = model.class_count
     if classes is not None:
         names = read_names(classes, count)
     elif own and own.classes:
@@ -229,7 +238,7 @@ def explain_files(
             raise DataError(f"{path} is missing.")
     number = None if target is None else class_number(target, subject.classes)
     if layer is None and set(methods) & set(explain.CAMS):
-        layer = cam_layer(subject.model, subject.size)
+        layer = subject.layer
     console = console or Console()
     names = _file_names(files)
     drawn, results = [], []

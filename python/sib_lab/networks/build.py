@@ -86,10 +86,12 @@ def build_network(
     if classes is None:
         rows = None if loaded is None else head_rows(model, loaded)
         if rows is None:
+            if loaded is not None:
+                load_weights(model, loaded, size)  # says what does not fit, if they are those of another network
             raise NetworkError(f"How many classes {name} has must be said: no weights with a classifier head do.")
         model = model if rows == IMAGENET_CLASSES else _built(name, rows, size)
     model.weights_note = "" if loaded is None else load_weights(model, loaded, size)
-    model.image_size = size
+    model.image_size, model.class_count = size, classes or rows
     return normalise_input(make_twice_differentiable(model), preprocessing)
 
 

@@ -13,6 +13,7 @@ SIDE = 224  #: shorter side of a picture on a sheet, px
 LONGEST = 3 * SIDE  #: of its longer side, px
 GAP, MARGIN, LINE = 8, 12, 18  #: px
 INK, FAINT, PAPER = "#1f2933", "#616e7c", "white"
+BRIGHTEST = 0.005  #: share of a map's pixels that has the brightest colour
 DPI = 110  #: in .pdf and .svg
 
 
@@ -28,7 +29,7 @@ def sheet(picture: np.ndarray, caption: Sequence[str], maps: Mapping[str, np.nda
     Args:
         picture: [H,W,3] uint8, shown as large as it is.
         caption: lines; the first one is dark.
-        maps: name for people -> map [h,w] >= 0, each scaled to its own maximum.
+        maps: name for people -> map [h,w] >= 0, see :func:`overlay`.
     """
     height, width = picture.shape[:2]
     tiles = [picture, *(overlay(picture, values) for values in maps.values())]
@@ -51,12 +52,16 @@ def sheet(picture: np.ndarray, caption: Sequence[str], maps: Mapping[str, np.nda
 
 
 def overlay(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A map [h,w] >= 0, scaled to its maximum, in colour over the picture [H,W,3] uint8 in grey; [H,W,3] uint8."""
+    """A map [h,w] >= 0 in colour over the picture [H,W,3] uint8 in grey; [H,W,3] uint8.
+
+    The brightest colour is for the BRIGHTEST share of the pixels, so that a few of them do not leave all others dark.
+    """
     grey = np.asarray(Image.fromarray(picture).convert("L"), dtype=np.float32)[..., None]
     values = np.nan_to_num(values.astype(np.float32), posinf=0)
     size = picture.shape[1::-1]
     heat = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
-    heat = np.clip(heat / max(float(heat.max()), 1e-30), 0, 1)
+    highest = float(np.quantile(heat, 1 - BRIGHTEST)) or float(heat.max())
+    heat = np.clip(heat / max(highest, 1e-30), 0, 1)
     colour = palette()[(heat * 255).round().astype(np.uint8)]
     share = 0.45 + 0.45 * heat[..., None]  # of the colour: where nothing is found, the picture stays in sight
     return (share * colour + (1 - share) * grey).round().astype(np.uint8)
