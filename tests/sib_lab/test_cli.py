@@ -10,8 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from sib_lab.cli import commands as cli
-from sib_lab.experiments.explain_files import prepared, shortened
-from sib_lab.explaining import methods as explain
 from sib_lab.training import runs
 from sib_lab.training.train import train
 from typer.testing import CliRunner
@@ -209,82 +207,3 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr("sib_lab.experiments.compare.write_report", fail)
     assert isinstance(sib_lab("report", ".").exception, RuntimeError)
-
-
-# ---------------------------------------------------------------------------------------------------- explain
-
-
-def test_explain_writes_six_maps_and_says_class_and_probability(run_folder, picture, tmp_path):
-    out = tmp_path / "maps.png"
-    result = sib_lab("explain", "--checkpoint", run_folder, "--out", out, picture, picture)
-    assert result.exit_code == 0, result.output
-    run = runs.open_run(run_folder)
-    probabilities = run.model(prepared(picture, run)[None]).softmax(1)[0]
-    line = f"{picture}: {run.classes[probabilities.argmax()]} ({100 * probabilities.max().item():.1f} %)"
-    assert result.stdout.splitlines() == [line, line, f"Picture: {out}"]
-    with Image.open(out) as drawn:
-        # seven columns of squares in two lines, each under a title
-        assert 2.2 < drawn.width / drawn.height < 3.5 and drawn.width > 1200
-        pixels = np.asarray(drawn.convert("RGB")).astype(int)
-    dark = (pixels.sum(2) < 60).mean(0)
-    assert (dark[pixels.shape[1] // 7 + 20 :] > 0).mean() > 0.3  # maps, not empty axes
-
-
-def test_explain_names_the_maps_that_are_zero_everywhere(run_folder, picture, tmp_path, monkeypatch):
-    original = explain.explain
-
-    def some_empty(*arguments, **options):
-        maps = original(*arguments, **options)
-        assert all(values.any() for values in maps.values())
-        maps["layercam"][0] = maps["smoothgrad"][0] = 0
-        return maps
-
-    monkeypatch.setattr(explain, "explain", some_empty)
-    result = sib_lab("explain", "--checkpoint", run_folder, "--out", tmp_path / "maps.png", picture, picture)
-    first, second, _ = result.stdout.splitlines()
-    assert first == f"{second}; zero everywhere: LayerCAM, SmoothGrad"
-
-
-def test_explain_takes_a_checkpoint_file_and_other_formats(run_folder, picture, tmp_path):
-    for ending in (".jpg", ".pdf", ".svg"):
-        out = tmp_path / f"maps{ending}"
-        assert sib_lab("explain", "--checkpoint", run_folder / "last.pt", "--out", out, picture).exit_code == 0
-        assert out.stat().st_size > 5000
-
-
-def test_explain_shows_a_picture_as_the_test_images_are_made(run_folder, tmp_path):
-    """A digit of the test set, saved and read again, is the network's own input."""
-    run = runs.open_run(run_folder)
-    image = run.data().test["uncorrelated"][0].image
-    Image.fromarray(((image.permute(1, 2, 0) * 0.5 + 0.5) * 255).round().byte().numpy()).save(tmp_path / "digit.png")
-    torch.testing.assert_close(prepared(tmp_path / "digit.png", run), image, rtol=0, atol=2 / 255)
-
-
-def test_wrong_inputs_of_explain_are_one_sentence(run_folder, picture, tmp_path):
-    def explain(*words, checkpoint=run_folder):
-        return sib_lab("explain", "--checkpoint", checkpoint, "--out", tmp_path / "maps.png", *words)
-
-    broken, text = tmp_path / "broken.jpg", tmp_path / "text.jpg"
-    broken.write_bytes(picture.read_bytes()[:700])
-    text.write_text("no image")
-    assert stops_with(explain(tmp_path / "none.jpg"), "none.jpg is missing.")
-    assert stops_with(explain(text), "text.jpg cannot be read as an image.")
-    assert stops_with(explain(picture, broken), "broken.jpg is damaged: it cannot be read to its end.")
-    assert stops_with(explain(tmp_path), "is a folder: name image files.")
-    assert stops_with(explain(picture, checkpoint=tmp_path), "There is no run in")
-    wrong = tmp_path / "run"
-    wrong.mkdir()
-    (wrong / "config.json").write_bytes((run_folder / "config.json").read_bytes())
-    (wrong / "last.pt").write_bytes((run_folder / "last.pt").read_bytes())
-    (wrong / "best.pt").write_bytes((run_folder / "best.pt").read_bytes()[:1000])
-    assert stops_with(explain(picture, checkpoint=wrong), "best.pt is damaged")
-    torch.save({"weights": 1}, wrong / "best.pt")
-    assert stops_with(explain(picture, checkpoint=wrong), "not one of this program")
-    assert stops_with(explain(picture, "--layer", "layer4"), "the network has no module 'layer4'")
-    assert stops_with(explain(picture, "--layer", "head"), "gives no feature map")
-    assert stops_with(explain(picture, "--out", "maps.xyz"), "must end in one of .png, .jpg")
-    assert not (tmp_path / "maps.png").exists()
-
-
-def test_long_names_are_shortened_in_the_picture():
-    assert shortened("a" * 28) == "a" * 28 and shortened("a" * 29) == "a" * 27 + "…"

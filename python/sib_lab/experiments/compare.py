@@ -117,11 +117,11 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
     path = folder / RUNS / run_name(method, seed)
     config = plan.config(method, seed)
     if plan.is_matched(method):
-        config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed))))
+        config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed), trust=True)))
     if not (path / FINISHED).exists():
         console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
         train(config, path, console=console, data=material.training_data(config))
-    return open_run(path, plan.best)
+    return open_run(path, plan.best, trust=True)  # check_same: the network is that of this command
 
 
 def check_same(config: TrainConfig, folder: Path) -> None:

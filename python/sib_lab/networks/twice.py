@@ -45,11 +45,13 @@ def make_twice_differentiable(model: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if type(child) in _REPLACEMENTS:
                 setattr(module, name, _REPLACEMENTS[type(child)]())
-    if not isinstance(model, MathAttention):
-        cls = type(model)
-        model.__class__ = type(
-            cls.__name__, (MathAttention, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        )
+    return model if isinstance(model, MathAttention) else mix_in(model, MathAttention)
+
+
+def mix_in(model: nn.Module, mixin: type) -> nn.Module:
+    """The same network, of a class of the same name whose methods are ``mixin``'s first."""
+    cls = type(model)
+    model.__class__ = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
     return model
 
 

@@ -260,35 +260,6 @@ def resized(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(Image.fromarray(mask.astype(np.float32)).resize(shape[::-1], Image.Resampling.BOX))
 
 
-def explained(
-    images: np.ndarray, titles: Sequence[str], maps: Mapping[str, np.ndarray], names: Mapping[str, str]
-) -> Figure:
-    """One image a line: the input under its title, then the map of each explanation method.
-
-    Args:
-        images: normalised [N,3,H,W].
-        titles: of each image, one or more lines.
-        maps: explanation -> maps [N,H,W]; the columns, in this order.
-        names: explanation -> name for people.
-    """
-    side, gap = 1.9, 0.14
-    columns = 1 + len(maps)
-    figure = Figure(figsize=(side * columns, (side + 0.75) * len(images)), facecolor="white")
-    grid = figure.subplots(len(images), columns, squeeze=False)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.55 / figure.get_figheight(), wspace=gap / side)
-    for row, line in enumerate(grid):
-        line[0].imshow(pixels(images[row]))
-        line[0].set_title(titles[row], loc="left", fontsize=8.5)
-        for axes, (explanation, values) in zip(line[1:], maps.items(), strict=True):
-            show_map(axes, values[row])
-            if not values[row].any():
-                axes.text(0.5, 0.5, "zero everywhere", color="white", ha="center", transform=axes.transAxes, fontsize=8)
-            axes.set_title(names[explanation] if row == 0 else "", fontsize=9.5)
-        for axes in line:
-            bare(axes)
-    return figure
-
-
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """As a picture file, cropped to the drawing; the name's ending says which kind.
 

@@ -58,7 +58,10 @@ class TrainConfig:
 
     # network, see sib_lab.networks.build
     network: str = "small_cnn"
-    weights: str | None = _of_the_machine(None)  #: file of initial weights, whose content decides; None: random ones
+    #: file of initial weights, whose content decides, or "imagenet" for efficientnet_lite0; None: random ones
+    weights: str | None = _of_the_machine(None)
+    mean: tuple[float, ...] | None = None  #: that the network normalises with; None: its weights' own, 0.5 without any
+    std: tuple[float, ...] | None = None  #: likewise
 
     # loss, see sib_lab.training.losses
     method: str = "sib"
@@ -120,6 +123,13 @@ class TrainConfig:
         if self.augmentation != "crops" and not self.augment:
             raise ValueError(f"augmentation {self.augmentation} has no use without augment: switch augment on")
         self._check_class_weights()
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together: give both, or none")
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None:
+                if len(values) != 3 or (name == "std" and min(values) <= 0):
+                    raise ValueError(f"{name} must be three numbers{' above 0' * (name == 'std')}, got {values}")
+                object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "match", tuple(self.match))
 
     @property

@@ -43,7 +43,7 @@ def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
     """
     torch.manual_seed(config.seed)
     weights = Path(config.weights) if config.weights else None
-    return build_network(config.network, len(data.classes), data.size, weights)
+    return build_network(config.network, len(data.classes), data.size, weights, config.mean, config.std)
 
 
 def make_loss(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:

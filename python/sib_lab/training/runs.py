@@ -80,15 +80,17 @@ def open_config_data(config: TrainConfig, root: Path | str | None = None):
     return data
 
 
-def open_run(folder: Path | str, best: bool = True) -> Run:
+def open_run(folder: Path | str, best: bool = True, trust: bool = False) -> Run:
     """Opens a run folder, or one checkpoint file in it.
 
     Args:
         folder: the folder; or its ``best.pt`` or ``last.pt``, then ``best`` does not matter.
         best: the weights that were best on validation; False: the latest.
+        trust: whether a network that the run names as ``module:function``, code that would run here, is imported.
 
     Raises:
         RunError: no run there, nothing trained yet, a damaged file, or a network that does not fit its weights.
+        NetworkError: a network that cannot be built, or that is not trusted.
     """
     path = Path(folder)
     folder, path = (path.parent, path) if path.suffix == ".pt" else (path, path / (BEST if best else LAST))
@@ -96,7 +98,7 @@ def open_run(folder: Path | str, best: bool = True) -> Run:
     last = load_state(folder / LAST)
     state = load_state(path) if path != folder / LAST else last
     config = saved_config(record["config"], folder)
-    model = _network(config, state, path)
+    model = _network(config, state, path, trust)
     history = history_of(last, folder / LAST)
     return Run(
         folder=folder,
@@ -185,11 +187,13 @@ def saved_config(options: Mapping[str, Any], where: Path) -> TrainConfig:
         raise RunError(f"The run {where} has an option that this version refuses: {error}.") from error
 
 
-def _network(config: TrainConfig, state: Mapping[str, Any], path: Path) -> nn.Module:
+def _network(config: TrainConfig, state: Mapping[str, Any], path: Path, trust: bool) -> nn.Module:
     from ..networks.build import build_network
 
     try:
-        model = build_network(config.network, len(state["classes"]), state["size"])
+        # The checkpoint says what the network normalises with: that may have come with its first weights.
+        mean, std = state.get("mean"), state.get("std")
+        model = build_network(config.network, len(state["classes"]), state["size"], mean=mean, std=std, trust=trust)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise RunError(
@@ -232,13 +236,15 @@ def history_of(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def file_hash(path: Path | str | None) -> str | None:
-    """SHA-256 of a file's content, as hexadecimal digits; None for no file.
+    """SHA-256 of a file's content, as hexadecimal digits; None for no file, a name that stands for weights as it is.
 
     Raises:
         RunError: it cannot be read.
     """
-    if path is None:
-        return None
+    from ..networks.build import IMAGENET
+
+    if path is None or str(path) == IMAGENET:
+        return path and str(path)
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:

@@ -32,6 +32,8 @@ def best_state_of(trainer: "Trainer") -> dict[str, Any]:
         "classes": list(trainer.data.classes),
         "size": trainer.data.size,
         "epoch": trainer.epoch,
+        "mean": list(trainer.network.preprocessing.mean),
+        "std": list(trainer.network.preprocessing.std),
         "model": trainer.evaluated.state_dict(),
     }
 

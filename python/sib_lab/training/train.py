@@ -63,7 +63,7 @@ def train(
     if resume and runs.is_finished(folder):
         _check_same(config, _loaded(folder / runs.LAST), folder)
         _check_data(folder, (open_config_data(config) if data is None else data).identity())
-        return open_run(folder)
+        return open_run(folder, trust=True)
     spawned = config.devices > 1 and not by_torchrun()
     # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
     work = partial(
@@ -81,7 +81,7 @@ def train(
         outcome = launch_processes(fabric, work) if spawned else fabric.launch(work)
     if outcome is not None:
         raise outcome
-    return open_run(folder)
+    return open_run(folder, trust=True)
 
 
 def _work(
@@ -206,6 +206,8 @@ def _progress(
     console = console or Console()
     if trainer.step:
         console.print(f"Going on at step {trainer.step} of {trainer.steps} in {folder}.")
+    elif trainer.network.weights_note:
+        console.print(trainer.network.weights_note, markup=False, highlight=False)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
