@@ -15,6 +15,7 @@ from .common import (
     OWN_MEAN,
     WEIGHTS_HELP,
     as_sentence,
+    check_nothing_of_training,
     command_line,
     listed,
     one_sentence,
@@ -109,7 +110,12 @@ def compare_command(
     preset: Annotated[
         Literal["balanced", "paper"], typer.Option(help="Training recipe; the options below replace parts of it.")
     ] = "balanced",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the preset's")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of each training; 0: measure the network as its --weights are.", show_default="the preset's"
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest.", show_default="the preset's")] = None,
     strength: Annotated[
@@ -147,16 +153,17 @@ def compare_command(
 
         own = ("strength", "loss_option")
         given = {name: value for name, value in context.params.items() if value is not None and name not in own}
+        chosen = OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures))
         with as_sentence(ValueError):
-            names = listed(methods)
-            of_method = own_options(names, strength or [], loss_option or [])
-            plan = Plan(
-                {name: config_from(preset, data, network, given | of_method[name]) for name in names},
-                tuple(range(first_seed, first_seed + seeds)),
-                OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures)),
-                images,
-                layer,
-            )
+            if epochs == 0:
+                check_nothing_of_training(context)
+                config = config_from(preset, data, network, given | {"method": "ce", "seed": first_seed})
+                plan = Plan.as_it_is(config, chosen, images, layer)
+            else:
+                names = listed(methods)
+                of_method = own_options(names, strength or [], loss_option or [])
+                configs = {name: config_from(preset, data, network, given | of_method[name]) for name in names}
+                plan = Plan(configs, tuple(range(first_seed, first_seed + seeds)), chosen, images, layer)
         compare(plan, out, fresh)
 
 

@@ -40,6 +40,7 @@ class DataSets:
     test: "dict[str, ItemDataset]"  #: the first is explained and measured on
     skipped: tuple[str, ...] = ()  #: files left out, each with its reason; those that are no pictures by their kinds
     groups: tuple[str, ...] = ()  #: names of the background groups that ``Item.group`` counts
+    wordnet_ids: tuple[str, ...] = ()  #: of the classes, where a file gives them ("": not of this one)
 
     def splits(self) -> "dict[str, ItemDataset]":
         """Every split by name: "train", "validation/NAME", "test/NAME"."""

@@ -21,6 +21,7 @@ PART_OF = {name: part for part, names in PARTS.items() for name in names}
 IMAGES = ("images",)
 MASKS = ("masks", "segmentations")  #: folders of masks, wherever they lie
 BOXES = "boxes.csv"
+CLASSES = "classes.csv"  #: folder,wordnet_id: which of ImageNet's classes the folders are
 MASKS_READ = 100  #: masks that are read in full when the set is opened
 
 
@@ -84,7 +85,7 @@ def open_set(
         return replace(boxes_of.get(path, Sample(path, label)), label=label, upright=True)
 
     parts = {part: [sample(path, label) for path, label in listed] for part, listed in files.items()}
-    return file_sets(
+    data = file_sets(
         "folder",
         classes,
         parts,
@@ -96,6 +97,20 @@ def open_set(
         by_name=True,
         masks_read=MASKS_READ,
     )
+    return replace(data, wordnet_ids=_wordnet_ids(root / CLASSES, classes))
+
+
+def _wordnet_ids(path: Path, classes: list[str]) -> tuple[str, ...]:
+    """The id of each class that the table names, "" of others; nothing where there is no such table.
+
+    Raises:
+        DataError: a table with other columns.
+    """
+    if not path.is_file():
+        return ()
+    rows = _rows(path, ("folder", "wordnet_id"))
+    ids = {row["folder"]: row["wordnet_id"].strip() for row in rows}
+    return tuple(ids.get(name, "") for name in classes)
 
 
 # ----------------------------------------------------------------------------------------------- folders
@@ -293,8 +308,8 @@ def _in_unit(box: Box) -> bool:
     return all(0 <= side <= 1 for side in box)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV of boxes.
+def _rows(path: Path, columns: tuple[str, ...] = ("file", *SIDES)) -> list[dict[str, str]]:
+    """The rows of a CSV, of boxes or of other columns.
 
     Raises:
         DataError: no such file, or other columns.
@@ -307,7 +322,6 @@ def _rows(path: Path) -> list[dict[str, str]]:
         raise DataError(f"boxes is not a file: {path}.") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read as a CSV.") from error
-    columns = ("file", *SIDES)
     if missing := [column for column in columns if column not in present]:
         raise DataError(f"{path} has no column {some(missing)}: its first line must be {','.join(columns)}.")
     return rows

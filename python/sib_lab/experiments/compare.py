@@ -28,15 +28,8 @@ from ..reporting import page as report
 from ..reporting import results
 from ..reporting.results import RUNS, run_name
 from ..training.config import TrainConfig
-from ..training.runs import (
-    CONFIG,
-    FINISHED,
-    Run,
-    RunError,
-    open_run,
-    read_record,
-)
-from ..training.train import train
+from ..training.runs import CONFIG, Run, RunError, file_hash, is_finished, locked, open_run, read_record
+from ..training.train import check, check_data, train
 from .material import Material
 from .measurement import Measurement
 from .plan import Plan
@@ -60,6 +53,11 @@ def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | No
         KeyboardInterrupt: Ctrl-C; the same plan goes on.
     """
     console = console or plain_console()
+    with locked(folder):
+        return _compare(plan, folder, fresh, console)
+
+
+def _compare(plan: Plan, folder: Path, fresh: bool, console: Console) -> dict:
     if fresh and start_anew(plan, folder):
         console.print(f"Starting anew: the old runs in {folder} are removed.", markup=False)
     for method in plan.configs:
@@ -68,7 +66,7 @@ def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | No
     for number, seed in enumerate(plan.seeds):
         material = Material(plan, seed)
         if number == 0:
-            check_layer(plan, material)
+            check_all(plan, material)
             write_comparison(plan, material, folder)
         for method in plan.order:
             run = trained(plan, method, seed, folder, material, console)
@@ -93,12 +91,15 @@ def write_report(folder: Path, console: Console) -> dict:
     return found
 
 
-def check_layer(plan: Plan, material: Material) -> None:
+def check_all(plan: Plan, material: Material) -> None:
     """Before anything is trained:
 
     Raises:
-        RunError: the network has no module of the layer's name.
+        RunError, NetworkError, DataError: a method, with its options, that cannot be trained on this data; a network
+            without a module of the layer's name.
     """
+    for config in plan.configs.values():
+        check(replace(config, seed=material.seed), material.training_data(config))
     if plan.layer is None:
         return
     network = build_network(material.config.network, len(material.data.classes), material.data.size)
@@ -118,9 +119,12 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
     config = plan.config(method, seed)
     if plan.is_matched(method):
         config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed), trust=True)))
-    if not (path / FINISHED).exists():
-        console.print(f"{results.NAMES.get(method, method)}, seed {seed}: training", style="bold")
+    if not is_finished(path):
+        doing = "training" if config.epochs else "its weights"
+        console.print(f"{results.NAMES.get(method, method)}, seed {seed}: {doing}", style="bold", markup=False)
         train(config, path, console=console, data=material.training_data(config))
+    else:
+        check_data(path, material.data.identity())
     return open_run(path, plan.best, trust=True)  # check_same: the network is that of this command
 
 
@@ -131,7 +135,10 @@ def check_same(config: TrainConfig, folder: Path) -> None:
     """
     if not (folder / CONFIG).exists():
         return
-    was = config.differing(read_record(folder)["config"])
+    record = read_record(folder)
+    was = config.differing(record["config"])
+    if file_hash(config.weights) != record.get("weights_sha256"):
+        was["weights"] = record["config"].get("weights")
     if other := ", ".join(f"{name} = {value}" for name, value in was.items() if name not in MACHINE):
         raise RunError(
             f"The run {folder} was begun with {other}: compare with the same options, into another --out, or --fresh."

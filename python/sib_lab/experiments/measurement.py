@@ -156,7 +156,6 @@ class Measurement:
     def training(self) -> None:
         """What the training cost, and its curves."""
         run = self.run
-        seconds = run.seconds_per_step["median"]
         about = {
             "chance": measure.object_share(self.material.items.mask).mean().item() if self.material.has_masks else None,
             "epochs": len(run.history),
@@ -166,7 +165,9 @@ class Measurement:
             "curves": curves(run),
             "labels": self.material.items.label.tolist(),
         }
-        self.stored.write("training", {"seconds_per_step": [seconds]}, run=about)
+        self.stored.write(
+            "training", {"seconds_per_step": [run.seconds_per_step["median"]] if run.config.epochs else []}, run=about
+        )
 
 
 def device(config: TrainConfig) -> torch.device:

@@ -8,6 +8,9 @@ OF_MASKS = ("epg", "pointing_game", "iou", "ehr")  #: measures that need to know
 OF_NETWORK = ("deletion", "insertion")  #: measures that ask the network: STEPS forward passes an image
 
 
+AS_IT_IS = "as-is"  #: in the place of a training method: the network is measured as its weights are
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is compared.
@@ -34,6 +37,11 @@ class Plan:
                 f"measures must be some of {', '.join(OF_MASKS + OF_NETWORK)}, "
                 f"got {', '.join(sorted(unknown)) or 'none'}"
             )
+
+    @classmethod
+    def as_it_is(cls, config: TrainConfig, *arguments, **options) -> "Plan":
+        """One network that is not trained at all."""
+        return cls({AS_IT_IS: replace(config, method="ce", epochs=0)}, (config.seed,), *arguments, **options)
 
     def config(self, method: str, seed: int) -> TrainConfig:
         """The options of one run."""

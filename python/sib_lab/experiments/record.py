@@ -66,6 +66,8 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
 def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     """What a training method is, and what it was told about the objects."""
     config = plan.configs[method]
+    if config.epochs == 0:
+        return "the network as its weights are; nothing was trained"
     share = data.train.annotated.double().mean().item()
     shown = "boxes around the objects" if config.annotation == "boxes" else "the objects"
     told = f"was shown {shown} in {100 * share:.0f} % of the training images" if share else "found no masks to use"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from typing import Any
 
 import numpy as np
 
@@ -26,10 +27,15 @@ class Stored:
             weights.update(tensor.contiguous().numpy())
         self.of_network = {"definitions": DEFINITIONS, "weights": weights.hexdigest()}
         self.of_images = {"rows": len(material.rows), "images": plan.images, "layer": plan.layer}
+        self.explained = material.test_name
+        identity = material.data.identity()
+        self.digests = {name: _digest(identity[f"test/{name}"]) for name in material.data.test}
 
     def key(self, name: str) -> dict:
         """What a part depends on."""
-        return self.of_network | (self.of_images if name in explain.METHODS or name == MAPS else {})
+        of_images = self.of_images if name in explain.METHODS or name == MAPS else {}
+        test = name.removeprefix("accuracy-")
+        return self.of_network | of_images | {"data": self.digests[test if test in self.digests else self.explained]}
 
     def values(self, name: str) -> dict[str, list]:
         """What is stored under a name; empty where nothing is, or where it is of another network or other images."""
@@ -54,6 +60,11 @@ class Stored:
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         arrays = arrays | {"key": json.dumps(self.key(name))}
         write_whole(self.folder / name, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _digest(identity: Any) -> str:
+    """Of what :meth:`sib_lab.data.base.DataSets.identity` says of a split."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def plain(values: list) -> list:

@@ -57,6 +57,7 @@ NAMES = {
     "centre-mask": "Centre mask",
     "rrr": "Right reasons",
     "energy-loss": "Energy loss",
+    "as-is": "As it is",
 }
 
 
@@ -238,7 +239,7 @@ def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
     accuracy = run / MEASURED / f"accuracy-{comparison['data']['explained']}.json"
     with reading(accuracy):
         told = read_json(accuracy)["classes"]
-    values = {key: tensor(of_key) for key, of_key in stored_values(run).items()}
+    values = {key: tensor(of_key) for key, of_key in stored_values(run).items() if of_key}
     six = [f"epg/{explanation}" for explanation in comparison["six"]]
     if six and all(key in values for key in six):
         values[f"epg/{MEAN}"] = torch.stack([values[key] for key in six]).mean(0)  # NaN where one of them is

@@ -30,6 +30,8 @@ def check(config: TrainConfig, data: DataSets) -> None:
         check_wandb()
     with torch.random.fork_rng(devices=[]):
         network = make_network(config, data)
+        if config.epochs == 0:
+            return
         criterion = make_loss(config, data, network)
         make_optimizer(config, network)
         _try(config, data, network, criterion)

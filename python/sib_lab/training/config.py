@@ -75,7 +75,7 @@ class TrainConfig:
 
     # optimisation
     seed: int = 0  #: of data, initial weights, the order of batches, dropout and augmentation
-    epochs: int = 14
+    epochs: int = 14  #: 0: nothing is trained; the network is kept as its weights are
     batch_size: int = 32  #: over all devices
     accumulate: int = 1  #: batches an optimiser step; images of an epoch that fill no step are left out
     learning_rate: float = 4e-3  #: the highest
@@ -118,6 +118,8 @@ class TrainConfig:
             )
         if self.match and self.method != "gradient-penalty":
             raise ValueError(f"match is an option of method gradient-penalty, got method {self.method}")
+        if self.epochs == 0 and (self.weights is None or self.method != "ce"):
+            raise ValueError("epochs 0 keeps a network as it is: give its weights, and method ce")
         if self.strength is not None and self.method == "ce":
             raise ValueError("strength has no meaning for method ce: leave it out")
         if self.augmentation != "crops" and not self.augment:
@@ -145,8 +147,8 @@ class TrainConfig:
 
     def _check_ranges(self) -> None:
         for names, is_inside, words in (
-            (("seed", "workers", "save_steps"), lambda value: value >= 0, "be at least 0"),
-            (("epochs", "batch_size", "devices", "accumulate"), lambda value: value >= 1, "be at least 1"),
+            (("seed", "workers", "save_steps", "epochs"), lambda value: value >= 0, "be at least 0"),
+            (("batch_size", "devices", "accumulate"), lambda value: value >= 1, "be at least 1"),
             (("threads", "patience"), lambda value: value >= 1, "be at least 1"),
             (
                 ("learning_rate", "save_minutes", "clip_norm"),

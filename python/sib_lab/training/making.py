@@ -9,6 +9,7 @@ from ..data import DataSets
 from ..data.base import check_classes
 from ..networks.build import build_network
 from ..networks.feature_maps import cam_layer
+from ..networks.heads import restrict_head, rows_of
 from .batches import mean_object_area
 from .config import TrainConfig
 from .losses import TrainingLoss, make_criterion
@@ -27,7 +28,7 @@ def check_data(config: TrainConfig, data: DataSets) -> None:
     check_classes(data.classes, data.train.labels, data.name)
     if config.method in NEED_MASKS and not data.train.annotated.any():
         raise TrainingError(f"The method {config.method} needs masks, but no training image of {data.name} has one.")
-    if len(data.train) < config.images_per_step:
+    if config.epochs and len(data.train) < config.images_per_step:
         batches = f"batches of {config.batch_size}" if config.accumulate == 1 else f"steps of {config.images_per_step}"
         raise TrainingError(
             f"There are {len(data.train)} training images in {data.name}, too few for {batches}: take a smaller batch "
@@ -43,7 +44,19 @@ def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
     """
     torch.manual_seed(config.seed)
     weights = Path(config.weights) if config.weights else None
+    if config.epochs == 0:
+        return _as_it_is(config, data, weights)
     return build_network(config.network, len(data.classes), data.size, weights, config.mean, config.std)
+
+
+def _as_it_is(config: TrainConfig, data: DataSets, weights: Path) -> nn.Module:
+    """The network of a file of weights, asked for the data's classes alone.
+
+    Raises:
+        NetworkError: weights of other classes.
+    """
+    network = build_network(config.network, None, data.size, weights, config.mean, config.std)
+    return restrict_head(network, rows_of(data.classes, data.wordnet_ids, network.class_count, weights))
 
 
 def make_loss(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from rich.console import Console
 
-__all__ = ["check", "train"]
+__all__ = ["check", "check_data", "train"]
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
     config = with_processes_of_torchrun(config)
     if resume and runs.is_finished(folder):
         _check_same(config, _loaded(folder / runs.LAST), folder)
-        _check_data(folder, (open_config_data(config) if data is None else data).identity())
+        check_data(folder, (open_config_data(config) if data is None else data).identity())
         return open_run(folder, trust=True)
     spawned = config.devices > 1 and not by_torchrun()
     # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
@@ -133,7 +133,7 @@ def _stood(config: TrainConfig, folder: Path, identity: Mapping[str, Any]) -> di
         return None
     stood = _loaded(folder / runs.LAST)
     _check_same(config, stood, folder)
-    _check_data(folder, identity)
+    check_data(folder, identity)
     return stood
 
 
@@ -177,7 +177,11 @@ def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> 
         )
 
 
-def _check_data(folder: Path, identity: Mapping[str, Any]) -> None:
+def check_data(folder: Path, identity: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: the run in ``folder`` was made with other data, or does not say with which.
+    """
     if what := changed(runs.read_identity(folder), identity):
         raise CheckpointError(
             f"The data of the run in {folder} is not what it was ({what}): restore the data, start anew with --fresh, "

@@ -53,7 +53,7 @@ class Trainer:
     @property
     def epoch(self) -> int:
         """Whole epochs done."""
-        return self.step // self.batches.steps_per_epoch
+        return self.step // self.batches.steps_per_epoch if self.step else 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -83,6 +83,8 @@ class Trainer:
         Raises:
             KeyboardInterrupt, SystemExit: a signal came; the step was finished and a checkpoint written.
         """
+        if not self.steps and not self.history.epochs:  # nothing to train: the network is kept as it is
+            self._end_epoch(keep)
         while not self.is_done:
             for item in self.batches.from_batch(*divmod(self.step, self.batches.steps_per_epoch)):
                 stopped, due = self.train_step(item, stop_signal, keep.is_due)
@@ -134,7 +136,7 @@ class Trainer:
     def _end_epoch(self, keep: "Keeper") -> None:
         """Validates, adds the epoch's line to the history and saves."""
         count = self.batches.steps_per_epoch
-        rate = learning_rate(self.config, self.step - 1, self.steps, count)
+        rate = learning_rate(self.config, self.step - 1, self.steps, count) if self.step else 0.0
         measured = {}
         for name, split in self.data.validation.items():
             measured[f"accuracy_{name}"], measured[f"cross_entropy_{name}"] = self.evaluate(split)

@@ -1,0 +1,86 @@
+"""The classifier head of a trained network, asked for the classes of other data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .build import IMAGENET, IMAGENET_CLASSES
+from .errors import NetworkError
+from .imagenet_classes import imagenet_names, wordnet_ids
+from .weights import read_weights
+
+
+def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
+    """The same network, changed in place so that its last linear layer has these rows alone, in this order: of the
+    classes that it knows it chooses among them.
+
+    Raises:
+        NetworkError: its classifier head is no linear layer.
+    """
+    if list(rows) == list(range(model.class_count)):
+        return model
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear or linear[-1].out_features != model.class_count:
+        raise NetworkError(
+            f"{type(model).__name__} has no linear classifier head that could be asked for other classes."
+        )
+    head, chosen = linear[-1], torch.as_tensor(rows)
+    with torch.no_grad():
+        head.weight = nn.Parameter(head.weight[chosen].clone(), head.weight.requires_grad)
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias[chosen].clone(), head.bias.requires_grad)
+    head.out_features = model.class_count = len(rows)
+    return model
+
+
+def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Path) -> list[int]:
+    """Which of the ``known`` classes of a file of weights are the data's.
+
+    By name, where the file is a checkpoint of this program; of 1000 classes by WordNet id or ImageNet's name; otherwise
+    in their order, if there are as many.
+
+    Args:
+        classes, ids: names of the data's classes, and their WordNet ids ("": unknown; or none at all).
+
+    Raises:
+        NetworkError: a class that the weights do not tell.
+    """
+    names = None if str(weights) == IMAGENET else read_weights(weights).classes
+    if names is not None:
+        return [_row(name, {n: [row] for row, n in enumerate(names)}, weights) for name in classes]
+    if known == len(classes):
+        return list(range(known))
+    if known != IMAGENET_CLASSES:
+        raise NetworkError(
+            f"The weights {weights} tell {known} classes and the data has {len(classes)}: with 0 epochs they must be the "
+            "same; train at least one, for a new classifier head."
+        )
+    by_name: dict[str, list[int]] = {}
+    for row, name in enumerate(imagenet_names()):
+        by_name.setdefault(_plain(name), []).append(row)
+    by_id = {name: [row] for row, name in enumerate(wordnet_ids())} if any(ids) or any(map(_is_id, classes)) else {}
+    return [
+        _row(wordnet or name, by_id if wordnet or _is_id(name) else by_name, weights)
+        for name, wordnet in zip(classes, ids or [""] * len(classes), strict=True)
+    ]
+
+
+def _row(name: str, rows: dict[str, list[int]], weights: Path) -> int:
+    found = rows.get(name) or rows.get(_plain(name)) or []
+    if len(found) != 1:
+        why = "is that of several classes" if found else "is no class"
+        raise NetworkError(
+            f"{name} {why} of the weights {weights}: name the class folders as theirs are, or give their WordNet ids in "
+            "a file classes.csv (folder,wordnet_id) beside them; or train at least one epoch."
+        )
+    return found[0]
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").lower()
+
+
+def _is_id(name: str) -> bool:
+    return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
