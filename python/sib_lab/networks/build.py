@@ -128,7 +128,7 @@ def _preprocessing(
     name: str, weights: Weights | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Preprocessing:
     if (mean is None) != (std is None):
-        raise NetworkError("mean and std belong together: give both, or none.")
+        raise NetworkError("The mean and std belong together: give both, or none.")
     if mean is not None:
         return Preprocessing(tuple(mean), tuple(std))
     if weights is None:

@@ -11,6 +11,9 @@ from .errors import NetworkError
 from .imagenet_classes import imagenet_names, wordnet_ids
 from .weights import read_weights
 
+#: Torchvision's names of two classes that ImageNet calls as it calls another.
+TWICE = {"crane bird": "crane", "maillot tank suit": "maillot"}
+
 
 def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
     """The same network, changed in place so that its last linear layer has these rows alone, in this order: of the
@@ -23,9 +26,7 @@ def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
         return model
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not linear or linear[-1].out_features != model.class_count:
-        raise NetworkError(
-            f"{type(model).__name__} has no linear classifier head that could be asked for other classes."
-        )
+        raise NetworkError(f"{type(model).__name__} has no linear classifier head to be asked for other classes.")
     head, chosen = linear[-1], torch.as_tensor(rows)
     with torch.no_grad():
         head.weight = nn.Parameter(head.weight[chosen].clone(), head.weight.requires_grad)
@@ -54,12 +55,13 @@ def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Pat
         return list(range(known))
     if known != IMAGENET_CLASSES:
         raise NetworkError(
-            f"The weights {weights} tell {known} classes and the data has {len(classes)}: with 0 epochs they must be the "
-            "same; train at least one, for a new classifier head."
+            f"The weights {weights} tell {known} classes and the data has {len(classes)}: with 0 epochs they must be "
+            "the same; train at least one, for a new classifier head."
         )
     by_name: dict[str, list[int]] = {}
     for row, name in enumerate(imagenet_names()):
-        by_name.setdefault(_plain(name), []).append(row)
+        for known_as in {_plain(name), TWICE.get(name, _plain(name))}:
+            by_name.setdefault(known_as, []).append(row)
     by_id = {name: [row] for row, name in enumerate(wordnet_ids())} if any(ids) or any(map(_is_id, classes)) else {}
     return [
         _row(wordnet or name, by_id if wordnet or _is_id(name) else by_name, weights)
@@ -72,8 +74,8 @@ def _row(name: str, rows: dict[str, list[int]], weights: Path) -> int:
     if len(found) != 1:
         why = "is that of several classes" if found else "is no class"
         raise NetworkError(
-            f"{name} {why} of the weights {weights}: name the class folders as theirs are, or give their WordNet ids in "
-            "a file classes.csv (folder,wordnet_id) beside them; or train at least one epoch."
+            f"{name} {why} of the weights {weights}: name the class folders as theirs are, or give their WordNet ids "
+            "in a file classes.csv (folder,wordnet_id) beside them; or train at least one epoch."
         )
     return found[0]
 

@@ -8,7 +8,7 @@ from .errors import NetworkError
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """A name for people of each class, torchvision's; two are there twice (crane, maillot)."""
+    """A name for people of each class, torchvision's."""
     # Its list alone where it lies in a file of its own: to import torchvision takes seconds.
     package = find_spec("torchvision")
     listed = Path(package.origin).parent / "models" / "_meta.py" if package and package.origin else Path()

@@ -192,7 +192,7 @@ def _network(config: TrainConfig, state: Mapping[str, Any], path: Path, trust: b
 
     try:
         # The checkpoint says what the network normalises with: that may have come with its first weights.
-        mean, std = state.get("mean"), state.get("std")
+        mean, std = (_of_channels(state.get(name)) for name in ("mean", "std"))
         model = build_network(config.network, len(state["classes"]), state["size"], mean=mean, std=std, trust=trust)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -200,6 +200,18 @@ def _network(config: TrainConfig, state: Mapping[str, Any], path: Path, trust: b
             f"The weights in {path} do not fit the network {config.network}: they belong to another run or version."
         ) from error
     return model.eval()
+
+
+def _of_channels(values: Any) -> list[float] | None:
+    """
+    Raises:
+        TypeError: neither None nor three numbers.
+    """
+    if values is not None and not (
+        isinstance(values, list) and len(values) == 3 and all(isinstance(value, float) for value in values)
+    ):
+        raise TypeError(f"three numbers are expected, got {values!r}")
+    return values
 
 
 # ------------------------------------------------------------------------------------------- whole files
