@@ -831,7 +831,8 @@ def test_every_option_of_the_command_reaches_the_config(from_words):
     words = (
         "--method rrr --preset paper --data folder --root photos --option masks=m --option boxes=b --size 64 "
         "--agreement 0.5 --annotated 0.25 --annotation boxes --augment --limit 9 --skip-broken --network resnet18 "
-        "--weights w.pt --strength 3 --masks given --loss-option a=0.5 --loss-option b=word --seed 4 --epochs 5 "
+        "--weights w.pt --mean 0.1,0.2,0.3 --std 1,2,3 --strength 3 --masks given "
+        "--loss-option a=0.5 --loss-option b=word --seed 4 --epochs 5 "
         "--batch-size 6 --learning-rate 0.1 --weight-decay 0.2 --schedule constant --warm-up 0.3 --precision "
         "bf16-mixed --device cpu --devices 2 --fast --threads 3 --workers 7 --save-minutes 8 --save-steps 10 "
         "--fresh --quiet"
@@ -841,7 +842,8 @@ def test_every_option_of_the_command_reaches_the_config(from_words):
     assert seen["config"] == TrainConfig(
         data="folder", root="photos", size=64, agreement=0.5, annotated=0.25, annotation="boxes", augment=True,
         limit=9, skip_broken=True,
-        data_options={"masks": "m", "boxes": "b"}, network="resnet18", weights="w.pt", method="rrr", strength=3.0,
+        data_options={"masks": "m", "boxes": "b"}, network="resnet18", weights="w.pt",
+        mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), method="rrr", strength=3.0,
         masks="given", loss_options={"a": 0.5, "b": "word"}, seed=4, epochs=5, batch_size=6, learning_rate=0.1,
         weight_decay=0.2, schedule="constant", warm_up=0.3, precision="bf16-mixed", device="cpu", devices=2,
         deterministic=False, threads=3, workers=7, save_minutes=8.0, save_steps=10,
