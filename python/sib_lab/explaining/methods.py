@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
+from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
@@ -132,21 +132,30 @@ def _maps(
         # A copy, as a network may write into its input (a first ReLU in place), which a gradient does not allow.
         return scores_of(model, images.clone())
 
-    maps = _from_one_forward(model, forward, x, target, methods, layer)
+    maps = _class_activation_maps(model, forward, x, target, methods, layer) | _of_gradient(forward, x, target, methods)
     if "integrated_gradients" in methods:
         maps["integrated_gradients"] = _integrated_gradients(forward, x, target, batch)
     if "smoothgrad" in methods:
         maps["smoothgrad"] = _smoothgrad(forward, x, target, batch, seed, rows)
-    if "input_x_gradient" in methods:
-        products = InputXGradient(forward).attribute(x.detach().requires_grad_(), target=target)
-        maps["input_x_gradient"] = products.detach().abs().sum(1)
     return maps
 
 
 # ------------------------------------------------------------------------- VJP and class-activation maps
 
 
-def _from_one_forward(
+def _of_gradient(
+    forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, methods: Sequence[str]
+) -> dict[str, Tensor]:
+    """The VJP and Input x Gradient, from one gradient."""
+    if not {"vjp", "input_x_gradient"} & set(methods):
+        return {}
+    x = x.detach().requires_grad_()
+    gradient = vjp(forward(x), x, target, seed="target_logit", create_graph=False)
+    maps = {"vjp": gradient.abs().sum(1), "input_x_gradient": (x.detach() * gradient).abs().sum(1)}
+    return {method: values for method, values in maps.items() if method in methods}
+
+
+def _class_activation_maps(
     model: nn.Module,
     forward: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -154,20 +163,17 @@ def _from_one_forward(
     methods: Sequence[str],
     layer: str | None,
 ) -> dict[str, Tensor]:
-    """The VJP and the class-activation maps, which share a forward pass and differ in their backward passes."""
+    """These share a forward pass, whose graph starts at the layer, and differ in their backward passes."""
     kinds = {"gradcam": GradCAM, "gradcam_pp": PaperGradCAMpp, "layercam": LayerCAM}
     kinds = {method: kind for method, kind in kinds.items() if method in methods}
-    if not kinds and "vjp" not in methods:
+    if not kinds:
         return {}
-    x = x.detach().requires_grad_()  # also lets gradients reach the layer where all parameters are frozen
     maps = {}
     with _extractors(model, layer, kinds) as extractors:
         logits = forward(x)
         for method, extractor in extractors.items():
             cam = _cam(extractor, logits, target.tolist(), layer)
             maps[method] = F.interpolate(cam[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    if "vjp" in methods:
-        maps["vjp"] = vjp(logits, x, target, seed="target_logit", create_graph=False).abs().sum(1)
     return maps
 
 
@@ -204,6 +210,9 @@ def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[di
         )
     with ExitStack() as stack:
         grid = _FeatureGrid(layer)
+        # Before torchcam's hooks: nothing below the layer needs a gradient.
+        start = modules[layer].register_forward_hook(_as_leaf)
+        stack.callback(start.remove)
         extractors = {
             method: stack.enter_context(kind(model, layer, reshape_transform=grid)) for method, kind in kinds.items()
         }
@@ -211,6 +220,10 @@ def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[di
         copy = modules[layer].register_forward_hook(lambda module, inputs, output: output.clone())
         stack.callback(copy.remove)
         yield extractors
+
+
+def _as_leaf(module: nn.Module, inputs: tuple, output: object) -> object:
+    return output.detach().requires_grad_() if isinstance(output, Tensor) else output
 
 
 class _FeatureGrid:
