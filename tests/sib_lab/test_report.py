@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from sib_lab.experiments.plan import AS_IT_IS
 from sib_lab.explaining.statistics import paired_difference_of_shares
 from sib_lab.reporting import page as report
 from sib_lab.reporting import results
@@ -451,7 +452,7 @@ OF_PARTS = {"sib-features", "sib-background", "sib-foreground"}  #: method "sib"
 
 
 def test_every_training_method_has_a_colour_of_its_own_that_stays():
-    assert [name for name in results.NAMES if name not in OF_PARTS] == list(METHODS)
+    assert [name for name in results.NAMES if name not in OF_PARTS] == [*METHODS, AS_IT_IS]
     assert set(COLOURS) == set(results.NAMES) and len(set(COLOURS.values())) == len(COLOURS)
     assert colours(["rrr", "ce"]) == {"rrr": COLOURS["rrr"], "ce": COLOURS["ce"]}
     assert len(set(colours(["ce", "mine", "yours"]).values())) == 3

@@ -25,6 +25,7 @@ COLOURS = {
     "centre-mask": "#b88a00",
     "rrr": "#7c4dbd",
     "energy-loss": "#2f6fb5",
+    "as-is": "#3d4b63",
 }
 OTHER_COLOURS = ("#b0457b", "#4d7c8a", "#8a5a44", "#52606d")  #: of methods that are not in COLOURS, in turn
 INK, FAINT = "#1f2933", "#9aa5b1"

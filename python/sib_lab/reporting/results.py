@@ -381,7 +381,7 @@ def interval_note(results: dict) -> str:
         seeds = len(results["seeds"])
         return f"± is the 95 % interval of the mean over {seeds} seeds (Student's t); differences pair equal seeds"
     return (
-        "±, or the two numbers in brackets, is the 95 % interval of the mean over images, of one training each (of "
+        "±, or the two numbers in brackets, is the 95 % interval of the mean over images, of one network each (of "
         "shares Wilson's, of their differences Agresti and Min's); differences pair equal images"
     )
 
