@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -23,7 +23,15 @@ from .step import agreed, backward, check_finite, on_device, seed_step
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from .keeper import Keeper
+
+class Keeping(Protocol):
+    """What keeps a training: :class:`sib_lab.training.keeper.Keeper`, which knows the trainer."""
+
+    def checkpoint(self, trainer: "Trainer") -> None: ...
+
+    def best(self, trainer: "Trainer") -> None: ...
+
+    def is_due(self, step: int) -> bool: ...
 
 
 class Trainer:
@@ -72,7 +80,7 @@ class Trainer:
         stalled = patience is not None and self.history.epochs_without_better(self.selected_by) >= patience
         return stalled or self.step >= self.steps
 
-    def run(self, stop_signal: Callable[[], int | None], keep: "Keeper", show: Callable[["Trainer"], None]) -> None:
+    def run(self, stop_signal: Callable[[], int | None], keep: Keeping, show: Callable[["Trainer"], None]) -> None:
         """Trains from where it stands to the last epoch.
 
         Args:
@@ -133,7 +141,7 @@ class Trainer:
         self.history.add(self.step, values, time.perf_counter() - start)
         return int(stopped), due > 0
 
-    def _end_epoch(self, keep: "Keeper") -> None:
+    def _end_epoch(self, keep: Keeping) -> None:
         """Validates, adds the epoch's line to the history and saves."""
         count = self.batches.steps_per_epoch
         rate = learning_rate(self.config, self.step - 1, self.steps, count) if self.step else 0.0
