@@ -163,3 +163,29 @@ def test_a_table_gives_the_ids_of_the_class_folders(photographs):
     with open(photographs / "classes.csv", "w", newline="") as file:
         csv.writer(file).writerows([("folder", "wordnet_id"), ("plum", "n00000001"), ("fig", "n2")])
     assert open_data("folder", photographs, size=32).wordnet_ids == ("", "", "n00000001")
+
+
+@pytest.mark.parametrize("is_trained", [False, True], ids=["as it is", "trained"])
+def test_masks_that_mark_nothing_stop_every_command(is_trained, photographs, weights, tmp_path):
+    for path in photographs.glob("*/*.png"):
+        mask = photographs / "masks" / path.relative_to(photographs)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((40, 40), np.uint8)
+        pixels[0, 0] = 255
+        Image.fromarray(pixels).save(mask)
+    words = (
+        "--data",
+        "folder",
+        "--root",
+        photographs,
+        "--size",
+        32,
+        "--network",
+        "small_cnn",
+        "--out",
+        tmp_path / "out",
+    )
+    trained = ("compare", *words, "--epochs", 1, "--seeds", 1, "--batch-size", 4)
+    result = invoked(*trained) if is_trained else compared(photographs, weights, tmp_path / "out")
+    assert result.exit_code == 1 and "mark nearly nothing" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out/runs").exists()
