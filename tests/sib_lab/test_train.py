@@ -124,7 +124,7 @@ def test_changes_replace_a_recipes_options_and_its_methods_own_go_with_the_metho
         ({"schedule": "steps"}, "schedule must be one of"),
         ({"precision": "16"}, "precision must be one of 32-true, bf16-mixed, got '16'"),
         ({"device": "tpu"}, "device must be one of"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"learning_rate": math.nan}, "learning_rate must be above 0"),
@@ -875,7 +875,7 @@ def test_match_with_a_run_that_has_no_vjp_is_said_in_one_sentence(from_words, fi
 
 
 def test_an_option_that_cannot_be_is_one_sentence_on_the_command_line(from_words):
-    assert from_words("--epochs", "0") == "Epochs must be at least 1, got 0.\n"
+    assert from_words("--batch-size", "0") == "Batch_size must be at least 1, got 0.\n"
 
 
 def test_the_options_module_is_light_to_import():

@@ -47,14 +47,17 @@ class Report:
             raise DataError(self.problems[0])
 
 
-def check(data: DataSets, most: int = LOOKED_AT) -> Report:
+def check(data: DataSets, most: int = LOOKED_AT, least: int = 2) -> Report:
     """Counts images, and looks at ``most`` annotated images of each split, evenly spread; reads no others.
+
+    Args:
+        least: training images of a class; fewer are a problem.
 
     Raises:
         DataError: a file that cannot be read.
     """
     splits = {name: _look_at(split, len(data.classes), most) for name, split in data.splits().items()}
-    return Report(data.classes, splits, data.skipped, tuple(_problems(data, splits)))
+    return Report(data.classes, splits, data.skipped, tuple(_problems(data, splits, least)))
 
 
 def _look_at(split: ItemDataset, classes: int, most: int) -> SplitReport:
@@ -86,7 +89,7 @@ def measured(split: ItemDataset, row: int, annotated: bool) -> tuple[float | Non
     return float(mask.mean()), float(edge.mean()), brightness
 
 
-def _problems(data: DataSets, splits: dict[str, SplitReport]) -> list[str]:
+def _problems(data: DataSets, splits: dict[str, SplitReport], least: int) -> list[str]:
     areas, edges = (np.array([v for s in splits.values() for v in getattr(s, name)]) for name in ("areas", "edges"))
     brightness = np.array([value for split in splits.values() for value in split.brightness])
     found = []
@@ -111,7 +114,7 @@ def _problems(data: DataSets, splits: dict[str, SplitReport]) -> list[str]:
             "whole range, so scale them to it (or save them with 8 bits)."
         )
     train = splits["train"].images
-    if few := [name for name, count in zip(data.classes, train, strict=True) if count < 2]:
+    if few := [name for name, count in zip(data.classes, train, strict=True) if count < least]:
         found.append(f"The class {few[0]} has {train[data.classes.index(few[0])]} training image: add some.")
     return found
 

@@ -26,7 +26,7 @@ def check(config: TrainConfig, data: DataSets) -> None:
         TrainingError, NetworkError, DataError: one sentence: what stops this training.
     """
     check_data(config, data)
-    checks.check(data).stop()
+    checks.check(data, least=1).stop()
     if config.wandb is not None:
         check_wandb()
     with torch.random.fork_rng(devices=[]):
