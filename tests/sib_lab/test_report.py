@@ -199,6 +199,15 @@ def test_the_most_frequent_mistakes_come_first():
     assert mistakes([[2, 0], [0, 0]], ["a", "b"], most=5) == []
 
 
+@pytest.mark.parametrize("told", [{}, {"labels": [1]}, {"labels": [1], "predicted": []}, {"labels": 3, "predicted": 3}])
+def test_other_predictions_are_named_by_their_file(told, tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / "runs/ce-seed1/measured/accuracy-uncorrelated.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": told}))
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
+        results.collect(folder)
+
+
 def test_names_are_text_and_no_markup(tmp_path):
     """Neither rich nor matplotlib nor a browser finds anything in them."""
     folder = stored_comparison(tmp_path / "x [red]")

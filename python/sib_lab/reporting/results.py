@@ -238,7 +238,11 @@ def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
         training["run"]["chance"], training["run"]["curves"].items(), training["run"]["labels"]
     accuracy = run / MEASURED / f"accuracy-{comparison['data']['explained']}.json"
     with reading(accuracy):
-        told = read_json(accuracy)["classes"]
+        told = {
+            name: [int(label) for label in read_json(accuracy)["classes"][name]] for name in ("labels", "predicted")
+        }
+        if len(told["labels"]) != len(told["predicted"]):
+            raise ValueError("other images")
     values = {key: tensor(of_key) for key, of_key in stored_values(run).items() if of_key}
     six = [f"epg/{explanation}" for explanation in comparison["six"]]
     if six and all(key in values for key in six):
