@@ -149,6 +149,27 @@ def test_of_imagenet_the_data_s_classes_are_asked_by_name_or_id(tmp_path, monkey
     assert rows_of(("crane", "n00000007"), ("n00000134", ""), 1000, path) == [134, 7]
 
 
+def test_two_folders_of_one_class_are_refused(tmp_path):
+    state = {
+        "config": {},
+        "classes": ["cat", "dog"],
+        "size": 32,
+        "model": build_network("small_cnn", 2, 32).state_dict(),
+    }
+    torch.save(state, tmp_path / "own.pt")
+    with pytest.raises(NetworkError, match="DOG and dog are the same class of the weights"):
+        rows_of(("DOG", "cat", "dog"), (), 2, tmp_path / "own.pt")
+    torch.save({"weight": torch.zeros(1)}, path := tmp_path / "w.pt")
+    with pytest.raises(NetworkError, match="sports car and sports_car are the same class"):
+        rows_of(("sports car", "sports_car"), (), 1000, path)
+
+
+def test_where_the_order_of_classes_is_assumed_it_is_said(photographs, weights, tmp_path):
+    result = compared(photographs, weights, tmp_path / "out")
+    said = " ".join(result.output.split())
+    assert "It names no classes: they are taken to be apple, pear, plum, in this order." in said
+
+
 def test_a_restricted_head_gives_the_logits_of_its_rows():
     network = build_network("small_cnn", 6, 32).eval()
     x = torch.rand(2, 3, 32, 32)

@@ -22,6 +22,7 @@ from sib_lab.explaining import methods as explain
 from sib_lab.reporting import results
 from sib_lab.training.config import recipe
 from sib_lab.training.runs import LOCK, RunError, open_run
+from sib_lab.training.train import train
 
 SEEDS = (0, 1)
 NAMES = [f"{method}-seed{seed}" for method in ("ce", "sib") for seed in SEEDS]
@@ -194,6 +195,14 @@ def test_the_folder_holds_the_report_the_numbers_and_the_gallery(finished):
 
 
 # --------------------------------------------------------------------------------------------------- going on
+
+
+def test_a_run_that_was_trained_anew_is_not_reported_with_the_old_network_s_numbers(copied, tiny):
+    path = copied / "runs/sib-seed1"
+    train(tiny("sib", seed=1), path, resume=False, quiet=True)
+    assert not list((path / "measured").glob("*"))
+    found = write_report(copied, Console(file=StringIO(), width=120))
+    assert found["missing"] == ["sib-seed1"] and "sib-seed1" not in {run["name"] for run in found["runs"]}
 
 
 def test_a_finished_comparison_is_written_again_without_training_or_explaining(copied, finished, tiny, explained):

@@ -60,7 +60,8 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
                 "labels": labels,
                 "predicted": [k if hit else (k + 1) % 10 for k, hit in zip(labels, right, strict=True)],
             }
-            store(measured / "accuracy-matched.json", {"accuracy/matched": values.pop("accuracy/matched")})
+            matched = {"accuracy/matched": values.pop("accuracy/matched")}
+            store(measured / "accuracy-matched.json", matched, classes=told)
             worst = {"worst_group/uncorrelated": [0.5 - 0.04 * place]}
             store(measured / "accuracy-uncorrelated.json", values | worst, classes=told)
             for number, explanation in enumerate(explanations):
@@ -85,7 +86,9 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
             }
             run = {"chance": 0.1 if masks else None, "epochs": 4, "curves": curve, "labels": labels}
             (measured / "training.json").write_text(
-                json.dumps({"run": run, "values": {"seconds_per_step": [0.03 * (1 + 2 * place)]}})
+                json.dumps(
+                    {"run": run, "key": {"weights": "w"}, "values": {"seconds_per_step": [0.03 * (1 + 2 * place)]}}
+                )
             )
         maps = rng.random((2, 20, 20)) ** 4
         np.savez(
@@ -109,7 +112,7 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
 
 
 def store(path, values, **more):
-    path.write_text(json.dumps({"values": values} | more))
+    path.write_text(json.dumps({"values": values, "key": {"weights": "w"}} | more))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +207,33 @@ def test_other_predictions_are_named_by_their_file(told, tmp_path):
     folder = stored_comparison(tmp_path / "x")
     path = folder / "runs/ce-seed1/measured/accuracy-uncorrelated.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": told}))
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
+        results.collect(folder)
+
+
+def changed_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["gradcam", "accuracy-uncorrelated", "accuracy-matched"])
+def test_values_of_other_images_are_named_by_their_file(name, tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / f"runs/sib-seed1/measured/{name}.json"
+
+    def shorten(content):
+        next(iter(content["values"].values())).pop()
+
+    changed_json(path, shorten)
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
+        results.collect(folder)
+
+
+def test_a_part_that_was_measured_on_another_network_is_named(tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / "runs/sib-seed1/measured/vjp.json"
+    changed_json(path, lambda content: content["key"].update(weights="others"))
     with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
         results.collect(folder)
 

@@ -125,7 +125,7 @@ def read_names(path: Path, count: int) -> tuple[str, ...]:
         RunError: the file cannot be read, or has another number of names.
     """
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"The names of classes in {path} cannot be read: give a text file in UTF-8.") from error
     if len(names) != count:

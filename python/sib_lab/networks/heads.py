@@ -50,7 +50,7 @@ def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Pat
     """
     names = None if str(weights) == IMAGENET else read_weights(weights).classes
     if names is not None:
-        return [_row(name, {n: [row] for row, n in enumerate(names)}, weights) for name in classes]
+        return _distinct([_row(name, {n: [row] for row, n in enumerate(names)}, weights) for name in classes], classes)
     if known == len(classes):
         return list(range(known))
     if known != IMAGENET_CLASSES:
@@ -63,10 +63,31 @@ def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Pat
         for known_as in {_plain(name), TWICE.get(name, _plain(name))}:
             by_name.setdefault(known_as, []).append(row)
     by_id = {name: [row] for row, name in enumerate(wordnet_ids())} if any(ids) or any(map(_is_id, classes)) else {}
-    return [
+    rows = [
         _row(wordnet or name, by_id if wordnet or _is_id(name) else by_name, weights)
         for name, wordnet in zip(classes, ids or [""] * len(classes), strict=True)
     ]
+    return _distinct(rows, classes)
+
+
+def _distinct(rows: list[int], classes: Sequence[str]) -> list[int]:
+    for place, row in enumerate(rows):
+        if row in rows[:place]:
+            raise NetworkError(
+                f"{classes[rows.index(row)]} and {classes[place]} are the same class of the weights: join their "
+                "folders, or train at least one epoch."
+            )
+    return rows
+
+
+def in_order(network: nn.Module, classes: Sequence[str], weights: Path) -> str:
+    """What people must know where a file of weights does not name its classes; empty where it does.
+
+    Args:
+        network: as it was built from the file.
+    """
+    assumed = network.class_count == len(classes) and str(weights) != IMAGENET and read_weights(weights).classes is None
+    return f" It names no classes: they are taken to be {', '.join(classes)}, in this order." if assumed else ""
 
 
 def _row(name: str, rows: dict[str, list[int]], weights: Path) -> int:

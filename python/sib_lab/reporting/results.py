@@ -29,12 +29,12 @@ from ..explaining.statistics import (
     paired_difference_of_shares,
     share,
 )
-from ..training.runs import write_text
+from ..training.runs import MEASURED, write_text
 from .classes import by_class
 
 COMPARISON = "comparison.json"  #: what was asked for, in the comparison's folder
 RESULTS, METRICS, REPORT, GALLERY = "results.json", "metrics.csv", "report.html", "gallery.png"
-RUNS, MEASURED = "runs", "measured"  #: folders: of all runs, and of the stored measurements inside each run
+RUNS = "runs"  #: folder of all runs
 #: Explanation "method" under which the mean over the six methods stands.
 MEAN = "mean"
 EMPTY = "empty"  #: the measure that counts maps which are zero everywhere
@@ -181,13 +181,20 @@ def stored_values(run: Path) -> dict[str, list]:
 
     None stands for an undefined value.
     """
-    values = {}
+    values: dict[str, list] = {}
+    weights = None
     for path in sorted((run / MEASURED).glob("*.json")):
         with reading(path):
-            found = read_json(path)["values"]
-            for of_key in found.values():
+            content = read_json(path)
+            for of_key in content["values"].values():
                 tensor(of_key)
-        values |= found
+            if weights not in (None, content["key"]["weights"]):
+                raise ValueError("measured on another network")
+            weights = content["key"]["weights"]
+            for key, of_key in content["values"].items():
+                if key.startswith("accuracy/") and len(of_key) != len(content["classes"]["labels"]):
+                    raise ValueError("of other images")
+        values |= content["values"]
     return values
 
 
@@ -243,7 +250,14 @@ def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
         }
         if len(told["labels"]) != len(told["predicted"]):
             raise ValueError("other images")
+        if not {*told["labels"], *told["predicted"]} <= set(range(len(comparison["data"]["classes"]))):
+            raise ValueError("other classes")
     values = {key: tensor(of_key) for key, of_key in stored_values(run).items() if of_key}
+    images = {name: len(training["run"]["labels"]) for name in comparison["explanations"]}
+    for key, of_key in values.items():
+        of = key.partition("/")[2]
+        if len(of_key) != images.get(of, len(of_key)):
+            raise damaged(run / MEASURED / f"{of}.json")
     six = [f"epg/{explanation}" for explanation in comparison["six"]]
     if six and all(key in values for key in six):
         values[f"epg/{MEAN}"] = torch.stack([values[key] for key in six]).mean(0)  # NaN where one of them is

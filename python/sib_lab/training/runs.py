@@ -22,6 +22,7 @@ from .config import TrainConfig
 CONFIG, FINISHED, OPTIONS, DATA = "config.json", "finished.json", "run.yaml", "data.json"
 METRICS, STEPS, TENSORBOARD = "metrics.csv", "steps.csv", "tensorboard"
 LAST, BEST = "last.pt", "best.pt"
+MEASURED = "measured"  #: folder of what was measured on the network
 LOCK = ".lock"
 
 
@@ -358,6 +359,8 @@ def remove_results(folder: Path) -> None:
     try:
         for name in (LAST, BEST, METRICS, STEPS, FINISHED, DATA):
             (folder / name).unlink(missing_ok=True)
+        for measured in (folder / MEASURED).glob("*"):  # on the network that goes
+            measured.unlink()
     except OSError as error:
         raise RunError(
             f"{error.filename} cannot be written or removed ({error.strerror}): take another folder."
