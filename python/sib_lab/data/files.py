@@ -1,5 +1,6 @@
 """Images in files, with masks or boxes beside them: annotations, checking and splitting."""
 
+import csv
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -373,6 +374,23 @@ def file_sets(
         tuple(skipped),
         tuple(groups),
     )
+
+
+def read_table(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a CSV, and its columns.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataError: it cannot be read.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            return list(reader), list(reader.fieldnames or ())
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read as a CSV.") from error
 
 
 def image_files(folder: Path) -> list[Path]:

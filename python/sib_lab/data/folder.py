@@ -1,6 +1,5 @@
 """A user's own images: class folders, whole or split, with masks in parallel folders or boxes in a CSV."""
 
-import csv
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError, some
-from .files import Box, Sample, broken, file_sets, image_files, is_hidden
+from .files import Box, Sample, broken, file_sets, image_files, is_hidden, read_table
 from .images import CURES, SUFFIXES
 from .masks import mask_values as parsed_values
 from .masks import read_mask
@@ -315,13 +314,9 @@ def _rows(path: Path, columns: tuple[str, ...] = ("file", *SIDES)) -> list[dict[
         DataError: no such file, or other columns.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows, present = list(reader), reader.fieldnames or ()
+        rows, present = read_table(path)
     except FileNotFoundError as error:
         raise DataError(f"boxes is not a file: {path}.") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} cannot be read as a CSV.") from error
     if missing := [column for column in columns if column not in present]:
         raise DataError(f"{path} has no column {some(missing)}: its first line must be {','.join(columns)}.")
     return rows

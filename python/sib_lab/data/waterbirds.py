@@ -1,11 +1,10 @@
 """Waterbirds (Sagawa et al. 2020): birds of land or water on backgrounds that agree with them in training."""
 
-import csv
 from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError, some
-from .files import Box, Sample, broken, file_sets
+from .files import Box, Sample, broken, file_sets, read_table
 
 CLASSES = ("landbird", "waterbird")
 GROUPS = ("land", "water")  #: backgrounds
@@ -31,17 +30,13 @@ def open_set(root: Path, common: Common) -> DataSets:
     """
     table = root / TABLE
     try:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            rows, present = list(reader), reader.fieldnames or ()
+        rows, present = read_table(table)
     except FileNotFoundError as error:
         raise DataError(f"waterbirds: {table} is missing: give the folder that the set was unpacked in.") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} cannot be read as a CSV.") from error
     columns = next((c for c in COLUMNS if {*c, "split"} <= set(present)), None)
     if columns is None:
         wanted = " or ".join(",".join((*c, "split")) for c in COLUMNS)
-        raise DataError(f"{table} has the columns {some(list(present), 9)}, but needs {wanted}.")
+        raise DataError(f"{table} has the columns {some(present, 9)}, but needs {wanted}.")
     parts: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     bad = []
     for number, row in enumerate(rows, start=2):
