@@ -36,8 +36,8 @@ def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
     return model
 
 
-def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Path) -> list[int]:
-    """Which of the ``known`` classes of a file of weights are the data's.
+def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Path) -> tuple[list[int], str]:
+    """Which of the ``known`` classes of a file of weights are the data's, and what people must know of that.
 
     By name, where the file is a checkpoint of this program; of 1000 classes by WordNet id or ImageNet's name; otherwise
     in their order, if there are as many.
@@ -50,15 +50,17 @@ def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Pat
     """
     names = None if str(weights) == IMAGENET else read_weights(weights).classes
     if names is not None:
-        return _distinct([_row(name, {n: [row] for row, n in enumerate(names)}, weights) for name in classes], classes)
+        by_name = {name: [row] for row, name in enumerate(names)}
+        return _distinct([_row(name, by_name, weights) for name in classes], classes), ""
     if known == len(classes):
-        return list(range(known))
+        note = f"It names no classes: they are taken to be {', '.join(classes)}, in this order."
+        return list(range(known)), note
     if known != IMAGENET_CLASSES:
         raise NetworkError(
             f"The weights {weights} tell {known} classes and the data has {len(classes)}: with 0 epochs they must be "
             "the same; train at least one, for a new classifier head."
         )
-    by_name: dict[str, list[int]] = {}
+    by_name = {}
     for row, name in enumerate(imagenet_names()):
         for known_as in {_plain(name), TWICE.get(name, _plain(name))}:
             by_name.setdefault(known_as, []).append(row)
@@ -67,7 +69,7 @@ def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Pat
         _row(wordnet or name, by_id if wordnet or _is_id(name) else by_name, weights)
         for name, wordnet in zip(classes, ids or [""] * len(classes), strict=True)
     ]
-    return _distinct(rows, classes)
+    return _distinct(rows, classes), ""
 
 
 def _distinct(rows: list[int], classes: Sequence[str]) -> list[int]:
@@ -78,16 +80,6 @@ def _distinct(rows: list[int], classes: Sequence[str]) -> list[int]:
                 "folders, or train at least one epoch."
             )
     return rows
-
-
-def in_order(network: nn.Module, classes: Sequence[str], weights: Path) -> str:
-    """What people must know where a file of weights does not name its classes; empty where it does.
-
-    Args:
-        network: as it was built from the file.
-    """
-    assumed = network.class_count == len(classes) and str(weights) != IMAGENET and read_weights(weights).classes is None
-    return f" It names no classes: they are taken to be {', '.join(classes)}, in this order." if assumed else ""
 
 
 def _row(name: str, rows: dict[str, list[int]], weights: Path) -> int:

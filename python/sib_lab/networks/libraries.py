@@ -74,10 +74,9 @@ def torchvision_preprocessing(name: str) -> Preprocessing:
     from torchvision.models import get_model_weights
 
     theirs = get_model_weights(name).DEFAULT.transforms()
-    size = theirs.crop_size[0]
     # Their weights came from TensorFlow, and transform_input undoes ImageNet's mean and std.
     mean, std = ((0.5,) * 3, (0.5,) * 3) if name in NO_AUXILIARY else (tuple(theirs.mean), tuple(theirs.std))
-    return Preprocessing(mean, std, size, theirs.interpolation.value, size / theirs.resize_size[0])
+    return Preprocessing(mean, std, theirs.crop_size[0], theirs.interpolation.value)
 
 
 # ------------------------------------------------------------------------------------------------------- timm
@@ -119,7 +118,7 @@ def timm_preprocessing(name: str) -> Preprocessing:
     if theirs is None:
         return Preprocessing()
     interpolation = theirs.interpolation if theirs.interpolation in ("bilinear", "bicubic") else "bilinear"
-    return Preprocessing(theirs.mean, theirs.std, theirs.input_size[-1], interpolation, theirs.crop_pct or 224 / 256)
+    return Preprocessing(theirs.mean, theirs.std, theirs.input_size[-1], interpolation)
 
 
 def _near(name: str, names: list[str]) -> str:

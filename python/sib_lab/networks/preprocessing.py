@@ -30,7 +30,6 @@ class Preprocessing:
     std: tuple[float, float, float] = HALF
     size: int | None = None  #: side of the images that the weights were trained on, px; None: unknown
     interpolation: str = "bilinear"  #: of the resizing before: bilinear or bicubic
-    crop: float = 224 / 256  #: share of the shorter side that the crop in the middle keeps
 
     def __post_init__(self):
         for name in ("mean", "std"):

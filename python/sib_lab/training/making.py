@@ -9,7 +9,7 @@ from ..data import DataSets
 from ..data.base import check_classes
 from ..networks.build import build_network
 from ..networks.feature_maps import cam_layer
-from ..networks.heads import in_order, restrict_head, rows_of
+from ..networks.heads import restrict_head, rows_of
 from .batches import mean_object_area
 from .config import TrainConfig
 from .losses import TrainingLoss, make_criterion
@@ -56,8 +56,9 @@ def _as_it_is(config: TrainConfig, data: DataSets, weights: Path) -> nn.Module:
         NetworkError: weights of other classes.
     """
     network = build_network(config.network, None, data.size, weights, config.mean, config.std)
-    network.weights_note += in_order(network, data.classes, weights)
-    return restrict_head(network, rows_of(data.classes, data.wordnet_ids, network.class_count, weights))
+    rows, note = rows_of(data.classes, data.wordnet_ids, network.class_count, weights)
+    network.weights_note = f"{network.weights_note} {note}".strip()
+    return restrict_head(network, rows)
 
 
 def make_loss(config: TrainConfig, data: DataSets, network: nn.Module) -> TrainingLoss:
