@@ -9,11 +9,12 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False)
 
 
-def progress_bar(console: Console, unit: str, *columns: str) -> Progress:
+def progress_bar(console: Console, unit: str, *columns: str, stays: bool = False) -> Progress:
     """A bar with what is done, of how many ``unit``, and the time left; nothing where the output is no terminal.
 
     Args:
         columns: further texts, by the names of a task's fields.
+        stays: it is still seen when all is done.
     """
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -25,6 +26,6 @@ def progress_bar(console: Console, unit: str, *columns: str) -> Progress:
         TimeRemainingColumn(),
         *(TextColumn(f"{{task.fields[{column}]}}", markup=False) for column in columns),
         console=console,
-        transient=True,
+        transient=not stays,
         disable=not console.is_terminal,
     )

@@ -41,15 +41,14 @@ def check_command(
     with one_sentence():
         if out.suffix.lower() not in KINDS:
             raise DataError(f"--out must end in one of {', '.join(KINDS)}, got {out}.")
-        from rich.console import Console
-
+        from ..console import plain_console
         from ..data import open_data
         from ..data.checks import check
         from ..reporting.pictures import save
 
         opened = open_data(data, root, size=size, seed=seed, skip_broken=skip_broken, **pairs(option or []))
         report = check(opened, LOOKED_AT)
-        Console().print(counts(report))
+        plain_console().print(counts(report))
         typer.echo("\n".join(lines(report)))
         out.parent.mkdir(parents=True, exist_ok=True)
         save(picture(opened), out, dpi=100)

@@ -23,13 +23,14 @@ from pathlib import Path
 from rich.console import Console
 
 from ..console import plain_console
+from ..data import checks
 from ..networks.build import build_network
 from ..reporting import page as report
 from ..reporting import results
 from ..reporting.results import RUNS, run_name
 from ..training.config import TrainConfig
 from ..training.runs import CONFIG, Run, RunError, file_hash, is_finished, locked, open_run, read_record
-from ..training.train import check, check_data, train
+from ..training.train import check, check_unchanged, train
 from .material import Material
 from .measurement import Measurement
 from .plan import Plan
@@ -58,15 +59,15 @@ def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | No
 
 
 def _compare(plan: Plan, folder: Path, fresh: bool, console: Console) -> dict:
-    if fresh and start_anew(plan, folder):
-        console.print(f"Starting anew: the old runs in {folder} are removed.", markup=False)
     for method in plan.configs:
-        for seed in plan.seeds:
+        for seed in () if fresh else plan.seeds:
             check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
     for number, seed in enumerate(plan.seeds):
         material = Material(plan, seed)
         if number == 0:
-            check_all(plan, material)
+            check_all(plan, material, folder, fresh)
+            if fresh and start_anew(plan, folder):
+                console.print(f"Starting anew: the old runs in {folder} are removed.", markup=False)
             write_comparison(plan, material, folder)
         for method in plan.order:
             run = trained(plan, method, seed, folder, material, console)
@@ -91,15 +92,19 @@ def write_report(folder: Path, console: Console) -> dict:
     return found
 
 
-def check_all(plan: Plan, material: Material) -> None:
-    """Before anything is trained:
+def check_all(plan: Plan, material: Material, folder: Path, fresh: bool) -> None:
+    """Before anything is trained, or removed for it:
 
     Raises:
         RunError, NetworkError, DataError: a method, with its options, that cannot be trained on this data; a network
             without a module of the layer's name.
     """
-    for config in plan.configs.values():
-        check(replace(config, seed=material.seed), material.training_data(config))
+    todo = [m for m in plan.configs if fresh or not all(is_finished(f) for f in run_folders(plan, folder, m))]
+    if todo:
+        checks.check(material.data, least=1).stop()
+    for method in todo:
+        config = plan.config(method, material.seed)
+        check(config, material.training_data(config))
     if plan.layer is None:
         return
     network = build_network(material.config.network, len(material.data.classes), material.data.size)
@@ -124,7 +129,7 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
         console.print(f"{results.NAMES.get(method, method)}, seed {seed}: {doing}", style="bold", markup=False)
         train(config, path, console=console, data=material.training_data(config))
     else:
-        check_data(path, material.data.identity())
+        check_unchanged(path, material.data.identity())
     return open_run(path, plan.best, trust=True)  # check_same: the network is that of this command
 
 
@@ -151,10 +156,14 @@ def variances(run: Run) -> tuple[float, ...]:
     return tuple(values) if all(math.isfinite(value) and value > 0 for value in values) else ()
 
 
+def run_folders(plan: Plan, folder: Path, method: str) -> list[Path]:
+    """Of one training method, a folder a seed."""
+    return [folder / RUNS / run_name(method, seed) for seed in plan.seeds]
+
+
 def start_anew(plan: Plan, folder: Path) -> bool:
     """Removes the plan's runs from ``folder``; whether there was one."""
-    paths = [folder / RUNS / run_name(method, seed) for method in plan.configs for seed in plan.seeds]
-    there = [path for path in paths if path.is_dir()]
+    there = [path for method in plan.configs for path in run_folders(plan, folder, method) if path.is_dir()]
     for path in there:
         shutil.rmtree(path)
     return bool(there)

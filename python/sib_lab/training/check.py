@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from ..data import DataSets, checks, stack
+from ..data import DataSets, stack
 from ..networks.errors import NetworkError, first_line
 from .config import TrainConfig
 from .logs import check_wandb
@@ -20,13 +20,12 @@ TRIED = 4  #: images at most: as many as the most demanding statistic of a batch
 def check(config: TrainConfig, data: DataSets) -> None:
     """Builds network, loss and optimiser on the CPU and tries one forward and backward pass of a few images.
 
-    No generator is moved, and nothing is kept. Of the data it is what :func:`sib_lab.data.checks.check` looks at.
+    No generator is moved, and nothing is kept.
 
     Raises:
         TrainingError, NetworkError, DataError: one sentence: what stops this training.
     """
     check_data(config, data)
-    checks.check(data, least=1).stop()
     if config.wandb is not None:
         check_wandb()
     with torch.random.fork_rng(devices=[]):

@@ -357,10 +357,10 @@ def remove_results(folder: Path) -> None:
         RunError: the folder refuses.
     """
     try:
+        for measured in (folder / MEASURED).glob("*"):  # first: without the network it would be another's
+            measured.unlink()
         for name in (LAST, BEST, METRICS, STEPS, FINISHED, DATA):
             (folder / name).unlink(missing_ok=True)
-        for measured in (folder / MEASURED).glob("*"):  # on the network that goes
-            measured.unlink()
     except OSError as error:
         raise RunError(
             f"{error.filename} cannot be written or removed ({error.strerror}): take another folder."

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import DataSets
+from ..data import DataSets, checks
 from ..data.identity import changed
 from . import runs
 from .check import check
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from rich.console import Console
 
-__all__ = ["check", "check_data", "train"]
+__all__ = ["check", "check_unchanged", "train"]
 
 
 def train(
@@ -62,7 +62,7 @@ def train(
     config = with_processes_of_torchrun(config)
     if resume and runs.is_finished(folder):
         _check_same(config, _loaded(folder / runs.LAST), folder)
-        check_data(folder, (open_config_data(config) if data is None else data).identity())
+        check_unchanged(folder, (open_config_data(config) if data is None else data).identity())
         return open_run(folder, trust=True)
     spawned = config.devices > 1 and not by_torchrun()
     # Bound here, not handed through Fabric, which looks into arguments and refuses frozen dataclasses.
@@ -100,6 +100,7 @@ def _work(
             identity = _identity(data, fabric)
             stood = _stood(config, folder, identity) if resume else None
             if stood is None:
+                checks.check(data, least=1).stop()
                 check(config, data)
             trainer = Trainer(config, data, fabric)
             _load_or_clear(trainer, folder, stood)
@@ -133,7 +134,7 @@ def _stood(config: TrainConfig, folder: Path, identity: Mapping[str, Any]) -> di
         return None
     stood = _loaded(folder / runs.LAST)
     _check_same(config, stood, folder)
-    check_data(folder, identity)
+    check_unchanged(folder, identity)
     return stood
 
 
@@ -177,7 +178,7 @@ def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> 
         )
 
 
-def check_data(folder: Path, identity: Mapping[str, Any]) -> None:
+def check_unchanged(folder: Path, identity: Mapping[str, Any]) -> None:
     """
     Raises:
         CheckpointError: the run in ``folder`` was made with other data, or does not say with which.
@@ -197,34 +198,14 @@ def _progress(
     if quiet:
         yield lambda trainer: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from ..console import plain_console, progress_bar
 
-    console = console or Console()
+    console = console or plain_console()
     if trainer.step:
-        console.print(f"Going on at step {trainer.step} of {trainer.steps} in {folder}.")
+        console.print(f"Going on at step {trainer.step} of {trainer.steps} in {folder}.", markup=False)
     elif trainer.network.weights_note:
-        console.print(trainer.network.weights_note, markup=False, highlight=False)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
-        console=console,
-        transient=not console.is_terminal,
-        disable=not console.is_terminal,
-    )
+        console.print(trainer.network.weights_note, markup=False)
+    progress = progress_bar(console, "steps", "state", stays=True)
     task = progress.add_task(trainer.config.method, total=trainer.steps, completed=trainer.step, state="")
 
     def show(trainer: Trainer) -> None:
