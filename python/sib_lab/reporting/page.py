@@ -11,7 +11,6 @@ from ..training.runs import write_text
 from . import pictures
 from .classes import mistakes
 from .results import (
-    COMPARISON,
     EMPTY,
     GALLERY,
     MEAN,
@@ -46,17 +45,17 @@ def write(results: dict, folder: Path) -> None:
         results: the content of results.json.
         folder: the comparison's folder, with the gallery's images and, in its runs, their maps.
     """
-    examples = Examples.load(results, folder)
+    examples, gallery = Examples.load(results, folder), []
     if examples is not None:
         with reading(folder / IMAGES), matplotlib.rc_context(pictures.STYLE):
-            pictures.save(examples.figure(results), folder / GALLERY, dpi=90)
-    with reading(folder / COMPARISON):
-        text = page(results, examples)
-    write_text(folder / REPORT, text)
+            figure = examples.figure(results)
+            gallery = examples.figures(results)
+        pictures.save(figure, folder / GALLERY, dpi=90)
+    write_text(folder / REPORT, page(results, gallery))
 
 
-def page(results: dict, examples: "Examples | None") -> str:
-    """The page as text."""
+def page(results: dict, gallery: list[dict]) -> str:
+    """The page as text; ``gallery``: an entry an image, of :meth:`Examples.figures`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -78,7 +77,7 @@ def page(results: dict, examples: "Examples | None") -> str:
         empty=empty_sentence(results),
         undefined=any(value["undefined"] for row in results["rows"] for value in row["values"].values()),
         differences=count_differences(results),
-        gallery=[] if examples is None else examples.figures(results),
+        gallery=gallery,
         options=options(results["config"]),
         classes=class_rows(results),
         class_epg=any(any(v is not None for v in row["epg"].values()) for row in results["classes"]["rows"]),

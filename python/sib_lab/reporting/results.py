@@ -39,7 +39,7 @@ RUNS = "runs"  #: folder of all runs
 MEAN = "mean"
 EMPTY = "empty"  #: the measure that counts maps which are zero everywhere
 MINUS = "\N{MINUS SIGN}"
-HARDLY = 0.0015  #: an interval whose ends are so near to mean ± half width is shown so
+HARDLY = 0.0005  #: an interval whose ends are so near to mean ± half width is shown so: not a digit of it is wrong
 #: Of metrics.csv.
 COLUMNS = ("method", "measure", "mean", "low_95", "high_95", "undefined_images")
 COLUMNS += ("difference", "its_low_95", "its_high_95")
@@ -204,11 +204,7 @@ def collect(folder: Path) -> dict:
     Raises:
         ReportError: no comparison there, or none of its runs is measured.
     """
-    with reading(folder / COMPARISON):
-        return _collected(folder, read_json(folder / COMPARISON))
-
-
-def _collected(folder: Path, comparison: dict) -> dict:
+    comparison = _comparison(folder / COMPARISON)
     runs, missing = [], []
     for method in comparison["methods"]:
         for seed in comparison["seeds"]:
@@ -238,11 +234,33 @@ def _collected(folder: Path, comparison: dict) -> dict:
     }
 
 
+def _comparison(path: Path) -> dict:
+    comparison = read_json(path)
+    with reading(path):
+        for within, kinds in ((comparison, _OF_COMPARISON), (comparison["data"], _OF_DATA)):
+            if wrong := [name for name, kind in kinds.items() if not isinstance(within[name], kind)]:
+                raise TypeError(wrong[0])
+        if comparison["losses"].keys() != comparison["methods"].keys() or not comparison["seeds"]:
+            raise ValueError("other methods")
+        comparison["config"]["network"], comparison["config"]["epochs"]
+    return comparison
+
+
+_OF_COMPARISON = {"methods": dict, "losses": dict, "seeds": list, "explanations": dict, "six": list, "data": dict}
+_OF_COMPARISON |= {"config": dict, "machine": dict, "versions": dict}
+_OF_DATA = {"name": str, "classes": list, "groups": list, "tests": dict, "explained": str, "images": int}
+_OF_DATA |= {"unannotated": int, "skipped": list}
+
+
 def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
     """One run's part of the results; its ``values`` are still per image."""
     with reading(run / MEASURED / "training.json"):
         training = read_json(run / MEASURED / "training.json")
-        training["run"]["chance"], training["run"]["curves"].items(), training["run"]["labels"]
+        of_run = training["run"]
+        if not set(of_run["labels"]) <= set(range(len(comparison["data"]["classes"]))):
+            raise ValueError("other classes")
+        of_run["curves"] = {name: [float(value) for value in of] for name, of in of_run["curves"].items()}
+        of_run["chance"] = None if of_run["chance"] is None else float(of_run["chance"])
     accuracy = run / MEASURED / f"accuracy-{comparison['data']['explained']}.json"
     with reading(accuracy):
         told = {
