@@ -84,6 +84,8 @@ def explain(
     if len(rows) != len(x) or min(rows, default=0) < 0:
         raise ValueError(f"rows must be a number >= 0 for each of the {len(x)} images: got {list(rows)}")
     batch = batch_for(model, x, batch)
+    if target is not None and len(x):
+        _check_target(target, _scores(model, for_model(model, x[:1].detach())).shape[1])
     if layer is None and set(methods) & set(CAMS):
         layer = cam_layer(model, x.shape[2])
 
@@ -92,8 +94,8 @@ def explain(
     with in_eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         for start in range(0, len(x), batch):
             images = for_model(model, x[start : start + batch].detach().clone())
-            predicted, count = _predicted(model, images)
-            classes = predicted if target is None else _checked(target[start : start + batch], count).to(images.device)
+            classes = _scores(model, images).argmax(1) if target is None else target[start : start + batch]
+            classes = classes.to(images.device)
             some = rows[start : start + batch]
             for method, values in _maps(model, images, classes, methods, layer, batch, seed, some).items():
                 maps[method].append(values.to(x.device, torch.promote_types(values.dtype, torch.float32)))
@@ -103,17 +105,15 @@ def explain(
     return {method: torch.cat(parts) if parts else empty for method, parts in maps.items()}
 
 
-def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Predicted classes [B], and how many classes there are."""
-    with torch.no_grad():
-        scores = scores_of(model, x.clone())
-    return scores.argmax(1), scores.shape[1]
+def _scores(model: nn.Module, x: Tensor) -> Tensor:
+    """[B,classes]"""
+    with in_eval_mode(model), torch.no_grad():
+        return scores_of(model, x.clone())
 
 
-def _checked(target: Tensor, classes: int) -> Tensor:
+def _check_target(target: Tensor, classes: int) -> None:
     if not 0 <= target.min() <= target.max() < classes:
         raise ValueError(f"target must lie in 0..{classes - 1}, the network's classes: got {target.tolist()}")
-    return target
 
 
 def _maps(
