@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captum.attr import Saliency
-from sib_lab.explaining.measures import energy_pointing_game
-from sib_lab.explaining.methods import CAMS, METHODS, SIX, SeededNoiseTunnel, explain
+from sib_lab.explaining.averages import SeededNoiseTunnel
+from sib_lab.explaining.measures import batch_for, energy_pointing_game
+from sib_lab.explaining.methods import CAMS, METHODS, SIX, explain, explain_with_scores
 from sib_lab.networks.errors import NetworkError
 from sib_lab.networks.own import SmallCNN
 from torch import nn
@@ -497,3 +498,42 @@ def test_a_network_without_a_feature_map_has_no_class_activation_maps_but_the_ot
     assert math.isclose(
         values["vjp"].sum(), model[1].weight.detach().abs()[model(images).argmax(1)].sum(), rel_tol=1e-9
     )
+
+
+def test_the_scores_are_those_of_the_pass_that_is_explained(model, images):
+    passes = []
+    model.register_forward_hook(lambda module, inputs, output: passes.append(output))
+    scores, maps = explain_with_scores(model, images, methods=[*CAMS, "vjp", "input_x_gradient"])
+    assert len(passes) == 2  # the other one finds the layer
+    torch.testing.assert_close(scores, model(images))
+    assert not scores.requires_grad and not any(values.requires_grad for values in maps.values())
+
+
+def test_maps_of_one_pass_are_those_of_a_pass_each(model, images):
+    together = explain(model, images)
+    for method, values in together.items():
+        torch.testing.assert_close(values, explain(model, images, methods=[method])[method])
+
+
+def test_a_layer_that_does_not_depend_on_the_input_is_explained_beside_the_gradient(images):
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.grid = nn.Identity()
+            self.head = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            return self.head(x * (1 + self.grid(torch.arange(x[0].numel(), dtype=x.dtype).view_as(x[:1])))).mean((2, 3))
+
+    model = Positions().to(images.dtype).requires_grad_(False)
+    maps = explain(model, images[:1], methods=["layercam", "vjp"], layer="grid")
+    torch.testing.assert_close(
+        maps["layercam"], explain(model, images[:1], methods=["layercam"], layer="grid")["layercam"]
+    )
+    assert maps["vjp"].any()
+
+
+def test_on_a_cpu_large_images_go_through_a_few_at_a_time():
+    model = nn.Conv2d(3, 3, 1)
+    assert [batch_for(model, torch.empty(99, 3, side, side), None) for side in (64, 224, 2000)] == [32, 5, 1]
+    assert batch_for(model, torch.empty(99, 3, 224, 224), 64) == 64

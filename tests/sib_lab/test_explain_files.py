@@ -170,13 +170,13 @@ def test_what_is_no_text_in_a_file_name_is_replaced():
 
 def test_a_target_is_explained_in_the_place_of_the_prediction(run_folder, picture, tmp_path, monkeypatch):
     asked = []
-    original = explain.explain
+    original = explain.explain_with_scores
 
     def spy(model, x, target, *arguments):
         asked.append(target.tolist())
         return original(model, x, target, *arguments)
 
-    monkeypatch.setattr(explain, "explain", spy)
+    monkeypatch.setattr(explain, "explain_with_scores", spy)
     result = sib_lab(
         "explain", "--checkpoint", run_folder, "--target", "7", "--out", tmp_path / "m.png", picture, picture
     )
@@ -198,16 +198,16 @@ def test_a_class_is_named_in_any_case_or_numbered():
 
 
 def test_explain_names_the_maps_that_are_zero_or_not_finite(run_folder, picture, tmp_path, monkeypatch):
-    original = explain.explain
+    original = explain.explain_with_scores
 
     def some_empty(*arguments, **options):
-        maps = original(*arguments, **options)
+        scores, maps = original(*arguments, **options)
         assert all(values.any() for values in maps.values())
         maps["layercam"][0] = maps["vjp"][0] = 0
         maps["gradcam"][0, 0, 0] = torch.nan
-        return maps
+        return scores, maps
 
-    monkeypatch.setattr(explain, "explain", some_empty)
+    monkeypatch.setattr(explain, "explain_with_scores", some_empty)
     result = sib_lab("explain", "--checkpoint", run_folder, "--out", tmp_path / "maps.png", picture, picture)
     first, second, _ = result.stdout.splitlines()
     assert first == f"{second}; zero everywhere: LayerCAM, VJP; not finite: Grad-CAM"

@@ -2,8 +2,8 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..data import DataError
 from ..data.base import normalise
 from ..data.images import read_image
-from ..explaining import measures as measure
 from ..explaining import methods as explain
 from ..networks.build import IMAGENET_CLASSES, build_network, published_preprocessing
 from ..networks.errors import NetworkError
@@ -241,17 +240,20 @@ def explain_files(
         layer = subject.layer
     console = console or Console()
     names = _file_names(files)
-    drawn, results = [], []
-    for found in _explained(subject, files, methods, layer, number):
-        name = names[len(results)]
-        one = _sheet(found, subject)
-        if into_one:
-            drawn.append(one)
-        else:
-            _write(out / f"{name}.png", sheets.encoded(one, ".png"))
+
+    def draw(file: int, found: Explained) -> Image.Image:
+        sheet = _sheet(found, subject)
+        if not into_one:
+            _write(out / f"{names[file]}.png", sheets.encoded(sheet, ".png"))
         if save_maps:
             for method, values in found.maps.items():
-                _write((out.parent if into_one else out) / f"{name}.{method}.npy", _npy(values))
+                _write((out.parent if into_one else out) / f"{names[file]}.{method}.npy", _npy(values))
+        return sheet
+
+    drawn, results = [], []
+    for found, sheet in _explained(subject, files, methods, layer, number, draw):
+        if into_one:
+            drawn.append(sheet)
         results.append((subject.classes[found.label], found.probability))
         console.out(sheets.printable(_line(found, subject)), highlight=False)
     if into_one:
@@ -285,34 +287,45 @@ def _file_names(files: Sequence[Path]) -> list[str]:
 
 
 def _explained(
-    subject: Subject, files: Sequence[Path], methods: Sequence[str], layer: str | None, target: int | None
-) -> Iterator[Explained]:
-    """In the order of the files; pictures of one shape go through the network together."""
+    subject: Subject,
+    files: Sequence[Path],
+    methods: Sequence[str],
+    layer: str | None,
+    target: int | None,
+    draw: Callable[[int, Explained], Image.Image],
+) -> Iterator[tuple[Explained, Image.Image]]:
+    """In the order of the files; pictures of one shape go through the network together.
+
+    Args:
+        draw: called with a file's place in ``files``, while the network goes on with others; its result is given, too.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), CHUNK):
             pictures = list(pool.map(lambda path: read_picture(path, subject), files[start : start + CHUNK]))
             shapes: dict[tuple[int, ...], list[int]] = {}
             for row, picture in enumerate(pictures):
                 shapes.setdefault(tuple(picture.image.shape), []).append(row)
-            found: dict[int, Explained] = {}
+            found: dict[int, tuple[Explained, Future]] = {}
             for rows in shapes.values():
                 some = _explained_batch(subject, [pictures[row] for row in rows], methods, layer, target)
-                found |= zip(rows, some, strict=True)
-            yield from (found[row] for row in range(len(pictures)))
+                found |= {row: (one, pool.submit(draw, start + row, one)) for row, one in zip(rows, some, strict=True)}
+            for row in range(len(pictures)):
+                one, drawing = found[row]
+                yield one, drawing.result()
 
 
 def _explained_batch(
     subject: Subject, pictures: Sequence[Picture], methods: Sequence[str], layer: str | None, target: int | None
 ) -> list[Explained]:
     x = torch.stack([picture.image for picture in pictures]).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        probabilities = F.softmax(measure.scores_of(subject.model, x).float(), 1)
-    labels = probabilities.argmax(1)
-    targets = labels if target is None else torch.full_like(labels, target)
+    targets = None if target is None else torch.full((len(x),), target)
     try:
-        maps = explain.explain(subject.model, x, targets, methods, layer)
+        scores, maps = explain.explain_with_scores(subject.model, x, targets, methods, layer)
     except ValueError as error:  # of the layer: the rest is ours
         raise RunError(f"{error}.") from error
+    probabilities = F.softmax(scores.float(), 1)
+    labels = probabilities.argmax(1)
+    targets = labels if targets is None else targets
     return [
         Explained(
             picture,

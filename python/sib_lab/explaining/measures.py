@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 OBJECT = 0.5  #: a pixel belongs to the object where the mask is above this
-BATCH_CPU, BATCH_GPU = 32, 64  #: images in a forward pass; on a CPU, memory for more comes fresh from the system
+BATCH_CPU, BATCH_GPU = 32, 64  #: images in a forward pass at most
+PIXELS_CPU = 300_000  #: of them together, on a CPU: memory for larger feature maps comes fresh from the system
 CHUNK = 256  #: maps measured at a time, which bounds the memory
 IOU_THRESHOLDS = tuple(round(0.15 + 0.05 * step, 2) for step in range(17))  #: 0.15, 0.20, ..., 0.95
 EHR_QUANTILES = tuple(step / 10 for step in range(11))  #: 0, 0.1, ..., 1
@@ -56,13 +57,15 @@ def device_of(model: nn.Module, otherwise: torch.device) -> torch.device:
 
 
 def batch_for(model: nn.Module, images: Tensor, batch: int | None) -> int:
-    """``batch``, or what suits the model's device where it is None.
+    """``batch``; where it is None, 64 images on a GPU, on a CPU 32, or fewer of large ones.
 
     Raises:
         ValueError: ``batch`` is under 1.
     """
     if batch is None:
-        return BATCH_CPU if device_of(model, images.device).type == "cpu" else BATCH_GPU
+        if device_of(model, images.device).type != "cpu":
+            return BATCH_GPU
+        return max(1, min(BATCH_CPU, PIXELS_CPU // max(1, math.prod(images.shape[2:]))))
     if batch < 1:
         raise ValueError(f"batch must be at least 1: got {batch}")
     return batch
@@ -92,7 +95,7 @@ def predict(model: nn.Module, data: Tensor | Iterable, batch: int | None = None)
 
     Args:
         data: images [N,3,H,W], or batches (images, labels, ...) such as a DataLoader of ``Item`` gives.
-        batch: images in a forward pass where ``data`` is a tensor; None: 32 on a CPU, 64 on a GPU.
+        batch: images in a forward pass where ``data`` is a tensor; None: as :func:`batch_for`.
 
     Returns:
         On the images' device for a tensor, on the CPU for batches.
@@ -331,7 +334,7 @@ def deletion(
             one that is zero everywhere is: it ranks nothing, and gets what an order without knowledge gets.
         target: class indices [N]; None: the class predicted for the whole image.
         steps: points of the curve less one, both ends included.
-        batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. The result does not depend on it.
+        batch: the most images in a forward pass; None: as :func:`batch_for`. The result does not depend on it.
 
     Returns:
         float64 on the device of ``x``; NaN where the map is not finite.

@@ -7,10 +7,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
@@ -31,10 +29,7 @@ METHODS = {
 }
 SIX = tuple(METHODS)[:6]
 CAMS = SIX[:3]  #: those that look at a feature map
-
-IG_STEPS = 32  #: points between the image of zeros and the image (Gauss-Legendre)
-SMOOTHGRAD_SAMPLES = 16
-SMOOTHGRAD_NOISE = 0.15  #: standard deviation, as a share of the image's own range (highest less lowest value)
+AVERAGES = {"integrated_gradients", "smoothgrad"}  #: those that take many passes
 
 
 def explain(
@@ -60,8 +55,8 @@ def explain(
         methods: keys of METHODS.
         layer: name of the module whose output the class-activation maps look at (``model.named_modules()``); None: the
             last feature map, see :func:`sib_lab.networks.feature_maps.cam_layer`.
-        batch: the most images in a forward pass; None: 32 on a CPU, 64 on a GPU. Results do not depend on it beyond
-            rounding.
+        batch: the most images in a forward pass; None: as :func:`sib_lab.explaining.measures.batch_for`. Results do not
+            depend on it beyond rounding.
         progress: called with the number of images finished since the last call.
         seed: of SmoothGrad's noise, which an image gets by its row, whatever the batch.
         rows: row (>= 0) of each image in the whole set, where ``x`` is a part of it; None: 0, 1, ...
@@ -74,6 +69,21 @@ def explain(
         ValueError: an unknown method, a layer that does not exist or has no feature map, classes out of range.
         NetworkError: class-activation maps of a network that has no feature map.
     """
+    return explain_with_scores(model, x, target, methods, layer, batch, progress, seed, rows)[1]
+
+
+def explain_with_scores(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor | None = None,
+    methods: Sequence[str] = tuple(METHODS),
+    layer: str | None = None,
+    batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As :func:`explain`, and before the maps the scores [N,classes] of the same forward pass."""
     if unknown := [method for method in methods if method not in METHODS]:
         raise ValueError(f"methods: unknown {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if x.dim() != 4 or not x.is_floating_point():
@@ -84,97 +94,78 @@ def explain(
     if len(rows) != len(x) or min(rows, default=0) < 0:
         raise ValueError(f"rows must be a number >= 0 for each of the {len(x)} images: got {list(rows)}")
     batch = batch_for(model, x, batch)
-    if target is not None and len(x):
-        _check_target(target, _scores(model, for_model(model, x[:1].detach())).shape[1])
     if layer is None and set(methods) & set(CAMS):
         layer = cam_layer(model, x.shape[2])
 
+    scores: list[Tensor] = []
     maps: dict[str, list[Tensor]] = {method: [] for method in methods}
     # inference_mode(False) and clone: tensors made in inference mode cannot take part in a gradient.
     with in_eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         for start in range(0, len(x), batch):
-            images = for_model(model, x[start : start + batch].detach().clone())
-            classes = _scores(model, images).argmax(1) if target is None else target[start : start + batch]
-            classes = classes.to(images.device)
-            some = rows[start : start + batch]
-            for method, values in _maps(model, images, classes, methods, layer, batch, seed, some).items():
+            part = slice(start, start + batch)
+            images = for_model(model, x[part].detach().clone())
+            classes = None if target is None else target[part].to(images.device)
+            some, found = _batch(model, images, classes, methods, layer, batch, seed, rows[part])
+            scores.append(some.to(x.device))
+            for method, values in found.items():
                 maps[method].append(values.to(x.device, torch.promote_types(values.dtype, torch.float32)))
             if progress:
                 progress(len(images))
     empty = x.new_empty(0, *x.shape[2:], dtype=torch.promote_types(x.dtype, torch.float32))
-    return {method: torch.cat(parts) if parts else empty for method, parts in maps.items()}
+    joined = {method: torch.cat(parts) if parts else empty for method, parts in maps.items()}
+    return torch.cat(scores) if scores else x.new_empty(0, 0), joined
 
 
-def _scores(model: nn.Module, x: Tensor) -> Tensor:
-    """[B,classes]"""
-    with in_eval_mode(model), torch.no_grad():
-        return scores_of(model, x.clone())
-
-
-def _check_target(target: Tensor, classes: int) -> None:
-    if not 0 <= target.min() <= target.max() < classes:
-        raise ValueError(f"target must lie in 0..{classes - 1}, the network's classes: got {target.tolist()}")
-
-
-def _maps(
+def _batch(
     model: nn.Module,
     x: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     methods: Sequence[str],
     layer: str | None,
     batch: int,
     seed: int,
     rows: Sequence[int],
-) -> dict[str, Tensor]:
-    """All maps of one batch of images on the model's device."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores and all maps of one batch of images on the model's device.
+
+    Prediction, VJP and class-activation maps share a forward pass and differ in their backward passes.
+    """
 
     def forward(images: Tensor) -> Tensor:
         # A copy, as a network may write into its input (a first ReLU in place), which a gradient does not allow.
         return scores_of(model, images.clone())
 
-    maps = _class_activation_maps(model, forward, x, target, methods, layer) | _of_gradient(forward, x, target, methods)
-    if "integrated_gradients" in methods:
-        maps["integrated_gradients"] = _integrated_gradients(forward, x, target, batch)
-    if "smoothgrad" in methods:
-        maps["smoothgrad"] = _smoothgrad(forward, x, target, batch, seed, rows)
-    return maps
-
-
-# ------------------------------------------------------------------------- VJP and class-activation maps
-
-
-def _of_gradient(
-    forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, methods: Sequence[str]
-) -> dict[str, Tensor]:
-    """The VJP and Input x Gradient, from one gradient."""
-    if not {"vjp", "input_x_gradient"} & set(methods):
-        return {}
-    x = x.detach().requires_grad_()
-    gradient = vjp(forward(x), x, target, seed="target_logit", create_graph=False)
-    maps = {"vjp": gradient.abs().sum(1), "input_x_gradient": (x.detach() * gradient).abs().sum(1)}
-    return {method: values for method, values in maps.items() if method in methods}
-
-
-def _class_activation_maps(
-    model: nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    x: Tensor,
-    target: Tensor,
-    methods: Sequence[str],
-    layer: str | None,
-) -> dict[str, Tensor]:
-    """These share a forward pass, whose graph starts at the layer, and differ in their backward passes."""
+    of_input = bool({"vjp", "input_x_gradient"} & set(methods))
     kinds = {"gradcam": GradCAM, "gradcam_pp": PaperGradCAMpp, "layercam": LayerCAM}
     kinds = {method: kind for method, kind in kinds.items() if method in methods}
-    if not kinds:
-        return {}
+    leaf = x.detach().requires_grad_(of_input)
     maps = {}
-    with _extractors(model, layer, kinds) as extractors:
-        logits = forward(x)
+    with _extractors(model, layer, kinds, of_input) as extractors, torch.set_grad_enabled(of_input or bool(kinds)):
+        scores = forward(leaf)
+        if target is None:
+            target = scores.argmax(1)
+        elif not 0 <= target.min() <= target.max() < scores.shape[1]:
+            raise ValueError(
+                f"target must lie in 0..{scores.shape[1] - 1}, the network's classes: got {target.tolist()}"
+            )
         for method, extractor in extractors.items():
-            cam = _cam(extractor, logits, target.tolist(), layer)
+            cam = _cam(extractor, scores, target.tolist(), layer)
             maps[method] = F.interpolate(cam[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    return maps
+    if of_input:
+        gradient = vjp(scores, leaf, target, seed="target_logit", create_graph=False)
+        of_gradient = {"vjp": gradient, "input_x_gradient": x * gradient}
+        maps |= {method: values.abs().sum(1) for method, values in of_gradient.items() if method in methods}
+    if AVERAGES & set(methods):
+        from . import averages  # captum takes half a second to import
+
+        if "integrated_gradients" in methods:
+            maps["integrated_gradients"] = averages.integrated_gradients(forward, x, target, batch)
+        if "smoothgrad" in methods:
+            maps["smoothgrad"] = averages.smoothgrad(forward, x, target, batch, seed, rows)
+    return scores.detach(), maps
+
+
+# -------------------------------------------------------------------------------- class-activation maps
 
 
 class PaperGradCAMpp(GradCAMpp):
@@ -197,8 +188,12 @@ class PaperGradCAMpp(GradCAMpp):
 
 
 @contextmanager
-def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[dict]:
-    """One torchcam extractor a method on ``layer``, for one forward pass; their hooks are gone afterwards."""
+def _extractors(model: nn.Module, layer: str | None, kinds: dict, of_input: bool) -> Iterator[dict]:
+    """One torchcam extractor a method on ``layer``, for one forward pass; their hooks are gone afterwards.
+
+    Args:
+        of_input: the gradient goes on below the layer, to the input.
+    """
     if not kinds:
         yield {}
         return
@@ -210,8 +205,8 @@ def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[di
         )
     with ExitStack() as stack:
         grid = _FeatureGrid(layer)
-        # Before torchcam's hooks: nothing below the layer needs a gradient.
-        start = modules[layer].register_forward_hook(_as_leaf)
+        # Before torchcam's hooks.
+        start = modules[layer].register_forward_hook(_with_gradient if of_input else _as_leaf)
         stack.callback(start.remove)
         extractors = {
             method: stack.enter_context(kind(model, layer, reshape_transform=grid)) for method, kind in kinds.items()
@@ -223,7 +218,13 @@ def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[di
 
 
 def _as_leaf(module: nn.Module, inputs: tuple, output: object) -> object:
+    """Nothing below the layer needs a gradient."""
     return output.detach().requires_grad_() if isinstance(output, Tensor) else output
+
+
+def _with_gradient(module: nn.Module, inputs: tuple, output: object) -> object:
+    """A map that does not depend on the input has a gradient, too."""
+    return output if isinstance(output, Tensor) and output.requires_grad else _as_leaf(module, inputs, output)
 
 
 class _FeatureGrid:
@@ -259,62 +260,3 @@ def _cam(extractor: GradCAM, logits: Tensor, target: list[int], layer: str | Non
         raise
     finite = [values.flatten(1).isfinite().all(1) for values in (*extractor.hook_a, *extractor.hook_g)]
     return cam.masked_fill(~torch.stack(finite).all(0)[:, None, None], math.nan)
-
-
-# ---------------------------------------------------------------------------------- averages of gradients
-
-
-def _integrated_gradients(forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: int) -> Tensor:
-    """sum_c of the absolute Integrated Gradients from the image of zeros."""
-    attributions = IntegratedGradients(forward).attribute(
-        x, baselines=0.0, target=target, n_steps=IG_STEPS, internal_batch_size=max(batch, len(x))
-    )
-    return attributions.detach().abs().sum(1)
-
-
-def _smoothgrad(
-    forward: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, batch: int, seed: int, rows: Sequence[int]
-) -> Tensor:
-    """sum_c of the absolute mean gradient (Smilkov et al. 2017: the mean is taken with its sign)."""
-    at_once = min(SMOOTHGRAD_SAMPLES, batch)
-    images = batch // at_once
-    parts = []
-    for start in range(0, len(x), images):
-        some = x[start : start + images]
-        tunnel = SeededNoiseTunnel(Saliency(forward), seed, rows[start : start + images])
-        gradients = tunnel.attribute(
-            some,
-            nt_type="smoothgrad",
-            nt_samples=SMOOTHGRAD_SAMPLES,
-            nt_samples_batch_size=at_once,
-            stdevs=SMOOTHGRAD_NOISE,
-            target=target[start : start + images],
-            abs=False,
-        )
-        if tunnel.drawn != SMOOTHGRAD_SAMPLES:
-            raise RuntimeError(
-                "this captum version draws SmoothGrad's noise past SeededNoiseTunnel: use captum 0.8 or 0.9"
-            )
-        parts.append(gradients.detach().abs().sum(1))
-    return torch.cat(parts)
-
-
-class SeededNoiseTunnel(NoiseTunnel):
-    """captum's NoiseTunnel, with noise that follows from a seed and the image's row alone, on every device.
-
-    ``stdevs`` is a share of each image's own range.
-    """
-
-    def __init__(self, attribution_method: Saliency, seed: int, rows: Sequence[int]):
-        super().__init__(attribution_method)
-        self._generators = [np.random.default_rng([seed, row]) for row in rows]
-        self.drawn = 0  #: samples an image so far
-
-    def _add_noise_to_input(self, input: Tensor, stdev: float, nt_samples_partition: int) -> Tensor:
-        self.drawn += nt_samples_partition
-        shape = (nt_samples_partition, *input.shape[1:])
-        noise = np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in self._generators])
-        pixels = input.flatten(1)
-        scale = stdev * (pixels.amax(1) - pixels.amin(1))
-        noise = torch.from_numpy(noise).to(input) * scale.view(-1, 1, 1, 1, 1)
-        return (input[:, None] + noise).flatten(0, 1)

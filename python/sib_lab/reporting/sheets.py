@@ -1,6 +1,7 @@
 """Sheets: a picture, beside it its explanations laid over it, and what the network says, drawn as pixels."""
 
 import io
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -109,7 +110,8 @@ def encoded(picture: Image.Image, ending: str) -> bytes:
         figure.figimage(np.asarray(picture))
         figure.savefig(file, format=ending[1:], dpi=DPI)
     elif ending == ".png":
-        picture.save(file, "PNG", compress_level=3)
+        # Of photographs as small as by the default, and in half the time.
+        picture.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     else:
         picture.save(file, "WEBP" if ending == ".webp" else "JPEG", quality=90)
     return file.getvalue()
