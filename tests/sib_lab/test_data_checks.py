@@ -65,7 +65,10 @@ def test_black_images_and_single_images_are_told(tmp_path):
         (root / f"owl/{place}.jpg").unlink()
     report = check(open_data("folder", tmp_path, size=32))
     assert "nearly black: 16-bit images are read by their whole range" in report.problems[0]
-    assert report.problems[1] == "The class owl has 1 training image: add some."
+    assert report.problems[1] == (
+        "1 of 3 classes have fewer than 2 training images (owl): add images, remove the class everywhere, or raise the "
+        "limit if one was set."
+    )
 
 
 def sib_lab_check(root, *words):

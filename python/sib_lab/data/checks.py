@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .base import DataSets, ItemDataset
-from .errors import DataError
+from .errors import DataError, some
 from .files import ImageFiles, spread
 
 LOOKED_AT = 60  #: annotated images of each split whose objects are measured
@@ -115,7 +115,11 @@ def _problems(data: DataSets, splits: dict[str, SplitReport], least: int) -> lis
         )
     train = splits["train"].images
     if few := [name for name, count in zip(data.classes, train, strict=True) if count < least]:
-        found.append(f"The class {few[0]} has {train[data.classes.index(few[0])]} training image: add some.")
+        count = "no training image" if least == 1 else f"fewer than {least} training images"
+        found.append(
+            f"{len(few)} of {len(data.classes)} classes have {count} ({some(few)}): add images, remove the class "
+            "everywhere, or raise the limit if one was set."
+        )
     return found
 
 
