@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sib_lab.data import stack
-from sib_lab.experiments.compare import compare, write_report
+from sib_lab.experiments.compare import compare, variances, write_report
 from sib_lab.experiments.material import Material, gallery_rows, own_groups
 from sib_lab.experiments.measurement import shrunk
 from sib_lab.experiments.plan import OF_MASKS, OF_NETWORK, Plan
@@ -333,6 +334,17 @@ def test_the_gradient_penalty_is_matched_to_s_ib_of_the_same_seed(tiny, copied):
         "at that of the S-IB run" in json.loads((copied / "comparison.json").read_text())["losses"]["gradient-penalty"]
     )
     assert matched.config.match == tuple(line["vjp_variance"] for line in reference.history)
+
+
+def test_epochs_without_a_vjp_are_matched_to_the_one_before(finished):
+    run = open_run(finished[0] / "runs/sib-seed0")
+    first, second = (line["vjp_variance"] for line in run.history)
+    without = {name: value for name, value in run.history[1].items() if name != "vjp_variance"}
+    assert variances(run) == (first, second) and first != second
+    assert variances(replace(run, history=[run.history[0], without])) == (first, first)
+    ended = replace(run, config=replace(run.config, epochs=4, patience=1))
+    assert variances(ended) == (first, second, second, second)
+    assert variances(open_run(finished[0] / "runs/ce-seed0")) == ()
 
 
 def test_one_seed_has_intervals_over_images(tiny, copied):
