@@ -11,7 +11,6 @@ from .check import EPILOG as CHECK_EPILOG
 from .check import check_command
 from .common import (
     as_sentence,
-    check_nothing_of_training,
     command_line,
     listed,
     one_sentence,
@@ -76,6 +75,8 @@ def compare_command(
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The seeds count up from here.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report, the numbers and the runs.")] = COMPARE_OUT,
+    preset: options.Preset = "balanced",
+    config: options.Config = None,
     data: options.Data = None,
     root: options.Root = None,
     option: options.DataOption = None,
@@ -84,21 +85,13 @@ def compare_command(
     annotated: options.AnnotatedShare = None,
     annotation: options.Annotation = None,
     augment: options.Augment = None,
+    augmentation: options.Augmentation = None,
     limit: options.Limit = None,
     skip_broken: options.SkipBroken = None,
     network: options.Network = None,
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
-    preset: options.Preset = "balanced",
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Of each training; 0: measure the network as its --weights are.", show_default=options.PRESETS
-        ),
-    ] = None,
-    batch_size: options.BatchSize = None,
-    learning_rate: options.LearningRate = None,
     strength: Annotated[
         list[str] | None, typer.Option(help="Weight of a method's main term, METHOD=VALUE; may be repeated.")
     ] = None,
@@ -107,10 +100,32 @@ def compare_command(
         typer.Option(help="An argument of a method's loss, METHOD:NAME=VALUE; may be repeated. See sib-lab train."),
     ] = None,
     masks: options.Masks = None,
+    class_weights: options.ClassWeights = None,
+    label_smoothing: options.LabelSmoothing = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of each training; 0: measure the network as its --weights are.", show_default=options.PRESETS
+        ),
+    ] = None,
+    batch_size: options.BatchSize = None,
+    accumulate: options.Accumulate = None,
+    learning_rate: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    schedule: options.Schedule = None,
+    warm_up: options.WarmUp = None,
+    clip_norm: options.ClipNorm = None,
+    ema: options.Ema = None,
+    patience: options.Patience = None,
     precision: options.Precision = None,
     device: options.Device = None,
+    devices: options.Devices = None,
+    deterministic: options.Deterministic = None,
     threads: options.Threads = None,
     workers: options.Workers = None,
+    save_minutes: options.SaveMinutes = None,
+    save_steps: options.SaveSteps = None,
+    wandb: options.Wandb = None,
     images: Annotated[int, typer.Option(min=1, help="Test images that are explained, at most.")] = 500,
     measures: Annotated[
         str, typer.Option(help="Of explanations: epg, pointing_game, iou, ehr; deletion, insertion (slow); or all.")
@@ -133,15 +148,18 @@ def compare_command(
         given = {name: value for name, value in context.params.items() if value is not None and name not in own}
         chosen = OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures))
         with as_sentence(ValueError):
-            if epochs == 0:
-                check_nothing_of_training(context)
-                config = options.config_from(preset, given | {"method": "ce", "seed": first_seed})
-                plan = Plan.as_it_is(config, chosen, images, layer)
+            base, left_out = ({}, "") if config is None else options.shared_options(config, given)
+            if given.get("epochs", base.get("epochs")) == 0:
+                options.check_nothing_of_training(context)
+                as_it_is = options.config_from(preset, given | {"method": "ce", "seed": first_seed}, base)
+                plan = Plan.as_it_is(as_it_is, chosen, images, layer)
             else:
                 names = listed(methods)
                 of_method = own_options(names, strength or [], loss_option or [])
-                configs = {name: options.config_from(preset, given | of_method[name]) for name in names}
+                configs = {name: options.config_from(preset, given | of_method[name], base) for name in names}
                 plan = Plan(configs, tuple(range(first_seed, first_seed + seeds)), chosen, images, layer)
+        if left_out:
+            typer.echo(left_out)
         compare(plan, out, fresh)
 
 

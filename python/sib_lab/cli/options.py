@@ -14,6 +14,12 @@ from ..training.config import TrainConfig, recipe
 from .common import MEAN_HELP, NETWORK_HELP, OWN_MEAN, WEIGHTS_HELP, numbers, pairs
 
 PRESETS = "the preset's"
+#: Fields of a TrainConfig that belong to one method or one run, not to all of a comparison.
+OF_A_RUN = ("method", "seed", "strength", "loss_options", "match")
+#: What a network that is measured as it is, with 0 epochs, has no use for: names of options and fields.
+OF_TRAINING = ("annotated", "annotation", "augment", "augmentation", "masks", "class_weights", "label_smoothing")
+OF_TRAINING += ("batch_size", "accumulate", "learning_rate", "weight_decay", "schedule", "warm_up", "clip_norm", "ema")
+OF_TRAINING += ("patience", "devices", "save_minutes", "save_steps", "wandb")
 
 # Where nothing is given, None: as the file of --config has it, or else the preset.
 Preset = Annotated[
@@ -138,6 +144,41 @@ def options_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def shared_options(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The options in a file that all methods of a comparison can have, and a sentence on the others; empty without any.
+
+    Args:
+        given: what stands on the command line; with ``epochs`` 0 here, or else in the file, nothing of a training is
+            taken.
+
+    Raises:
+        ValueError: the file cannot be read, or has an option that there is not.
+    """
+    found = options_of(path, given)
+    own = {name: value for name in OF_A_RUN if (value := found.pop(name, None)) not in (None, [], {})}
+    if given.get("epochs", found.get("epochs")) == 0:
+        return {name: value for name, value in found.items() if name not in OF_TRAINING}, ""
+    if not own:
+        return found, ""
+    left = ", ".join(name if name == "match" else f"{name} = {value}" for name, value in own.items())
+    return found, (
+        f"Not taken from {path}, because it belongs to one method or one run: {left}. "
+        "Instead there are --methods, --first-seed, --strength and --loss-option."
+    )
+
+
+def check_nothing_of_training(context: typer.Context) -> None:
+    """With 0 epochs:
+
+    Raises:
+        ValueError: an option that only a training has was given on the command line.
+    """
+    for name in ("methods", "seeds", "strength", "loss_option", *OF_TRAINING):
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} has no meaning with --epochs 0, which trains nothing: leave it out")
+
+
 def config_from(preset: str, given: Mapping[str, Any], base: Mapping[str, Any] = MappingProxyType({})) -> TrainConfig:
     """The preset with what was given on the command line.
 
@@ -164,8 +205,10 @@ def config_from(preset: str, given: Mapping[str, Any], base: Mapping[str, Any] =
         changes["match"] = matched(given["match"])
     if given.get("class_weights"):
         changes["class_weights"] = weights_of_classes(given["class_weights"])
-    if given.get("augmentation"):
-        changes.setdefault("augment", True)
+    if "augmentation" in given:
+        changes["augment"] = given.get("augment", True)
+    elif given.get("augment") is False:
+        changes.pop("augmentation", None)  # the file's kind of it has no use without it
     return recipe(preset, data, network, **changes)
 
 
