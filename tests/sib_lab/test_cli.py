@@ -1,16 +1,22 @@
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sib_lab.cli import commands as cli
+from sib_lab.cli.options import OF_A_RUN, OF_TRAINING
+from sib_lab.experiments import compare
 from sib_lab.training import runs
+from sib_lab.training.config import TrainConfig
+from sib_lab.training.files import options_as_yaml
 from sib_lab.training.train import train
 from typer.testing import CliRunner
 
@@ -145,6 +151,146 @@ def test_every_wrong_option_of_compare_is_one_sentence(words, sentence, tmp_path
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert stops_with(sib_lab("compare", "--seeds", 1, "--out", tmp_path / "out", *words), sentence)
+
+
+# ---------------------------------------------------------------------------- the recipe, shared with sib-lab train
+
+#: Every field another than by default, as sib-lab train would write it.
+RUN = TrainConfig(
+    data="folder", root="photos", size=64, agreement=0.9, annotated=0.5, annotation="boxes", augment=True,
+    augmentation="trivial", limit=100, skip_broken=True, data_options={"boxes": "b.csv"}, network="gap_cnn",
+    weights="w.pt", mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2), method="sib-paper", strength=2.0, masks="given",
+    loss_options={"every": 2}, class_weights=(1.0, 2.5), label_smoothing=0.1, seed=7, epochs=3, batch_size=16,
+    accumulate=2, learning_rate=2e-3, weight_decay=0.01, schedule="constant", warm_up=0.2, clip_norm=1.0, ema=0.9,
+    patience=2, precision="bf16-mixed", device="cpu", devices=2, deterministic=False, threads=1, workers=1,
+    save_minutes=1.0, save_steps=9, wandb="mine",
+)  # fmt: skip
+
+
+RUN_WORDS = {"class_weights": "1,2.5"}  #: where a value is written in another way on the command line
+
+
+@pytest.fixture
+def compared(monkeypatch, tmp_path):
+    """compared(text of the file of --config, or None, *words) -> the plan that would be carried out, and the output."""
+
+    def call(text, *words):
+        plans = []
+        monkeypatch.setattr(compare, "compare", lambda plan, out, fresh: plans.append(plan))
+        if text is not None:
+            (tmp_path / "run.yaml").write_text(text)
+            words = ("--config", tmp_path / "run.yaml", *words)
+        result = sib_lab("compare", *words)
+        assert result.exit_code == 0, result.output
+        return plans[0], result.stdout
+
+    return call
+
+
+def test_compare_has_every_option_of_train_in_the_same_words():
+    of = {name: command.params for name, command in cli.typer.main.get_command(cli.app).commands.items()}
+    train_, compare_ = ({option.name: option for option in of[name]} for name in ("train", "compare"))
+    assert train_.keys() - compare_.keys() == {"method", "seed", "match", "quiet"}  # of one run
+    own = {"out", "fresh", "strength", "loss_option", "epochs"}
+    for name in (train_.keys() & compare_.keys()) - own:
+        one, other = train_[name], compare_[name]
+        assert (one.opts, one.help, one.default) == (other.opts, other.help, other.default), name
+
+
+def test_a_file_that_a_run_wrote_gives_its_recipe_to_every_method_and_says_what_it_does_not_give(compared):
+    default = asdict(TrainConfig())
+    assert {name for name, value in asdict(RUN).items() if value == default[name]} == {"match"}  # of one method
+    plan, said = compared(options_as_yaml(RUN), "--methods", "ce,sib-paper,rrr", "--seeds", 2)
+    assert list(plan.configs) == ["ce", "sib-paper", "rrr"] and plan.seeds == (0, 1)
+    for method, config in plan.configs.items():
+        assert config == replace(RUN, method=method, strength=None, loss_options={}, seed=0)
+    assert said.startswith("Not taken from ") and said.count("\n") == 1
+    assert "method = sib-paper, seed = 7, strength = 2.0, loss_options = {'every': 2}. Instead there are" in said
+    assert compared("epochs: 3\nstrength: null\nmatch: []\n")[1] == ""  # there is nothing to say
+
+
+def test_options_of_compare_replace_those_of_the_file(compared):
+    words = "--epochs 5 --class-weights balanced --clip-norm 3 --no-augment --strength sib=4 --loss-option sib:every=3"
+    plan, _ = compared(options_as_yaml(RUN), *words.split())
+    shared = replace(
+        RUN, epochs=5, class_weights="balanced", clip_norm=3.0, augment=False, augmentation="crops", method="ce",
+        seed=0, strength=None, loss_options={},
+    )  # fmt: skip
+    assert plan.configs["ce"] == shared
+    assert plan.configs["sib"] == replace(shared, method="sib", strength=4.0, loss_options={"every": 3})
+    assert compared("augment: false\n", "--augmentation", "crops")[0].configs["sib"].augment
+    other, _ = compared(options_as_yaml(RUN), "--data", "digits")
+    assert (other.configs["ce"].root, other.configs["ce"].data_options) == (None, {})
+
+
+def test_the_recipe_on_the_command_line_is_that_of_every_method(compared):
+    words = "--class-weights 1,2.5 --label-smoothing 0.1 --accumulate 2 --weight-decay 0.01 --schedule constant "
+    words += "--warm-up 0.2 --clip-norm 1 --ema 0.9 --patience 2 --augmentation trivial --devices 2 --fast "
+    words += "--save-minutes 1 --save-steps 9 --wandb mine"
+    plan, _ = compared(None, *words.split())
+    names = {word[2:].replace("-", "_") for word in words.split() if word.startswith("--")} - {"fast"}
+    for method in ("ce", "sib"):
+        config = plan.configs[method]
+        assert {name: getattr(config, name) for name in names} == {name: getattr(RUN, name) for name in names}
+        assert config.augment and not config.deterministic and config.method == method
+
+
+def test_a_file_that_cannot_be_is_one_sentence_of_compare(tmp_path):
+    (tmp_path / "own.yaml").write_text("label_smothing: 0.1\n")
+    result = sib_lab("compare", "--config", tmp_path / "own.yaml", "--out", tmp_path / "out")
+    assert stops_with(result, "has the option 'label_smothing', which there is not: the nearest is label_smoothing.")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", OF_TRAINING)
+def test_what_only_a_training_has_is_refused_by_name_with_0_epochs(name, tmp_path):
+    option, value = (
+        f"--{name.replace('_', '-')}",
+        [] if name == "augment" else [RUN_WORDS.get(name, getattr(RUN, name))],
+    )
+    words = ("compare", "--weights", "w.pt", "--out", tmp_path / "out", option, *value)
+    assert stops_with(sib_lab(*words, "--epochs", 0), f"{option} has no meaning with --epochs 0, which trains nothing")
+    (tmp_path / "zero.yaml").write_text("epochs: 0\n")
+    assert stops_with(sib_lab(*words, "--config", tmp_path / "zero.yaml"), f"{option} has no meaning with --epochs 0")
+
+
+def test_with_0_epochs_a_file_gives_data_and_network_alone(compared):
+    plan, said = compared(options_as_yaml(RUN), "--epochs", 0)
+    used = {f.name for f in fields(TrainConfig)} - {*OF_A_RUN, *OF_TRAINING, "epochs"}
+    assert used == set(
+        "data root size agreement limit skip_broken data_options network weights mean std "
+        "precision device deterministic threads workers".split()
+    )
+    kept = {name: value for name, value in asdict(RUN).items() if name in used}
+    assert plan.configs["as-is"] == TrainConfig(**kept, method="ce", epochs=0) and said == ""
+
+
+def test_the_recipe_is_in_the_report_and_another_one_is_refused(tmp_path):
+    out = tmp_path / "out"
+    words = ["compare", "--methods", "ce", "--seeds", 1, "--out", out, *SMALL]
+    recipe = ["--label-smoothing", 0.1, "--patience", 3]
+    result = sib_lab(*words, *recipe)
+    assert result.exit_code == 0, result.output
+    page = (out / "report.html").read_text()
+    assert "<dt>label smoothing</dt><dd>0.1</dd>" in page and "at most 1 epoch)" in page
+    again = sib_lab(*words, "--config", out / "runs/ce-seed0/run.yaml")
+    assert again.exit_code == 0 and "training" not in again.output
+    assert stops_with(sib_lab(*words), "was begun with label_smoothing = 0.1, patience = 3: compare with the same")
+
+
+def test_a_comparison_from_before_the_recipe_had_these_settings_was_made_with_their_defaults(tmp_path):
+    out = tmp_path / "out"
+    words = ["compare", "--methods", "ce", "--seeds", 1, "--out", out, *SMALL]
+    assert sib_lab(*words).exit_code == 0
+    for path in (out / "comparison.json", out / "runs/ce-seed0/config.json"):
+        record = json.loads(path.read_text())
+        for name in ("class_weights", "label_smoothing", "accumulate", "clip_norm", "ema", "patience", "augmentation"):
+            del record["config"][name]
+        path.write_text(json.dumps(record))
+    assert sib_lab("report", out).exit_code == 0 and "1 epoch)" in (out / "report.html").read_text()
+    assert stops_with(sib_lab(*words, "--ema", 0.9), "was begun with ema = None: compare with the same options")
+    again = sib_lab(*words)
+    assert again.exit_code == 0 and "training" not in again.output
 
 
 def test_a_report_of_nothing_is_one_sentence(tmp_path):

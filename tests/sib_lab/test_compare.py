@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 from sib_lab.data import stack
-from sib_lab.experiments.compare import compare, write_report
+from sib_lab.experiments.compare import compare, variances, write_report
 from sib_lab.experiments.material import Material, gallery_rows, own_groups
-from sib_lab.experiments.measurement import shrunk
+from sib_lab.experiments.measurement import curves, shrunk
 from sib_lab.experiments.plan import OF_MASKS, OF_NETWORK, Plan
 from sib_lab.experiments.record import loss_sentence
 from sib_lab.explaining import methods as explain
@@ -335,6 +336,17 @@ def test_the_gradient_penalty_is_matched_to_s_ib_of_the_same_seed(tiny, copied):
     assert matched.config.match == tuple(line["vjp_variance"] for line in reference.history)
 
 
+def test_epochs_without_a_vjp_are_matched_to_the_one_before(finished):
+    run = open_run(finished[0] / "runs/sib-seed0")
+    first, second = (line["vjp_variance"] for line in run.history)
+    without = {name: value for name, value in run.history[1].items() if name != "vjp_variance"}
+    assert variances(run) == (first, second) and first != second
+    assert variances(replace(run, history=[run.history[0], without])) == (first, first)
+    ended = replace(run, config=replace(run.config, epochs=4, patience=1))
+    assert variances(ended) == (first, second, second, second)
+    assert variances(open_run(finished[0] / "runs/ce-seed0")) == ()
+
+
 def test_one_seed_has_intervals_over_images(tiny, copied):
     found, printed = run_comparison(plan_of(tiny, seeds=(0,)), copied)
     assert found["interval"] == "images" and "over images" in printed
@@ -396,6 +408,14 @@ def test_a_class_s_own_background_is_the_one_it_stands_on_most_often_in_training
         labels, groups = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([4, 4, 2, -1, -1, -1])
 
     assert own_groups(Training) == {0: 4}
+
+
+def test_curves_are_there_where_an_epoch_lacks_a_term_of_the_loss(finished):
+    run = open_run(finished[0] / "runs/sib-seed0")
+    without = {name: value for name, value in run.history[1].items() if not name.startswith("background_")}
+    assert len(without) < len(run.history[0])
+    assert curves(replace(run, history=[run.history[0], without])) == curves(run)
+    assert curves(run)["Cross-entropy in training"] == [line["cross_entropy"] for line in run.history]
 
 
 def test_large_maps_are_kept_smaller_with_the_same_mean():

@@ -5,17 +5,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..data import SETS
 from ..training.config import METHODS, TrainConfig
+from . import options
 from .check import EPILOG as CHECK_EPILOG
 from .check import check_command
 from .common import (
-    MEAN_HELP,
-    NETWORK_HELP,
-    OWN_MEAN,
-    WEIGHTS_HELP,
     as_sentence,
-    check_nothing_of_training,
     command_line,
     listed,
     one_sentence,
@@ -23,7 +18,7 @@ from .common import (
 )
 from .explain import EPILOG as EXPLAIN_EPILOG
 from .explain import explain_command
-from .train import EPILOG, config_from, train_command
+from .train import EPILOG, train_command
 
 DEMO_OUT, COMPARE_OUT, EVIDENCE_OUT = Path("runs/demo"), Path("runs/compare"), Path("runs/evidence")
 
@@ -80,44 +75,23 @@ def compare_command(
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The seeds count up from here.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report, the numbers and the runs.")] = COMPARE_OUT,
-    data: Annotated[str, typer.Option(help=f"Data set: {', '.join(SETS)}.")] = TrainConfig.data,
-    root: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="An option of this data set, NAME=VALUE; may be repeated.")
-    ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the images, px.", show_default="the data set's")] = None,
-    agreement: Annotated[
-        float, typer.Option(help="Share of training images on their class's background (digits, composite).")
-    ] = TrainConfig.agreement,
-    annotated: Annotated[
-        float, typer.Option(help="Share of the training masks that the losses may see.")
-    ] = TrainConfig.annotated,
-    annotation: Annotated[
-        Literal["masks", "boxes"], typer.Option(help="What they see of these: as they are, or their bounding boxes.")
-    ] = "masks",
-    augment: Annotated[
-        bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips.", show_default="the preset's")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Images per split, at most.")] = None,
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken files out.")] = False,
-    network: Annotated[
-        str,
-        typer.Option(help=NETWORK_HELP),
-    ] = TrainConfig.network,
-    weights: Annotated[Path | None, typer.Option(help=WEIGHTS_HELP, show_default="random")] = None,
-    mean: Annotated[str | None, typer.Option(help=MEAN_HELP, show_default=OWN_MEAN)] = None,
-    std: Annotated[str | None, typer.Option(help="Likewise, its standard deviation.", show_default=OWN_MEAN)] = None,
-    preset: Annotated[
-        Literal["balanced", "paper"], typer.Option(help="Training recipe; the options below replace parts of it.")
-    ] = "balanced",
-    epochs: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Of each training; 0: measure the network as its --weights are.", show_default="the preset's"
-        ),
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, show_default="the preset's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest.", show_default="the preset's")] = None,
+    preset: options.Preset = "balanced",
+    config: options.Config = None,
+    data: options.Data = None,
+    root: options.Root = None,
+    option: options.DataOption = None,
+    size: options.Size = None,
+    agreement: options.Agreement = None,
+    annotated: options.AnnotatedShare = None,
+    annotation: options.Annotation = None,
+    augment: options.Augment = None,
+    augmentation: options.Augmentation = None,
+    limit: options.Limit = None,
+    skip_broken: options.SkipBroken = None,
+    network: options.Network = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     strength: Annotated[
         list[str] | None, typer.Option(help="Weight of a method's main term, METHOD=VALUE; may be repeated.")
     ] = None,
@@ -125,14 +99,33 @@ def compare_command(
         list[str] | None,
         typer.Option(help="An argument of a method's loss, METHOD:NAME=VALUE; may be repeated. See sib-lab train."),
     ] = None,
-    masks: Annotated[
-        Literal["auto", "given", "self-made"],
-        typer.Option(help="S-IB's foreground; auto: given, except for sib-paper."),
-    ] = "auto",
-    precision: Annotated[str, typer.Option(help="32-true or bf16-mixed.")] = TrainConfig.precision,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = TrainConfig.device,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch on the CPU.", show_default="torch's")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load images.")] = TrainConfig.workers,
+    masks: options.Masks = None,
+    class_weights: options.ClassWeights = None,
+    label_smoothing: options.LabelSmoothing = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of each training; 0: measure the network as its --weights are.", show_default=options.PRESETS
+        ),
+    ] = None,
+    batch_size: options.BatchSize = None,
+    accumulate: options.Accumulate = None,
+    learning_rate: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    schedule: options.Schedule = None,
+    warm_up: options.WarmUp = None,
+    clip_norm: options.ClipNorm = None,
+    ema: options.Ema = None,
+    patience: options.Patience = None,
+    precision: options.Precision = None,
+    device: options.Device = None,
+    devices: options.Devices = None,
+    deterministic: options.Deterministic = None,
+    threads: options.Threads = None,
+    workers: options.Workers = None,
+    save_minutes: options.SaveMinutes = None,
+    save_steps: options.SaveSteps = None,
+    wandb: options.Wandb = None,
     images: Annotated[int, typer.Option(min=1, help="Test images that are explained, at most.")] = 500,
     measures: Annotated[
         str, typer.Option(help="Of explanations: epg, pointing_game, iou, ehr; deletion, insertion (slow); or all.")
@@ -155,15 +148,18 @@ def compare_command(
         given = {name: value for name, value in context.params.items() if value is not None and name not in own}
         chosen = OF_MASKS + OF_NETWORK if measures == "all" else tuple(listed(measures))
         with as_sentence(ValueError):
-            if epochs == 0:
-                check_nothing_of_training(context)
-                config = config_from(preset, data, network, given | {"method": "ce", "seed": first_seed})
-                plan = Plan.as_it_is(config, chosen, images, layer)
+            base, left_out = ({}, "") if config is None else options.shared_options(config, given)
+            if given.get("epochs", base.get("epochs")) == 0:
+                options.check_nothing_of_training(context)
+                as_it_is = options.config_from(preset, given | {"method": "ce", "seed": first_seed}, base)
+                plan = Plan.as_it_is(as_it_is, chosen, images, layer)
             else:
                 names = listed(methods)
                 of_method = own_options(names, strength or [], loss_option or [])
-                configs = {name: config_from(preset, data, network, given | of_method[name]) for name in names}
+                configs = {name: options.config_from(preset, given | of_method[name], base) for name in names}
                 plan = Plan(configs, tuple(range(first_seed, first_seed + seeds)), chosen, images, layer)
+        if left_out:
+            typer.echo(left_out)
         compare(plan, out, fresh)
 
 

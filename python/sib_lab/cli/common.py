@@ -122,18 +122,6 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
     return red, green, blue
 
 
-def check_nothing_of_training(context: typer.Context) -> None:
-    """With 0 epochs:
-
-    Raises:
-        ValueError: an option that only a training has was given.
-    """
-    for name in ("methods", "seeds", "strength", "loss_option"):
-        if context.get_parameter_source(name).name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} has no meaning with --epochs 0, which trains nothing: leave it out")
-
-
 def own_options(methods: list[str], strengths: list[str], loss_options: list[str]) -> dict[str, dict[str, Any]]:
     """What each method has for itself: METHOD=VALUE and METHOD:NAME=VALUE words, sorted by method.
 

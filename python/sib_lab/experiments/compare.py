@@ -151,8 +151,14 @@ def check_same(config: TrainConfig, folder: Path) -> None:
 
 
 def variances(run: Run) -> tuple[float, ...]:
-    """The VJP variance of each epoch of an S-IB run, which the gradient penalty is matched to; empty where unknown."""
-    values = [line.get("vjp_variance", math.nan) for line in run.history]
+    """The VJP variance of each epoch of an S-IB run, which the gradient penalty is matched to; empty where unknown.
+
+    An epoch without one, whose few steps took no VJP or that the run's patience left out, has that of the one before.
+    """
+    values: list[float] = []
+    for epoch in range(run.config.epochs):
+        line = run.history[epoch] if epoch < len(run.history) else {}
+        values.append(line.get("vjp_variance", values[-1] if values else math.nan))
     return tuple(values) if all(math.isfinite(value) and value > 0 for value in values) else ()
 
 

@@ -185,10 +185,12 @@ def curves(run: Run) -> dict[str, list[float]]:
     """A run's history by quantity, named for people: the training's cross-entropy and every validation accuracy."""
     named = {}
     for column in run.history[0] if run.history else ():
-        values = [line[column] for line in run.history]
         if column == "cross_entropy":
-            named["Cross-entropy in training"] = values
+            name = "Cross-entropy in training"
         elif column.startswith("accuracy_"):
             of = column.removeprefix("accuracy_").replace("_", " ")
-            named["Validation accuracy" + (f", {of}" if of != "validation" else "")] = values
+            name = "Validation accuracy" + (f", {of}" if of != "validation" else "")
+        else:
+            continue  # a term of the loss, which an epoch of few steps may lack
+        named[name] = [line[column] for line in run.history]
     return named

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -82,10 +82,13 @@ def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
 
 
 def shared_options(configs: Sequence[TrainConfig]) -> dict:
-    """The options that decide numbers and that all methods have in common; the seed is another for every run."""
+    """The options that all methods have in common; the seed is another for every run."""
     options = [asdict(config) for config in configs]
-    names = [f.name for f in fields(TrainConfig) if f.name != "seed" and not f.metadata.get("moves_no_number")]
-    return {name: options[0][name] for name in names if all(o[name] == options[0][name] for o in options)}
+    return {
+        name: value
+        for name, value in options[0].items()
+        if name != "seed" and all(other[name] == value for other in options)
+    }
 
 
 def machine() -> dict:
