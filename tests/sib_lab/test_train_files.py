@@ -130,10 +130,11 @@ def test_another_method_or_data_set_leaves_behind_what_belonged_to_the_files(con
     ("text", "message"),
     [
         ("learning_rat: 1", "has the option 'learning_rat', which there is not: the nearest is learning_rate"),
+        ("loss_options: 3", "loss_options must be names with their values, got 3"),
+        ("data_options: [1, 2]", r"data_options must be names with their values, got \[1, 2\]"),
         ("- 1", r"must hold options with their values \(epochs: 14\), got a list"),
         ("epochs: [", "is no YAML file that can be read at line 1"),
         ("epochs: many", "Epochs must be a whole number, got 'many'"),
-        ("loss_options: 3", "Loss_options must be names with their values, got 3"),
         ("\x00", "is no YAML file that can be read"),
     ],
 )

@@ -51,4 +51,7 @@ def read_options(path: Path) -> dict[str, Any]:
         if name not in known:
             near = get_close_matches(str(name), known, n=1, cutoff=0)[0]
             raise ValueError(f"{path} has the option {name!r}, which there is not: the nearest is {near}")
+    for name in ("data_options", "loss_options"):
+        if not isinstance(found.get(name, {}), Mapping):
+            raise ValueError(f"{path}: {name} must be names with their values, got {found[name]!r}")
     return dict(found)
