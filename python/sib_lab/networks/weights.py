@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NetworkError, first_line
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, of_checkpoint
 
 #: Under which names files keep averaged weights, which are what their makers evaluate.
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
@@ -104,9 +104,7 @@ def _of_this_program(content: Mapping[str, Any]) -> tuple[Preprocessing | None, 
     """Preprocessing, classes and size of a checkpoint that ``sib-lab train`` wrote; None of any other file."""
     if not {"config", "classes", "size", "model"} <= content.keys():
         return None, None, None
-    # Older checkpoints say nothing of mean and std: their networks took images in [-1,1].
-    own = Preprocessing(content["mean"], content["std"]) if "mean" in content else Preprocessing()
-    return own, tuple(content["classes"]), content["size"]
+    return of_checkpoint(content), tuple(content["classes"]), content["size"]
 
 
 # --------------------------------------------------------------------------------------------- into a network

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import DataSets, checks
 from ..data.identity import changed
+from ..networks.preprocessing import of_checkpoint
 from . import runs
 from .check import check
 from .config import TrainConfig
@@ -142,6 +143,13 @@ def _load_or_clear(trainer: Trainer, folder: Path, stood: Mapping[str, Any] | No
     """Puts the training where it stood; or removes what an old run left."""
     if stood is not None:
         try:
+            was, now = of_checkpoint(stood), trainer.network.preprocessing
+            if (was.mean, was.std) != (now.mean, now.std):
+                raise CheckpointError(
+                    f"The network of the run in {folder} was trained on images normalised with mean {was.mean} and std "
+                    f"{was.std}, which would be {now.mean} and {now.std} now: "
+                    "start anew with --fresh or in another folder."
+                )
             load(trainer, stood)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
@@ -168,8 +176,11 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> None:
     differing = config.differing(stood["config"])
-    if runs.file_hash(config.weights) != stood.get("weights_sha256"):
-        differing["weights"] = f"{stood['config'].get('weights')}, of other content" if config.weights else "a file"
+    content = stood.get("weights_sha256")
+    if runs.file_hash(config.weights) != content:
+        was = stood["config"].get("weights")
+        what = "whose content it does not say" if content is None else "of other content"
+        differing["weights"] = f"{was}, {what}" if config.weights and was else was
     if differing:
         options = ", ".join(f"{name} = {value}" for name, value in differing.items())
         raise CheckpointError(
