@@ -179,6 +179,12 @@ def test_other_data_is_refused_when_a_run_goes_on_and_when_it_is_taken(data, oth
     assert json.loads((tmp_path / "run" / DATA).read_text()) == json.loads(json.dumps(other.identity()))
 
 
+def test_a_file_that_is_no_checkpoint_is_no_run(finished):
+    with pytest.raises(RunError, match="config.json is no checkpoint of this program: give a run folder, or") as error:
+        open_run(finished / CONFIG)
+    assert one_sentence(error)
+
+
 def as_of_old(folder, lacking=("mean", "std", "weights_sha256")):
     """A run folder as the first versions of this program wrote it."""
     young = {"mean", "std", "ema", "patience", "clip_norm", "accumulate", "label_smoothing", "class_weights", "wandb"}

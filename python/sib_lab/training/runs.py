@@ -91,10 +91,16 @@ def open_run(folder: Path | str, best: bool = True, trust: bool = False) -> Run:
         trust: whether a network that the run names as ``module:function``, code that would run here, is imported.
 
     Raises:
-        RunError: no run there, nothing trained yet, a damaged file, or a network that does not fit its weights.
+        RunError: no run there, a file that is no checkpoint, nothing trained yet, a damaged file, or a network that
+            does not fit its weights.
         NetworkError: a network that cannot be built, or that is not trusted.
     """
     path = Path(folder)
+    if path.suffix != ".pt" and path.is_file():
+        raise RunError(
+            f"{path} is no checkpoint of this program: give a run folder, or {BEST} or {LAST} in one (weights from "
+            "elsewhere go with --network and --weights)."
+        )
     folder, path = (path.parent, path) if path.suffix == ".pt" else (path, path / (BEST if best else LAST))
     record = read_record(folder)
     last = load_state(folder / LAST)
