@@ -85,6 +85,12 @@ def launch_processes(fabric: "Fabric", work: Callable) -> BaseException | None:
         except (ProcessRaisedException, ProcessExitedException) as error:
             if came:  # before a process could answer it, or when it had nothing more to do
                 return stopping(came[0])
+            if isinstance(error, ProcessExitedException):
+                how = f"signal {error.signal_name}" if error.signal_name else f"exit code {error.exit_code}"
+                return TrainingError(
+                    f"Process {error.error_index} of the training was ended by {how}: run the same command again, "
+                    "which goes on from the last checkpoint."
+                )
             kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
             if kind.startswith("sib_lab."):  # an error of this program is a sentence
                 return TrainingError(message)
