@@ -305,6 +305,7 @@ def test_wrong_networks_of_explain_are_one_sentence(small, picture, tmp_path):
     assert stops_with(explain("--network", "resnet18", "--weights", small), "are those of another network")
     assert stops_with(explain(*both, "--classes", tmp_path / "names.txt"), "has 2 names, but the network has 3 classes")
     assert stops_with(explain(*both, "--classes", picture), "cannot be read: give a text file in UTF-8")
+    assert stops_with(explain(*both, "--classes", tmp_path / "none.txt"), "There is no file of class names at ")
     assert stops_with(explain(*both, "--mean", "0.5"), "--mean takes three numbers")
     assert stops_with(explain(*both, "--mean", "0.5,0.5,0.5"), "mean and std belong together")
 

@@ -274,6 +274,29 @@ def test_timm_networks(monkeypatch):
         build_network("timm:resnet10", 3, 64)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "cait_xxs24_224"])
+def test_a_timm_position_embedding_comes_to_another_image_size(tmp_path, name):
+    timm = pytest.importorskip("timm")
+    state = timm.create_model(name, num_classes=3).state_dict()
+    torch.nn.init.normal_(state["pos_embed"])
+    torch.save(state, tmp_path / "w.pt")
+    model = build_network(f"timm:{name}", 3, 128, tmp_path / "w.pt")
+    old, new = state["pos_embed"][0], model.pos_embed[0].detach()
+    without_place = len(old) - 14 * 14  # of the class and the teacher
+    assert len(new) == without_place + 8 * 8 and torch.equal(new[:without_place], old[:without_place])
+    as_image = [x[without_place:].T.unflatten(1, (side, side))[None] for x, side in ((old, 14), (new, 8))]
+    expected = F.interpolate(as_image[0], (8, 8), mode="bicubic", antialias=True)
+    torch.testing.assert_close(as_image[1], expected)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key != "pos_embed")
+
+
+def test_tables_that_depend_on_the_image_size_are_refused(tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("levit_128s", num_classes=3).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(NetworkError, match="are those of another network, or of another image size: "):
+        build_network("timm:levit_128s", 3, 128, tmp_path / "w.pt")
+
+
 def test_without_timm_the_sentence_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(NetworkError, match="timm:resnet10t needs timm, which is not installed: pip install timm"):

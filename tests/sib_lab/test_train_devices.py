@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sib_lab.data import open_data
 from sib_lab.training import runs, train
 from sib_lab.training.config import TrainConfig
-from sib_lab.training.processes import with_processes_of_torchrun
+from sib_lab.training.processes import launch_processes, with_processes_of_torchrun
 from sib_lab.training.runs import LAST, TrainingError, open_run
+from torch.multiprocessing import ProcessExitedException
 
 DIGITS = {"train": 72, "validation": 19, "test": 10, "copies": 1}
 # No BatchNorm and no S-IB statistics: then two halves of a batch are the batch.
@@ -36,7 +40,7 @@ def options(tmp_path, monkeypatch):
 
 
 def assert_near(one: Path, two: Path) -> None:
-    a, b = open_run(one, best=False), open_run(two, best=False)
+    a, b = open_run(one, best=False, trust=True), open_run(two, best=False, trust=True)
     assert a.finished and b.finished and len(a.history) == len(b.history) == 2
     for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
         torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-3)
@@ -73,10 +77,36 @@ def test_two_processes_train_as_one_and_go_on_after_a_signal(options, tmp_path):
     assert stopped.returncode == 143, stopped.stderr
     assert 0 < runs.load_state(tmp_path / "parts" / LAST)["step"] < 8
     train.train(two, tmp_path / "parts", quiet=True)
-    whole, parts = (open_run(tmp_path / name, best=False) for name in ("two", "parts"))
+    whole, parts = (open_run(tmp_path / name, best=False, trust=True) for name in ("two", "parts"))
     weights = zip(whole.model.state_dict().values(), parts.model.state_dict().values(), strict=True)
     assert all(torch.equal(x, y) for x, y in weights)
     assert whole.curves == parts.curves
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_further_options(options, tmp_path):
+    options = replace(options, batch_size=8, accumulate=2, ema=0.8, clip_norm=0.5, label_smoothing=0.2, patience=5)
+    train.train(options, tmp_path / "one", quiet=True)
+    train.train(replace(options, devices=2), tmp_path / "two", quiet=True)
+    assert_near(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("came", "outcome", "sentence"),
+    [
+        (None, TrainingError, "^Process 1 of the training was ended by signal SIGKILL: run the same command again"),
+        (signal.SIGINT, KeyboardInterrupt, "^$"),
+        (signal.SIGTERM, SystemExit, "^143$"),
+    ],
+)
+def test_a_process_that_dies_is_said_and_one_that_a_signal_ended_is_no_error(came, outcome, sentence):
+    def launch(work):
+        if came:
+            signal.raise_signal(came)
+        raise ProcessExitedException("killed", error_index=1, error_pid=2, exit_code=-9, signal_name="SIGKILL")
+
+    found = launch_processes(SimpleNamespace(launch=launch), None)
+    assert isinstance(found, outcome) and re.match(sentence, str(found))
 
 
 @pytest.mark.slow
@@ -94,7 +124,7 @@ def test_torchrun_trains_as_one_process(options, tmp_path):
         [*torchrun, "program.py", words], capture_output=True, text=True, timeout=300, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert open_run(tmp_path / "two").config.devices == 2
+    assert open_run(tmp_path / "two", trust=True).config.devices == 2
     assert_near(tmp_path / "one", tmp_path / "two")
 
 

@@ -11,6 +11,7 @@ import typer
 import yaml
 from sib_lab.cli.train import train_command
 from sib_lab.data import DataError, open_data
+from sib_lab.networks.build import build_network
 from sib_lab.networks.errors import NetworkError
 from sib_lab.networks.own import SmallCNN
 from sib_lab.training import runs, train
@@ -177,6 +178,58 @@ def test_other_data_is_refused_when_a_run_goes_on_and_when_it_is_taken(data, oth
     assert run(SMALL, tmp_path / "run", data).finished
     assert run(SMALL, tmp_path / "run", other, resume=False).finished
     assert json.loads((tmp_path / "run" / DATA).read_text()) == json.loads(json.dumps(other.identity()))
+
+
+def test_a_file_that_is_no_checkpoint_is_no_run(finished):
+    with pytest.raises(RunError, match="config.json is no checkpoint of this program: give a run folder, or") as error:
+        open_run(finished / CONFIG)
+    assert one_sentence(error)
+
+
+def as_of_old(folder, lacking=("mean", "std", "weights_sha256")):
+    """A run folder as the first versions of this program wrote it."""
+    young = {"mean", "std", "ema", "patience", "clip_norm", "accumulate", "label_smoothing", "class_weights", "wandb"}
+    for name in (LAST, BEST):
+        state = torch.load(folder / name, weights_only=True)
+        state["config"] = {key: value for key, value in state["config"].items() if key not in young}
+        torch.save({key: value for key, value in state.items() if key not in lacking}, folder / name)
+    record = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({"config": state["config"], "starts": record["starts"]}))
+    for name in (DATA, OPTIONS, LOCK):
+        (folder / name).unlink(missing_ok=True)
+
+
+def test_a_run_of_a_former_version_opens_as_it_was_and_is_refused_where_it_says_too_little(data, finished, tmp_path):
+    old = copy_of(finished, tmp_path / "old")
+    as_of_old(old)
+    now, then = open_run(finished), open_run(old)
+    assert then.finished and then.model.preprocessing.mean == (0.5, 0.5, 0.5) and then.history == now.history
+    x = torch.rand(3, 3, data.size, data.size) * 2 - 1
+    assert torch.equal(then.model(x), now.model(x))
+    for path in (old / BEST, old / LAST):  # taken as weights of another training, too
+        assert build_network("small_cnn", 10, 40, path).preprocessing.mean == (0.5, 0.5, 0.5)
+    for name in (FINISHED, None):
+        with pytest.raises(RunError, match=r"does not say what data .*data.json is not there") as error:
+            run(SMALL, old, data)
+        assert one_sentence(error)
+        (old / (name or LOCK)).unlink(missing_ok=True)
+
+
+def test_a_run_goes_on_with_the_normalisation_that_it_had_or_not_at_all(data, finished, tmp_path, monkeypatch):
+    weights = torch.load(finished / BEST, weights_only=True) | {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}
+    torch.save(weights, tmp_path / "weights.pt")
+    options = replace(SMALL, weights=str(tmp_path / "weights.pt"))
+    stopped_at(6, options, tmp_path / "run", data, monkeypatch)
+    state = torch.load(tmp_path / "run" / LAST, weights_only=True)
+    assert state["mean"] == [0.4, 0.5, 0.6]
+    for lacking, sentence in (
+        (("mean", "std"), r"normalised with mean \(0.5, 0.5, 0.5\) .* would be \(0.4, 0.5, 0.6\)"),
+        (("weights_sha256",), "weights.pt, whose content it does not say: go on with the same options"),
+    ):
+        torch.save({key: value for key, value in state.items() if key not in lacking}, tmp_path / "run" / LAST)
+        with pytest.raises(CheckpointError, match=sentence) as error:
+            run(options, tmp_path / "run", data)
+        assert one_sentence(error)
 
 
 @pytest.mark.parametrize("damage", [None, "", "[1]", "{", "null"])

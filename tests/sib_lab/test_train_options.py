@@ -307,10 +307,10 @@ def wandb(monkeypatch):
 
         step = lines[-1][0] + 1 if lines else 0
         module.calls.append(options)
-        return SimpleNamespace(log=log, finish=lambda: module.calls.append("finish"), step=step)
+        return SimpleNamespace(log=log, finish=lambda exit_code: module.ends.append(exit_code), step=step)
 
     module = ModuleType("wandb")
-    module.calls, module.known, module.init = [], known, init
+    module.calls, module.ends, module.known, module.init = [], [], known, init
     module.errors = SimpleNamespace(Error=type("Error", (Exception,), {}))
     module.__spec__ = SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -325,15 +325,31 @@ def test_curves_go_to_weights_and_biases_once_when_asked_for(data, tmp_path, wan
         stop_at(patch, 6)
         run(options, tmp_path / "run", data)
     run(options, tmp_path / "run", data)
-    first, second = (call for call in wandb.calls if call != "finish")
+    first, second = wandb.calls
     assert first["project"] == "mine" and first["name"] == "run" and first["id"] == second["id"]
-    assert wandb.calls[-1] == "finish"
+    assert first["reinit"] == "create_new" and first["config"]["epochs"] == 2
+    assert wandb.ends == [1, 0]  # stopped, ended
     ((_, lines),) = wandb.known.items()
     steps = [step for step, values in lines if "step/loss" in values]
     assert steps == list(range(1, 9))
     assert [step for step, values in lines if "epoch/accuracy_matched" in values] == [4, 8]
     done = open_run(tmp_path / "run")
     assert [values["step/loss"] for _, values in lines if "step/loss" in values] == done.curves["loss"]
+
+
+@pytest.mark.parametrize("kind", ["Error", "ValueError"])
+def test_weights_and_biases_that_refuse_are_one_sentence_and_the_old_run_stays(
+    data, tmp_path, wandb, monkeypatch, kind
+):
+    run(SMALL, tmp_path, data)
+
+    def refuse(**options):
+        raise (wandb.errors.Error if kind == "Error" else ValueError)("1 error\nmode\n  Should be online.\n    See.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(TrainingError, match=r"cannot be used \(1 error mode Should be online\): log in with") as error:
+        run(replace(SMALL, wandb="mine", seed=1), tmp_path, data, resume=False)
+    assert one_sentence(error) and open_run(tmp_path).finished and open_run(tmp_path).config.seed == 0
 
 
 def test_without_weights_and_biases_it_is_said_in_one_sentence(data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 
 from . import INSTALL
 
@@ -15,7 +16,10 @@ def main() -> None:
         from .commands import app
     except ModuleNotFoundError as error:
         raise SystemExit(INSTALL.format(missing=error.name)) from error
-    app(prog_name="sib-lab")
+    try:
+        app(prog_name="sib-lab")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said: it would only break the interpreter's end
 
 
 def keep_freed_memory() -> None:

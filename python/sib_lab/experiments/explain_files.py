@@ -125,6 +125,8 @@ def read_names(path: Path, count: int) -> tuple[str, ...]:
     """
     try:
         names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())
+    except FileNotFoundError as error:
+        raise RunError(f"There is no file of class names at {path}: give a text file, one name a line.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"The names of classes in {path} cannot be read: give a text file in UTF-8.") from error
     if len(names) != count:

@@ -5,8 +5,9 @@ itself, first thing in its forward. So stored images, explanations and VJPs stay
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,26 @@ class Preprocessing:
     def __post_init__(self):
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if not isinstance(values, Sequence) or len(values) != 3 or not all(math.isfinite(v) for v in values):
+            if not isinstance(values, Sequence) or len(values) != 3 or not all(map(_is_finite, values)):
                 raise NetworkError(f"{name} must be three numbers, of red, green and blue in 0..1, got {values!r}.")
             object.__setattr__(self, name, tuple(float(v) for v in values))
         if min(self.std) <= 0:
             raise NetworkError(f"std must be above 0 in every channel, got {self.std}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def of_checkpoint(content: Mapping[str, Any]) -> Preprocessing:
+    """That of the network in a checkpoint of this program.
+
+    Raises:
+        NetworkError: mean or std are not three numbers.
+    """
+    if not content.keys() & {"mean", "std"}:
+        return Preprocessing()  # older checkpoints say nothing of it: their networks took images in [-1,1]
+    return Preprocessing(content.get("mean"), content.get("std"))
 
 
 class NormalisedInput:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import NetworkError, first_line
-from .preprocessing import Preprocessing
+from .preprocessing import Preprocessing, of_checkpoint
 
 #: Under which names files keep averaged weights, which are what their makers evaluate.
 AVERAGED = ("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
@@ -104,9 +104,7 @@ def _of_this_program(content: Mapping[str, Any]) -> tuple[Preprocessing | None, 
     """Preprocessing, classes and size of a checkpoint that ``sib-lab train`` wrote; None of any other file."""
     if not {"config", "classes", "size", "model"} <= content.keys():
         return None, None, None
-    # Older checkpoints say nothing of mean and std: their networks took images in [-1,1].
-    own = Preprocessing(content["mean"], content["std"]) if "mean" in content else Preprocessing()
-    return own, tuple(content["classes"]), content["size"]
+    return of_checkpoint(content), tuple(content["classes"]), content["size"]
 
 
 # --------------------------------------------------------------------------------------------- into a network
@@ -161,8 +159,9 @@ def _check_fit(
         if keys
     ]
     fitting = len(needed) - len(set(missing) | set(needed) & set(other))
+    size = "" if missing or unknown else ", or of another image size"
     raise NetworkError(
-        f"The weights {path} are those of another network: {fitting} of the {len(needed)} tensors of "
+        f"The weights {path} are those of another network{size}: {fitting} of the {len(needed)} tensors of "
         f"{type(model).__name__} fit; the file {'; it '.join(parts)}."
     )
 
@@ -222,7 +221,7 @@ def _fit_positions(
             continue
         try:
             if key == "pos_embed":
-                return state | {key: _timm_positions(model, state[key])}
+                return state | {key: _timm_positions(model, state[key], own[key].shape[1])}
             from torchvision.models.vision_transformer import interpolate_embeddings
 
             return dict(interpolate_embeddings(size, own["conv_proj.weight"].shape[-1], state))
@@ -234,11 +233,12 @@ def _fit_positions(
     return state
 
 
-def _timm_positions(model: nn.Module, positions: Tensor) -> Tensor:
+def _timm_positions(model: nn.Module, positions: Tensor, count: int) -> Tensor:
+    """For the ``count`` tokens of the network: its patches after those, as the class's, that have no place."""
     from timm.layers import resample_abs_pos_embed
 
-    prefix = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-    return resample_abs_pos_embed(positions, model.patch_embed.grid_size, num_prefix_tokens=prefix)
+    rows, columns = model.patch_embed.grid_size
+    return resample_abs_pos_embed(positions, [rows, columns], num_prefix_tokens=count - rows * columns)
 
 
 def _head_names(model: nn.Module) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -43,9 +44,14 @@ class Keeper:
         self.saved_at = time.monotonic()
         self.logs: list[Log] = []
 
-    def begin(self, trainer: "Trainer") -> None:
-        """Notes the start in config.json and brings the curves to where the training stands."""
-        self._first(lambda: self._begin(trainer))
+    def begin(self, trainer: "Trainer", anew: bool) -> None:
+        """Notes the start in config.json and brings the curves to where the training stands.
+
+        Args:
+            anew: what an old run left in the folder is removed.
+        """
+        self.fabric.barrier()  # before the first process removes what another still looks for
+        self._first(lambda: self._begin(trainer, anew))
 
     def checkpoint(self, trainer: "Trainer") -> None:
         """last.pt, and the curves up to it."""
@@ -59,23 +65,31 @@ class Keeper:
         """finished.json: the run's end in a few numbers."""
         self._first(lambda: self._finish(trainer))
 
+    def close(self, ended: bool) -> None:
+        """Closes the curves' other places, in whatever way the training came to its end."""
+        for log in self.logs:
+            with suppress(OSError):  # nothing is left to write; a disk that refuses was named before
+                log.close(ended)
+
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint within the epoch is due after ``step`` steps."""
         by_steps = self.config.save_steps > 0 and step % self.config.save_steps == 0
         return by_steps or time.monotonic() - self.saved_at > 60 * self.config.save_minutes
 
-    def _begin(self, trainer: "Trainer") -> None:
+    def _begin(self, trainer: "Trainer", anew: bool) -> None:
         record = {"config": runs.plain(asdict(self.config)), "starts": []}
         if trainer.step:
             record["starts"] = runs.read_record(self.folder).get("starts", [])
         record["starts"].append({"step": trainer.step} | surroundings(self.fabric.device))
         record["weights_sha256"] = trainer.weights_sha256
+        if self.config.wandb is not None:  # it may refuse: before the old run goes
+            self.logs.append(WeightsAndBiases(self.config, self.folder, record["starts"][0]["time"]))
+        if anew:
+            runs.remove_results(self.folder)
         runs.write_text(self.folder / runs.CONFIG, json.dumps(record, indent=2) + "\n")
         runs.write_text(self.folder / runs.OPTIONS, options_as_yaml(self.config))
         runs.write_text(self.folder / runs.DATA, json.dumps(self.identity, indent=2) + "\n")
-        self.logs = [TensorBoard(self.folder / runs.TENSORBOARD)]
-        if self.config.wandb is not None:
-            self.logs.append(WeightsAndBiases(self.config, self.folder, record["starts"][0]["time"]))
+        self.logs.append(TensorBoard(self.folder / runs.TENSORBOARD))
         self._write_curves(trainer)
 
     def _checkpoint(self, trainer: "Trainer") -> None:
@@ -88,8 +102,6 @@ class Keeper:
         summary = {"steps": trainer.step, "selected_by": first, "best": best, "last": epochs[-1]}
         summary["seconds_per_step"] = quantiles(trainer.history.seconds)
         runs.write_text(self.folder / runs.FINISHED, json.dumps(summary, indent=2) + "\n")
-        for log in self.logs:
-            log.close()
 
     def _write_curves(self, trainer: "Trainer") -> None:
         epochs, curves = trainer.history.epochs, trainer.history.curves

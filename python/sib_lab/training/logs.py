@@ -53,8 +53,8 @@ class Log(ABC):
         """What was added can be seen from now on."""
 
     @abstractmethod
-    def close(self) -> None:
-        """At the end of the training."""
+    def close(self, ended: bool) -> None:
+        """At the end of the training, or of a start that was stopped before it (not ``ended``)."""
 
 
 class TensorBoard(Log):
@@ -77,17 +77,22 @@ class TensorBoard(Log):
     def flush(self):
         self.writer.flush()
 
-    def close(self):
+    def close(self, ended):
         self.writer.close()
 
 
 class WeightsAndBiases(Log):
-    """A run of Weights & Biases, which goes on when the training does; ``WANDB_MODE=offline`` keeps it on this disk.
+    """A run of Weights & Biases, which goes on when the training does.
+
+    With ``WANDB_MODE=offline`` it stays on this disk: every start leaves a folder with all curves up to its end.
 
     Args:
         config: whose ``wandb`` is the project.
         folder: the run folder; its name is the run's.
         began: when the training was first started: another start anew is another run.
+
+    Raises:
+        TrainingError: it is not installed or refuses, as without a login.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, began: str):
@@ -100,11 +105,12 @@ class WeightsAndBiases(Log):
         try:
             self.run = wandb.init(
                 project=config.wandb, name=folder.name, id=key, resume="allow", dir=str(folder),
-                config=plain(asdict(config)),
+                config=plain(asdict(config)), reinit="create_new",  # never into a run that others have open here
             )  # fmt: skip
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: a setting of the environment
+            cause = " ".join(" ".join(str(error).splitlines()[:3]).split())
             raise TrainingError(
-                f"Weights & Biases cannot be used ({str(error).splitlines()[0]}): log in with `wandb login`, set "
+                f"Weights & Biases cannot be used ({cause.removesuffix('.')}): log in with `wandb login`, set "
                 "WANDB_MODE=offline, or leave --wandb out."
             ) from error
         self.known = self.run.step  # a run that goes on has the steps before it
@@ -116,8 +122,8 @@ class WeightsAndBiases(Log):
     def flush(self):
         pass  # it sends in the background
 
-    def close(self):
-        self.run.finish()
+    def close(self, ended):
+        self.run.finish(exit_code=int(not ended))
 
 
 def check_wandb() -> None:

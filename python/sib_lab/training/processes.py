@@ -71,7 +71,10 @@ def launch_processes(fabric: "Fabric", work: Callable) -> BaseException | None:
     """Starts the processes and waits; signals are theirs to answer."""
     from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+    came: list[int] = []
+
     def hand_on(signum, frame):
+        came.append(signum)
         # Ctrl-C reaches every process of the terminal by itself.
         for child in multiprocessing.active_children() if signum == signal.SIGTERM else ():
             child.terminate()
@@ -80,10 +83,23 @@ def launch_processes(fabric: "Fabric", work: Callable) -> BaseException | None:
         try:
             return fabric.launch(work)
         except (ProcessRaisedException, ProcessExitedException) as error:
+            if came:  # before a process could answer it, or when it had nothing more to do
+                return stopping(came[0])
+            if isinstance(error, ProcessExitedException):
+                how = f"signal {error.signal_name}" if error.signal_name else f"exit code {error.exit_code}"
+                return TrainingError(
+                    f"Process {error.error_index} of the training was ended by {how}: run the same command again, "
+                    "which goes on from the last checkpoint."
+                )
             kind, _, message = str(error).strip().splitlines()[-1].partition(": ")
             if kind.startswith("sib_lab."):  # an error of this program is a sentence
                 return TrainingError(message)
             return TrainingError(f"Process {error.error_index} of the training failed with {kind}: {message}")
+
+
+def stopping(signum: int) -> KeyboardInterrupt | SystemExit:
+    """What a signal ends the program with: Ctrl-C as usual, another with the exit code that shells give it."""
+    return KeyboardInterrupt() if signum == signal.SIGINT else SystemExit(128 + signum)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..networks.preprocessing import of_checkpoint
 from .config import TrainConfig
 
 CONFIG, FINISHED, OPTIONS, DATA = "config.json", "finished.json", "run.yaml", "data.json"
@@ -90,10 +91,16 @@ def open_run(folder: Path | str, best: bool = True, trust: bool = False) -> Run:
         trust: whether a network that the run names as ``module:function``, code that would run here, is imported.
 
     Raises:
-        RunError: no run there, nothing trained yet, a damaged file, or a network that does not fit its weights.
+        RunError: no run there, a file that is no checkpoint, nothing trained yet, a damaged file, or a network that
+            does not fit its weights.
         NetworkError: a network that cannot be built, or that is not trusted.
     """
     path = Path(folder)
+    if path.suffix != ".pt" and path.is_file():
+        raise RunError(
+            f"{path} is no checkpoint of this program: give a run folder, or {BEST} or {LAST} in one (weights from "
+            "elsewhere go with --network and --weights)."
+        )
     folder, path = (path.parent, path) if path.suffix == ".pt" else (path, path / (BEST if best else LAST))
     record = read_record(folder)
     last = load_state(folder / LAST)
@@ -193,26 +200,15 @@ def _network(config: TrainConfig, state: Mapping[str, Any], path: Path, trust: b
 
     try:
         # The checkpoint says what the network normalises with: that may have come with its first weights.
-        mean, std = (_of_channels(state.get(name)) for name in ("mean", "std"))
-        model = build_network(config.network, len(state["classes"]), state["size"], mean=mean, std=std, trust=trust)
+        own = of_checkpoint(state)
+        classes, size = len(state["classes"]), state["size"]
+        model = build_network(config.network, classes, size, mean=own.mean, std=own.std, trust=trust)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise RunError(
             f"The weights in {path} do not fit the network {config.network}: they belong to another run or version."
         ) from error
     return model.eval()
-
-
-def _of_channels(values: Any) -> list[float] | None:
-    """
-    Raises:
-        TypeError: neither None nor three numbers.
-    """
-    if values is not None and not (
-        isinstance(values, list) and len(values) == 3 and all(isinstance(value, float) for value in values)
-    ):
-        raise TypeError(f"three numbers are expected, got {values!r}")
-    return values
 
 
 # ------------------------------------------------------------------------------------------- whole files
@@ -230,6 +226,7 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(state[name], kind) for name, kind in STATE.items()):
             raise ValueError("not a checkpoint of this program")
+        of_checkpoint(state)  # may refuse
     except Exception as error:  # torch.load fails in many ways on a damaged file
         raise RunError(f"The checkpoint {path} is damaged or not one of this program: train anew.") from error
     return state

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import DataSets, checks
 from ..data.identity import changed
+from ..networks.preprocessing import of_checkpoint
 from . import runs
 from .check import check
 from .config import TrainConfig
@@ -19,6 +20,7 @@ from .processes import (
     launch_processes,
     make_fabric,
     settings,
+    stopping,
     with_processes_of_torchrun,
 )
 from .runs import CheckpointError, Run, RunError, open_config_data, open_run
@@ -94,6 +96,7 @@ def _work(
     data: DataSets | None,
 ) -> BaseException | None:
     """One process's training. What stops it is returned, for it may have to go to another process."""
+    keep, ended = None, False
     try:
         with settings(config, fabric.device):
             data = open_config_data(config) if data is None else data
@@ -103,17 +106,24 @@ def _work(
                 checks.check(data, least=1).stop()
                 check(config, data)
             trainer = Trainer(config, data, fabric)
-            _load_or_clear(trainer, folder, stood)
+            if stood is not None:
+                _go_on(trainer, folder, stood)
             keep = Keeper(folder, config, fabric, identity)
-            keep.begin(trainer)
+            keep.begin(trainer, anew=stood is None)
             shown = _progress(trainer, folder, console, quiet or fabric.global_rank > 0)
             with shown as show, deferred_signals() as stop_signal:
                 trainer.run(stop_signal, keep, show)
-            keep.finish(trainer)
+                keep.finish(trainer)
+                ended = True
+                if came := stop_signal():  # after the last step: whoever trains several must not go on with the next
+                    raise stopping(came)
     except (Exception, KeyboardInterrupt, SystemExit) as outcome:
         if fabric.world_size > 1 and not isinstance(outcome, (RunError, KeyboardInterrupt, SystemExit)):
             raise  # the others may not have it: this process must fail, so that nobody waits for it
         return outcome
+    finally:
+        if keep is not None:
+            keep.close(ended)
     return None
 
 
@@ -138,20 +148,25 @@ def _stood(config: TrainConfig, folder: Path, identity: Mapping[str, Any]) -> di
     return stood
 
 
-def _load_or_clear(trainer: Trainer, folder: Path, stood: Mapping[str, Any] | None) -> None:
-    """Puts the training where it stood; or removes what an old run left."""
-    if stood is not None:
-        try:
-            load(trainer, stood)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+def _go_on(trainer: Trainer, folder: Path, stood: Mapping[str, Any]) -> None:
+    """Puts the training where it stood.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit.
+    """
+    try:
+        was, now = of_checkpoint(stood), trainer.network.preprocessing
+        if (was.mean, was.std) != (now.mean, now.std):
             raise CheckpointError(
-                f"The checkpoint {folder / runs.LAST} does not fit this training: "
-                "start anew with --fresh or in another folder."
-            ) from error
-        return
-    trainer.fabric.barrier()  # before the first process removes what another still looks for
-    if trainer.fabric.global_rank == 0:
-        runs.remove_results(folder)
+                f"The network of the run in {folder} was trained on images normalised with mean {was.mean} and std "
+                f"{was.std}, which would be {now.mean} and {now.std} now: start anew with --fresh or in another folder."
+            )
+        load(trainer, stood)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {folder / runs.LAST} does not fit this training: "
+            "start anew with --fresh or in another folder."
+        ) from error
 
 
 def _loaded(path: Path) -> dict[str, Any]:
@@ -168,8 +183,11 @@ def _loaded(path: Path) -> dict[str, Any]:
 
 def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> None:
     differing = config.differing(stood["config"])
-    if runs.file_hash(config.weights) != stood.get("weights_sha256"):
-        differing["weights"] = f"{stood['config'].get('weights')}, of other content" if config.weights else "a file"
+    content = stood.get("weights_sha256")
+    if runs.file_hash(config.weights) != content:
+        was = stood["config"].get("weights")
+        what = "whose content it does not say" if content is None else "of other content"
+        differing["weights"] = f"{was}, {what}" if config.weights and was else was
     if differing:
         options = ", ".join(f"{name} = {value}" for name, value in differing.items())
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """The training loop: optimiser steps, epochs, signals; what it notes is in history.py, what is kept in keeper.py."""
 
-import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +15,7 @@ from .evaluation import evaluate
 from .history import History
 from .losses import Forward
 from .making import check_data, make_loss, make_network, make_optimizer
+from .processes import stopping
 from .runs import file_hash
 from .schedule import learning_rate
 from .step import agreed, backward, check_finite, on_device, seed_step
@@ -102,7 +102,7 @@ class Trainer:
                     keep.checkpoint(self)
                 show(self)
                 if stopped:
-                    raise KeyboardInterrupt if stopped == signal.SIGINT else SystemExit(128 + stopped)
+                    raise stopping(stopped)
 
     def train_step(
         self,
