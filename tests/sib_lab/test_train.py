@@ -704,7 +704,7 @@ def test_a_folder_that_may_not_be_written_is_said_in_one_sentence(tmp_path, data
 
 
 def test_a_class_without_training_images_is_named(data, tmp_path):
-    with pytest.raises(DataError, match="The class unicorn has 0 training image"):
+    with pytest.raises(DataError, match=r"1 of 11 classes have no training image \(unicorn\)"):
         run(SMALL, tmp_path, replace(data, classes=(*data.classes, "unicorn")))
 
 
