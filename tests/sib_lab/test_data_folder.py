@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,6 +240,27 @@ def test_the_drawn_split_of_an_image_stays_when_others_go_or_come(tmp_path):
         assert {p for p in paths(a) - paths(b)} <= {str(root / p) for p in ("cat/7.jpg", "dog/0.jpg", "owl/39.jpg")}
         assert all("zebra" in path for path in paths(b) - paths(a))
     assert paths(open_data("folder", root, size=32, seed=1).train) != paths(after.train)
+
+
+def test_the_images_of_a_limit_and_the_masks_that_are_seen_stay_when_others_go(tmp_path):
+    def seen(data):
+        return {
+            str(s.image) for s, annotated in zip(data.train.samples, data.train.annotated, strict=True) if annotated
+        }
+
+    root = write_folder(tmp_path, count=40)
+    options = {"size": 32, "limit": 30, "annotated": 0.5}
+    before = open_data("folder", root, **options)
+    assert len(before.train) == 30
+    assert before.train.labels.bincount().tolist() == [10, 10, 10] and len(seen(before)) == 15
+    gone = next(iter(seen(before)))
+    Path(gone).unlink()
+    (root / "masks" / Path(gone).relative_to(root).with_suffix(".png")).unlink()
+    after = open_data("folder", root, **options)
+    for a, b in zip(splits(before), splits(after), strict=True):
+        assert paths(a) - paths(b) <= {gone} and len(paths(b) - paths(a)) <= 1
+    assert after.train.labels.bincount().tolist() == [10, 10, 10]
+    assert gone not in seen(after) and len(seen(after)) == 15 and len(seen(before) - seen(after)) <= 2
 
 
 # ---------------------------------------------------------------------------------------------- identity

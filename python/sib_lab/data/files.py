@@ -251,6 +251,10 @@ def name_of(image: Path | str, root: Path) -> str:
     return Path(os.path.relpath(image, root)).as_posix()
 
 
+def _name_of_row(samples: Sequence[Sample], root: Path, row: int) -> str:
+    return name_of(samples[row].image, root)
+
+
 def _bytes(file: Path | str) -> int:
     return os.path.getsize(file) if os.path.exists(file) else -1
 
@@ -346,7 +350,8 @@ def file_sets(
         check = "full"
     for part, samples in parts.items():
         kinds = [sample.label * (len(groups) + 1) + sample.group for sample in samples]
-        parts[part] = [samples[row] for row in limited(kinds, common.limit, common.seed)]
+        rows = limited(kinds, common.limit, common.seed, partial(_name_of_row, samples, root))
+        parts[part] = [samples[row] for row in rows]
     listed = dict(parts)
     everything = [sample for samples in parts.values() for sample in samples]
     good = usable(name, everything, check, common.skip_broken, skipped, mask_reader, masks_read)
@@ -359,7 +364,7 @@ def file_sets(
     check_classes(classes, [sample.label for sample in parts["train"]], name)
     for_training, fixed = photo_transforms(common)
     known = {part: [sample.annotated for sample in samples] for part, samples in parts.items()}
-    seen = visible(known["train"], common.annotated, common.seed)
+    seen = visible(known["train"], common.annotated, common.seed, partial(_name_of_row, parts["train"], root))
 
     def files(part: str, transform: Transform, annotated: Sequence[bool] | Tensor) -> ImageFiles:
         return ImageFiles(parts[part], transform, annotated, mask_reader, listed[part], root)
