@@ -1,3 +1,4 @@
+import math
 import pickle
 import subprocess
 import sys
@@ -143,6 +144,39 @@ def test_a_limit_takes_as_many_of_each_class():
     counts = np.bincount(labels[rows])
     assert counts[1] == 5 and {counts[0], counts[2]} <= {12, 13}
     assert limited(labels, None, 0) == list(range(105))
+
+
+def test_a_limit_by_names_takes_as_many_of_each_class_and_loses_no_other_image_than_one_that_goes():
+    labels = np.repeat([0, 1, 2], [50, 5, 50])
+    names = [f"{label}/{place}" for place, label in enumerate(labels)]
+    for limit in (1, 16, 30, 31, 104):
+        taken = limited(labels, limit, 0, names.__getitem__)
+        assert taken == sorted(set(taken)) and len(taken) == limit
+        counts, by_number = (np.bincount(labels[rows], minlength=3) for rows in (taken, limited(labels, limit, 0)))
+        assert abs(counts - by_number).max() <= 1
+        for gone in range(105):
+            left = [row for row in range(105) if row != gone]
+            of_left = limited(labels[left], limit, 0, lambda row, left=left: names[left[row]])
+            lost = set(taken) - {left[row] for row in of_left}
+            assert lost == {gone} & set(taken)
+    assert taken != limited(labels, 104, 1, names.__getitem__)
+    assert limited(labels, 105, 0, names.__getitem__) == list(range(105))
+
+
+def test_the_masks_seen_by_names_are_the_share_asked_for_and_stay_when_an_image_goes():
+    known = torch.tensor([True, True, True, False] * 20)
+    names = [f"{place}.jpg" for place in range(80)]
+    before = torch.zeros(80, dtype=torch.bool)
+    for share in (0.0, 0.1, 0.5, 0.99, 1.0):
+        seen = visible(known, share, 0, names.__getitem__)
+        assert seen.sum() == math.floor(share * 60 + 0.5) and not (seen & ~known).any() and not (before & ~seen).any()
+        before = seen
+        for gone in range(80):
+            left = [row for row in range(80) if row != gone]
+            of_left = visible(known[left], share, 0, lambda row, left=left: names[left[row]])
+            # The number of a share of one mask less may round down to one less, or the next mask be taken.
+            assert (of_left != seen[left]).sum() <= 1
+    assert torch.equal(seen, known)
 
 
 def test_a_limit_applies_to_every_split_and_one_below_the_classes_is_refused():

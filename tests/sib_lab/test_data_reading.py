@@ -76,6 +76,30 @@ def test_avif_is_read_where_pillow_can(tmp_path):
     assert abs(read_image(path).astype(int) - 120).max() < 5
 
 
+@pytest.mark.skipif(bool(images_module.HEIF), reason="HEIC is read here")
+def test_heic_under_any_name_says_what_to_install(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(80))
+    with pytest.raises(DataError, match=r"a.jpg cannot be read as an image: it holds HEIC \(pip install pillow-heif\)"):
+        read_image(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"b.jpg cannot be read as an image\."):
+        read_image(tmp_path / "b.jpg")
+
+
+@pytest.mark.skipif(not images_module.HEIF, reason="needs pillow-heif")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_read_upright_and_its_transparency_is_white(tmp_path, orientation):
+    upright = np.full((48, 64, 4), [200, 40, 40, 255], np.uint8)
+    upright[:16, :24] = [0, 0, 0, 0]
+    undone = {6: 8, 8: 6}.get(orientation, orientation)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    images_module.turned(Image.fromarray(upright), undone).save(tmp_path / "a.heic", exif=exif.tobytes())
+    read = read_image(tmp_path / "a.heic", upright=True).astype(int)
+    assert read.shape == (48, 64, 3) and read_size(tmp_path / "a.heic", upright=True) == (64, 48)
+    assert (read[:12, :20] > 240).all() and abs(read[20:, 30:] - [200, 40, 40]).max() < 20
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_large_images_are_read_smaller_with_their_mask_and_boxes(tmp_path, monkeypatch, suffix):
     inside = np.zeros((401, 403), bool)

@@ -302,12 +302,17 @@ def _too_few(name: str, count: int, shares: dict[str, float]) -> DataError:
     )
 
 
-def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
-    """At most ``limit`` row numbers, in order, spread evenly over the classes; None: all rows."""
+def limited(labels: Sequence[int], limit: int | None, seed: int, name: Callable[[int], str] | None = None) -> list[int]:
+    """At most ``limit`` row numbers, in order, spread evenly over the classes; None: all rows.
+
+    Args:
+        name: gives a row's own name, from which with the seed it follows whether the row is taken: when one comes or
+            goes, at most one other is taken in or out for it. None: drawn by row number.
+    """
     labels = np.asarray(labels)
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))
-    order = np.random.default_rng([seed, 1]).permutation(len(labels))
+    order = _in_order(np.arange(len(labels)), seed, 1, name)
     seen: dict[int, int] = {}
     turns = np.empty(len(labels), dtype=np.int64)
     for row in order:
@@ -315,14 +320,28 @@ def limited(labels: Sequence[int], limit: int | None, seed: int) -> list[int]:
     return sorted(order[np.argsort(turns[order], kind="stable")][:limit].tolist())
 
 
-def visible(annotated: Sequence[bool] | Tensor, share: float, seed: int) -> Tensor:
-    """Which training masks the loss may see, [N] bool: a share of those there are; larger shares include smaller."""
+def visible(
+    annotated: Sequence[bool] | Tensor, share: float, seed: int, name: Callable[[int], str] | None = None
+) -> Tensor:
+    """Which training masks the loss may see, [N] bool: a share of those there are; larger shares include smaller.
+
+    Args:
+        name: as in :func:`limited`.
+    """
     known = torch.as_tensor(annotated, dtype=torch.bool)
     rows = known.nonzero()[:, 0].numpy()
-    chosen = np.random.default_rng([seed, 2]).permutation(rows)[: math.floor(share * len(rows) + 0.5)]
+    count = math.floor(share * len(rows) + 0.5)
+    chosen = _in_order(rows, seed, 2, name)[:count] if 0 < count < len(rows) else rows[:count]
     seen = torch.zeros_like(known)
     seen[torch.from_numpy(chosen)] = True
     return seen
+
+
+def _in_order(rows: np.ndarray, seed: int, use: int, name: Callable[[int], str] | None) -> np.ndarray:
+    """Rows in the order that they are drawn in for one of several uses, by their names or (None) by their numbers."""
+    if name is None:
+        return np.random.default_rng([seed, use]).permutation(rows)
+    return rows[np.argsort([_lot(f"{use}/{name(row)}", seed) for row in rows], kind="stable")]
 
 
 def check_classes(classes: Sequence[str], labels: Sequence[int] | Tensor, name: str) -> None:

@@ -19,7 +19,7 @@ except ImportError:
     HEIF = frozenset()
 else:
     register_heif_opener()
-    HEIF = frozenset((".heic", ".heif"))
+    HEIF = frozenset((".heic", ".heif", ".hif"))
 
 AVIF = frozenset((".avif",)) if features.check("avif") else frozenset()
 SUFFIXES = (
@@ -44,11 +44,13 @@ SUFFIXES = (
         )
     )
 )  #: of the files that are read
+HEIF_CURE = "pip install pillow-heif"
 #: Other pictures, and what to do to have them read.
-CURES = {".heic": "pip install pillow-heif", ".heif": "pip install pillow-heif", ".avif": "pip install -U pillow"} | {
-    suffix: "save them as .jpg or .png"
-    for suffix in (".arw", ".cr2", ".cr3", ".dng", ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg")
-}
+CURES = dict.fromkeys((".heic", ".heif", ".hif"), HEIF_CURE) | {".avif": "pip install -U pillow"}
+CURES |= dict.fromkeys(
+    (".arw", ".cr2", ".cr3", ".dng", ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"),
+    "save them as .jpg or .png",
+)
 BACKDROP = "white"  #: behind what is transparent
 LARGE = 2**25  #: pixels; images of more are made smaller while they are read
 LARGEST = 2**30  #: pixels; images of more are refused
@@ -186,7 +188,8 @@ def opened(path: File) -> Image.Image:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
     except Exception as error:  # PIL's decoders fail in many ways on damaged files
-        raise DataError(f"{path} cannot be read as an image.") from error
+        cure = f": it holds HEIC ({HEIF_CURE})" if not HEIF and _is_heif(path) else ""
+        raise DataError(f"{path} cannot be read as an image{cure}.") from error
     if image.width * image.height > LARGEST:
         image.close()
         raise DataError(
@@ -194,6 +197,16 @@ def opened(path: File) -> Image.Image:
             "make it smaller."
         )
     return image
+
+
+def _is_heif(path: File) -> bool:
+    """Whether a file says that it holds HEIC, whatever it is called: telephones save it as .jpg, too."""
+    try:
+        with path.open() if isinstance(path, ZipEntry) else open(path, "rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start[4:8] == b"ftyp" and start[8:11] in (b"hei", b"hev", b"mif", b"msf")
 
 
 def loaded(image: Image.Image, path: File) -> Image.Image:
