@@ -238,6 +238,80 @@ def test_a_part_that_was_measured_on_another_network_is_named(tmp_path):
         results.collect(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "where", "wrong", "why"),
+    [
+        ("accuracy-uncorrelated", ("values", "accuracy/uncorrelated", 3), 1.7, "1.7 where only numbers from 0 to 1"),
+        ("accuracy-uncorrelated", ("values", "accuracy/uncorrelated", 3), None, "no number where only numbers from 0"),
+        ("accuracy-uncorrelated", ("values", "worst_group/uncorrelated", 0), -0.1, "-0.1 where"),
+        ("accuracy-matched", ("values", "accuracy/matched", 0), 2, "2 where"),
+        ("accuracy-uncorrelated", ("classes", "predicted", 0), 99, "99 where only whole numbers from 0 to 9"),
+        ("accuracy-uncorrelated", ("classes", "labels", 0), 1.7, "1.7 where only whole numbers"),
+        ("accuracy-matched", ("classes", "predicted", 0), -1, "-1 where only whole numbers"),
+        ("gradcam", ("values", "epg/gradcam", 5), -3, "-3 where"),
+        ("vjp", ("values", "iou/vjp", 39), 5, "5 where"),
+        ("vjp", ("values", "deletion/vjp", 0), 1.01, "1.01 where"),
+        ("vjp", ("values", "iou_threshold/vjp"), [40.0] * 40, "40 where"),
+        ("vjp", ("values", "empty/vjp", 0), math.inf, ""),
+        ("vjp", ("values", "epg/vjp", 10), math.nan, ""),
+        ("vjp", ("values", "epg/vjp", 10), 10**400, ""),
+        ("training", ("values", "seconds_per_step", 0), -0.1, "of at least 0"),
+        ("training", ("values", "seconds_per_step", 0), None, "of at least 0"),
+        ("training", ("run", "chance"), 1.2, "1.2 where"),
+        ("training", ("run", "labels", 0), 10, "10 where"),
+        ("training", ("run", "curves", "Cross-entropy in training", 0), -1, "-1 where only numbers of at least 0"),
+        ("training", ("run", "curves", "Validation accuracy, matched", 0), 1.5, "1.5 where only numbers from 0 to 1"),
+        ("training", ("run", "curves", "Validation accuracy, matched", 0), None, "no number where"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named_with_their_file(name, where, wrong, why, tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / f"runs/sib-seed0/measured/{name}.json"
+
+    def spoil(content):
+        for key in where[:-1]:
+            content = content[key]
+        content[where[-1]] = wrong
+
+    changed_json(path, spoil)
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")) as caught:
+        results.collect(folder)
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "wrong"),
+    [
+        ("images.npz", "labels", 99),
+        ("images.npz", "labels", -1),
+        ("images.npz", "groups", 3),
+        ("images.npz", "masks", 255),
+        ("images.npz", "images", math.nan),
+        ("images.npz", "images", 200),
+        ("runs/sib-seed0/measured/gallery.npz", "predicted", 99),
+        ("runs/sib-seed0/measured/gallery.npz", "predicted", -1),
+        ("runs/sib-seed0/measured/gallery.npz", "probability", 1.2),
+        ("runs/sib-seed0/measured/gallery.npz", "epg_vjp", -3),
+        ("runs/sib-seed0/measured/gallery.npz", "epg_vjp", math.inf),
+        ("runs/sib-seed0/measured/gallery.npz", "vjp", -1),
+        ("runs/sib-seed0/measured/gallery.npz", "gradcam", None),
+        ("runs/sib-seed0/measured/gallery.npz", "predicted", None),
+    ],
+)
+def test_a_gallery_of_what_cannot_be_is_named_with_its_file(name, array, wrong, tmp_path):
+    folder = stored_comparison(tmp_path / "x")
+    path = folder / name
+    arrays = report.arrays(path)
+    if wrong is None:
+        arrays[array] = arrays[array][:1]
+    else:
+        arrays[array].reshape(-1)[-1] = wrong
+    np.savez(path, **arrays)
+    with pytest.raises(results.ReportError, match=re.escape(f"{path} is damaged or of another version")):
+        report.write(results.collect(folder), folder)
+    assert not (folder / results.REPORT).exists()
+
+
 def test_names_are_text_and_no_markup(tmp_path):
     """Neither rich nor matplotlib nor a browser finds anything in them."""
     folder = stored_comparison(tmp_path / "x [red]")
@@ -288,12 +362,12 @@ def hand_made(folder, values, interval="seeds"):
 
 
 def test_over_seeds_the_mean_is_of_seed_means_with_student_s_t_and_differences_pair_equal_seeds(tmp_path):
-    ce = {0: [0.0, 1.0], 1: [1.0, 1.0], 2: [0.0, 0.0]}  # means 0.5, 1, 0
-    sib = {2: [0.25, 0.25], 0: [0.5, 1.0], 1: [1.0, 1.5]}  # means 0.75, 1.25, 0.25: always 0.25 more
+    ce = {0: [0.0, 0.5], 1: [0.5, 0.5], 2: [0.0, 0.0]}  # means 0.25, 0.5, 0
+    sib = {2: [0.25, 0.25], 0: [0.25, 0.75], 1: [0.5, 1.0]}  # means 0.5, 0.75, 0.25: always 0.25 more
     found = row(hand_made(tmp_path, {"ce": ce, "sib": sib}), "accuracy/uncorrelated")
     t = 4.302652729911275  # 97.5 % quantile for 2 degrees of freedom, from a table
-    assert found["values"]["ce"]["mean"] == pytest.approx(0.5)
-    assert found["values"]["ce"]["half_width"] == pytest.approx(t * 0.5 / math.sqrt(3))
+    assert found["values"]["ce"]["mean"] == pytest.approx(0.25)
+    assert found["values"]["ce"]["half_width"] == pytest.approx(t * 0.25 / math.sqrt(3))
     assert found["differences"]["sib"]["mean"] == pytest.approx(0.25)
     assert found["differences"]["sib"]["half_width"] == pytest.approx(0, abs=1e-12)
     assert found["differences"]["sib"]["excludes_zero"] is True
@@ -321,8 +395,11 @@ def test_an_interval_that_is_not_even_is_shown_by_its_ends():
 
 
 def test_undefined_images_are_counted_and_left_out(tmp_path):
-    found = hand_made(tmp_path, {"ce": {0: [0.2, None, 0.4]}, "sib": {0: [None, None, None]}})
-    values = row(found, "accuracy/uncorrelated")["values"]
+    folder = stored_comparison(tmp_path / "x", seeds=(0,), images=3, explanations={"vjp": "VJP"})
+    for method, values in {"ce": [0.2, None, 0.4], "sib": [None, None, None]}.items():
+        store(folder / f"runs/{method}-seed0/measured/vjp.json", {"epg/vjp": values})
+    found = results.collect(folder)
+    values = row(found, "epg/vjp")["values"]
     assert values["ce"]["mean"] == pytest.approx(0.3) and values["ce"]["undefined"] == 1
     assert values["sib"]["mean"] is None and values["sib"]["undefined"] == 3
     assert "0.300" in printed(found) and "†" in printed(found) and "undefined" in printed(found)
@@ -375,7 +452,7 @@ def test_a_seed_that_one_method_has_not_finished_is_named_and_left_out_of_its_pa
 
 def test_the_mean_of_the_six_leaves_the_vjp_out(written):
     run = written[1]["runs"][0]["numbers"]
-    stored = results.stored_values(written[0] / results.RUNS / "ce-seed0")
+    stored = results.stored_values(written[0] / results.RUNS / "ce-seed0", classes=10)
     six = [np.array([np.nan if v is None else v for v in stored[f"epg/{name}"]]) for name in SIX]
     both = sum(six) / 2
     assert run["epg/mean"]["mean"] == pytest.approx(np.nanmean(both), abs=1e-12)

@@ -18,9 +18,12 @@ from .results import (
     MEASURES,
     REPORT,
     RUNS,
+    check_classes,
+    check_range,
     difference,
     epg_key,
     interval_note,
+    is_accuracy,
     number,
     reading,
     row_name,
@@ -31,6 +34,8 @@ IMAGES = "images.npz"  #: the gallery's images in the comparison's folder
 MAPS = "gallery.npz"  #: their maps and predictions in a run's folder of measurements
 #: Explanations in gallery.png, which is made to be shown elsewhere; the report's gallery has all.
 PICTURED = ("vjp", "input_x_gradient", "gradcam")
+
+TOLD = ("predicted", "probability")  #: of each image, in MAPS
 
 CLASSES = 50  #: that the table of classes has at most
 CONFUSED = 40  #: classes that a picture of the confusion matrix has at most
@@ -218,7 +223,7 @@ def curves(results: dict) -> list[dict]:
     return [
         {
             "name": quantity,
-            "picture": pictures.svg(lambda of=of, q=quantity: pictures.curves(q, of, share="accuracy" in q.lower())),
+            "picture": pictures.svg(lambda of=of, q=quantity: pictures.curves(q, of, share=is_accuracy(q))),
         }
         for quantity, of in quantities.items()
     ]
@@ -422,7 +427,46 @@ class Examples:
         }
         if not runs or not (folder / IMAGES).exists():
             return None
-        return cls(arrays(folder / IMAGES), {method: arrays(path) for method, path in runs.items()})
+        images = cls._images(folder / IMAGES, results["data"])
+        return cls(images, {method: cls._maps(path, len(images["images"]), results) for method, path in runs.items()})
+
+    @staticmethod
+    def _images(path: Path, data: dict) -> dict[str, np.ndarray]:
+        """The arrays of IMAGES.
+
+        Raises:
+            ReportError: the file is damaged, or holds what cannot be.
+        """
+        images = arrays(path)
+        with reading(path):
+            names = ("images", "masks", "labels", "groups", "annotated")
+            shapes = [images[name].shape for name in names]
+            if [len(shape) for shape in shapes] != [4, 3, 1, 1, 1] or len({shape[0] for shape in shapes}) > 1:
+                raise ValueError("other shapes")
+            check_range(path, "images", images["images"], least=-1)
+            check_range(path, "masks", images["masks"])
+            check_classes(path, "labels", images["labels"].tolist(), len(data["classes"]))
+            check_range(path, "groups", images["groups"], least=-1, most=len(data["groups"]) - 1)
+        return images
+
+    @staticmethod
+    def _maps(path: Path, count: int, results: dict) -> dict[str, np.ndarray]:
+        """The arrays of a run's MAPS, of so many images.
+
+        Raises:
+            ReportError: the file is damaged, or holds what cannot be.
+        """
+        maps = arrays(path)
+        with reading(path):
+            check_classes(path, "predicted", maps["predicted"].tolist(), len(results["data"]["classes"]))
+            check_range(path, "probability", maps["probability"], defined=False)
+            for explanation in results["explanations"]:
+                of_epg, values = maps[f"epg_{explanation}"], maps[explanation]
+                check_range(path, f"epg_{explanation}", of_epg, most=MEASURES["epg"].most, defined=False)
+                check_range(path, explanation, values[np.isfinite(values)], most=math.inf)
+                if values.ndim != 3 or {len(a) for a in (values, of_epg, *map(maps.get, TOLD))} != {count}:
+                    raise ValueError("of other images")
+        return maps
 
     @property
     def masks(self) -> np.ndarray | None:

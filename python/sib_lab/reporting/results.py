@@ -10,11 +10,13 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -73,15 +75,24 @@ class Measure:
     higher_is_better: bool | None  #: None: neither
     reading: str  #: one line for people
     is_share: bool = False  #: a hit or a miss of each image
+    most: float = 1.0  #: that a value can be; the least is 0
+    always_defined: bool = False  #: whatever the image, its mask and its map are like
 
 
 MEASURES = {
-    "accuracy": Measure("Accuracy", True, "the share of test images whose most probable class is the right one.", True),
+    "accuracy": Measure(
+        "Accuracy",
+        True,
+        "the share of test images whose most probable class is the right one.",
+        is_share=True,
+        always_defined=True,
+    ),
     "worst_group": Measure(
         "Worst group",
         True,
         "the accuracy of the worst group, a group being the images of one class on one background; in a small test set "
         "groups are small and the worst one is partly bad luck.",
+        always_defined=True,
     ),
     "epg": Measure(
         "EPG",
@@ -124,8 +135,15 @@ MEASURES = {
     EMPTY: Measure(
         "Empty maps", False, "the share of maps that are zero everywhere: the explanation finds nothing.", True
     ),
-    "seconds_per_step": Measure("Seconds a step", False, "the median time of one optimiser step on one batch."),
+    "seconds_per_step": Measure(
+        "Seconds a step",
+        False,
+        "the median time of one optimiser step on one batch.",
+        most=math.inf,
+        always_defined=True,
+    ),
 }
+ROUNDING = 1e-6  #: so far a stored value may lie beyond its range
 
 
 def run_name(method: str, seed: int) -> str:
@@ -143,7 +161,7 @@ def read_json(path: Path) -> dict:
         ReportError: missing or damaged.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise ReportError(f"There is no comparison in {path.parent}: {path.name} is missing.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -153,14 +171,19 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def damaged(path: Path) -> ReportError:
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name}, which is never stored")
+
+
+def damaged(path: Path, why: str = "") -> ReportError:
     return ReportError(
-        f"The file {path} is damaged or of another version: remove it and run the same sib-lab compare command again, "
-        "which makes anew what is missing."
+        f"The file {path} is damaged or of another version{f' ({why})' if why else ''}: remove it and run the same "
+        "sib-lab compare command again, which makes anew what is missing."
     )
 
 
-_OF_OTHER_CONTENT = (LookupError, TypeError, ValueError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+_OF_OTHER_CONTENT = (LookupError, TypeError, ValueError, AttributeError, EOFError, OverflowError)
+_OF_OTHER_CONTENT += (zipfile.BadZipFile, zlib.error)
 
 
 @contextmanager
@@ -176,18 +199,65 @@ def reading(path: Path) -> Iterator[None]:
         raise damaged(path) from error
 
 
-def stored_values(run: Path) -> dict[str, list]:
+def check_range(
+    path: Path, name: str, values: Any, least: float = 0.0, most: float = 1.0, defined: bool = True
+) -> None:
+    """Numbers that a file holds under a name lie where they can; NaN passes where not all need be ``defined``.
+
+    Raises:
+        ReportError: the first that does not.
+    """
+    values = np.asarray(values, dtype=np.float64).ravel()
+    wrong = ~np.isfinite(values) | (values < least - ROUNDING) | (values > most + ROUNDING)
+    if not defined:
+        wrong &= ~np.isnan(values)
+    if wrong.any():
+        possible = f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
+        first = values[wrong][0]
+        found = "no number" if math.isnan(first) else f"{first:g}"
+        raise damaged(path, f"{name} holds {found} where only numbers {possible} are possible")
+
+
+def check_classes(path: Path, name: str, labels: Sequence[int], count: int) -> None:
+    """Class numbers that a file holds under a name are whole and below ``count``.
+
+    Raises:
+        ReportError: the first that is not.
+    """
+    for label in labels:
+        if type(label) is not int or not 0 <= label < count:
+            raise damaged(
+                path, f"{name} holds {label!r:.20} where only whole numbers from 0 to {count - 1} are possible"
+            )
+
+
+def is_accuracy(curve: str) -> bool:
+    """Whether a training curve of this name is of shares; the others are of cross-entropy, which has no upper end."""
+    return "accuracy" in curve.lower()
+
+
+def stored_values(run: Path, classes: int) -> dict[str, list]:
     """Every number that a run's measurements hold: key such as ``epg/gradcam`` -> values, one an image (or one in all).
 
     None stands for an undefined value.
+
+    Args:
+        classes: how many there are.
+
+    Raises:
+        ReportError: a file is damaged, or holds what a measure cannot be.
     """
     values: dict[str, list] = {}
     weights = None
     for path in sorted((run / MEASURED).glob("*.json")):
         with reading(path):
             content = read_json(path)
-            for of_key in content["values"].values():
-                tensor(of_key)
+            for key, of_key in content["values"].items():
+                measure = MEASURES.get(key.partition("/")[0])  # none of IoU's thresholds, which are shares, too
+                most, defined = (measure.most, measure.always_defined) if measure else (1.0, False)
+                check_range(path, key, tensor(of_key), most=most, defined=defined)
+            for name, labels in content.get("classes", {}).items():
+                check_classes(path, name, labels, classes)
             if weights not in (None, content["key"]["weights"]):
                 raise ValueError("measured on another network")
             weights = content["key"]["weights"]
@@ -243,6 +313,10 @@ def _comparison(path: Path) -> dict:
         if comparison["losses"].keys() != comparison["methods"].keys() or not comparison["seeds"]:
             raise ValueError("other methods")
         comparison["config"]["network"], comparison["config"]["epochs"]
+        data = comparison["data"]
+        check_range(path, "tests", list(data["tests"].values()), most=math.inf)
+        check_range(path, "images", data["images"], most=math.inf)
+        check_range(path, "unannotated", data["unannotated"], most=math.inf)
     return comparison
 
 
@@ -254,23 +328,21 @@ _OF_DATA |= {"unannotated": int, "skipped": list}
 
 def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
     """One run's part of the results; its ``values`` are still per image."""
+    classes = len(comparison["data"]["classes"])
     with reading(run / MEASURED / "training.json"):
         training = read_json(run / MEASURED / "training.json")
         of_run = training["run"]
-        if not set(of_run["labels"]) <= set(range(len(comparison["data"]["classes"]))):
-            raise ValueError("other classes")
-        of_run["curves"] = {name: [float(value) for value in of] for name, of in of_run["curves"].items()}
-        of_run["chance"] = None if of_run["chance"] is None else float(of_run["chance"])
+        check_classes(run / MEASURED / "training.json", "labels", of_run["labels"], classes)
+        for name, of in of_run["curves"].items():
+            check_range(run / MEASURED / "training.json", name, of, most=1.0 if is_accuracy(name) else math.inf)
+        if of_run["chance"] is not None:
+            check_range(run / MEASURED / "training.json", "chance", of_run["chance"])
     accuracy = run / MEASURED / f"accuracy-{comparison['data']['explained']}.json"
     with reading(accuracy):
-        told = {
-            name: [int(label) for label in read_json(accuracy)["classes"][name]] for name in ("labels", "predicted")
-        }
+        told = {name: list(read_json(accuracy)["classes"][name]) for name in ("labels", "predicted")}
         if len(told["labels"]) != len(told["predicted"]):
             raise ValueError("other images")
-        if not {*told["labels"], *told["predicted"]} <= set(range(len(comparison["data"]["classes"]))):
-            raise ValueError("other classes")
-    values = {key: tensor(of_key) for key, of_key in stored_values(run).items() if of_key}
+    values = {key: tensor(of_key) for key, of_key in stored_values(run, classes).items() if of_key}
     images = {name: len(training["run"]["labels"]) for name in comparison["explanations"]}
     for key, of_key in values.items():
         of = key.partition("/")[2]
