@@ -1,6 +1,8 @@
 import csv
 import json
+import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +263,85 @@ def test_the_images_of_a_limit_and_the_masks_that_are_seen_stay_when_others_go(t
         assert paths(a) - paths(b) <= {gone} and len(paths(b) - paths(a)) <= 1
     assert after.train.labels.bincount().tolist() == [10, 10, 10]
     assert gone not in seen(after) and len(seen(after)) == 15 and len(seen(before) - seen(after)) <= 2
+
+
+# ------------------------------------------------------------------------------------------ names and links
+
+
+def composed(path, form):
+    """A path with é in its name, composed (NFC) or not (NFD)."""
+    return path.with_name(unicodedata.normalize(form, path.name))
+
+
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_masks_and_boxes_belong_to_images_however_accents_are_composed(tmp_path, forms):
+    root = write_folder(tmp_path, classes=("café", "dog"))
+    (root / "masks" / "café").rename(composed(root / "masks" / "café", forms[1]))
+    (root / "café").rename(composed(root / "café", forms[0]))
+    assert_masks_are_the_red_channel(open_data("folder", root, size=32))
+    shutil.rmtree(root / "masks")
+    rows = "".join(f"café/{place}.jpg,10,10,20,20\n" for place in range(8))
+    (root / "boxes.csv").write_text("file,x1,y1,x2,y2\n" + unicodedata.normalize(forms[1], rows), encoding="utf-8")
+    data = open_data("folder", root, size=32)
+    assert sum(int(split.annotated.sum()) for split in splits(data)) == 8
+
+
+@pytest.mark.parametrize("twin", ["Cat", "CAT", "caf\u0065\u0301"])
+@pytest.mark.parametrize("split", ["", "val"])
+def test_two_class_folders_of_one_name_are_refused(tmp_path, twin, split):
+    classes = ("cat", "caf\u00e9")
+    root = write_folder(tmp_path / "train" if split else tmp_path, classes=classes, masks=False)
+    write_folder(tmp_path / split, classes=(twin,), masks=False)
+    with pytest.raises(DataError, match="differ only in upper and lower case or in how their accents are stored"):
+        open_data("folder", root if not split else tmp_path, size=32)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb"])
+def test_a_class_folder_whose_name_cannot_be_printed_is_refused(tmp_path, name):
+    root = write_folder(tmp_path, masks=False)
+    (root / "cat").rename(root / os.fsdecode(name))
+    with pytest.raises(DataError, match=r"The class folder '.*\\.*' has letters that cannot be printed"):
+        open_data("folder", root, size=32)
+    (root / os.fsdecode(name)).rename(root / "می\u200cروم")  # which has a letter of no width
+    assert len(open_data("folder", root, size=32).classes) == 3
+
+
+@pytest.mark.parametrize("end", ["_mask", "-Mask", "_segmentation", "_GT"])
+def test_masks_beside_their_images_are_not_taken_for_images(tmp_path, end):
+    root = write_folder(tmp_path, masks=False)
+    save(root / "cat" / f"3{end}.png", np.zeros((40, 40), np.uint8))
+    with pytest.raises(DataError, match=rf"3{end}.png lies beside an image whose mask it is by its name \(1 such\): "):
+        open_data("folder", root, size=32)
+    (root / "cat" / f"3{end}.png").rename(root / "cat" / f"other{end}.png")  # the name of no image
+    assert sum(map(len, splits(open_data("folder", root, size=32)))) == 25
+
+
+def test_links_to_folders_are_followed_but_for_loops(tmp_path):
+    real = write_folder(tmp_path / "real")
+    root = tmp_path / "linked"
+    (root / "masks").mkdir(parents=True)
+    for name in ("cat", "dog"):
+        (root / "masks" / name).symlink_to(real / "masks" / name)
+        (root / name).symlink_to(real / name)
+    (root / "owl").mkdir()
+    (root / "owl" / "more").symlink_to(real / "owl")
+    (root / "masks" / "owl").mkdir()
+    (root / "masks" / "owl" / "more").symlink_to(real / "masks" / "owl")
+    for place in (real / "cat" / "loop", real / "dog" / "loop"):
+        place.symlink_to(root)
+    data = open_data("folder", root, size=32)
+    assert data.classes == ("cat", "dog", "owl") and sum(map(len, splits(data))) == 24
+    assert_masks_are_the_red_channel(data)
+
+
+def test_masks_in_a_linked_split_are_no_class(tmp_path):
+    real = write_folder(tmp_path / "real")
+    root = tmp_path / "linked"
+    root.mkdir()
+    (root / "train").symlink_to(real)
+    data = open_data("folder", root, size=32)
+    assert data.classes == ("cat", "dog", "owl")
+    assert_masks_are_the_red_channel(data)
 
 
 # ---------------------------------------------------------------------------------------------- identity

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -400,11 +400,28 @@ def read_table(path: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 def image_files(folder: Path) -> list[Path]:
     """The image files under a folder, at any depth, in order; hidden ones left out."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.relative_to(folder).parts))
-    )
+    return [path for path in files_under(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def files_under(folder: Path, but: Collection[Path] = ()) -> list[Path]:
+    """All files under a folder, at any depth, in order, but hidden ones and those in the folders ``but`` (resolved)."""
+    found = []
+    for top, inner, names in walk(folder):
+        inner[:] = [name for name in inner if (top / name).resolve() not in but]
+        found += [top / name for name in names]
+    return sorted(found)
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """``os.walk`` without what is hidden, also through links to folders, except for those that lead back to a folder on
+    their way."""
+    for name, inner, names in os.walk(folder, followlinks=True):
+        top = Path(name)
+        inner[:] = sorted(name for name in inner if not is_hidden(name))
+        if any((top / name).is_symlink() for name in inner):
+            way = {above for place in (top, *top.parents) for above in (place.resolve(), *place.resolve().parents)}
+            inner[:] = [name for name in inner if (top / name).resolve() not in way]
+        yield top, inner, [name for name in names if not is_hidden(name)]
 
 
 def is_hidden(name: str) -> bool:

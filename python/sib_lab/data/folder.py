@@ -1,6 +1,6 @@
 """A user's own images: class folders, whole or split, with masks in parallel folders or boxes in a CSV."""
 
-import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError, some
-from .files import Box, Sample, broken, file_sets, image_files, is_hidden, read_table
+from .files import Box, Sample, broken, file_sets, files_under, image_files, is_hidden, read_table, walk
 from .images import CURES, SUFFIXES
 from .masks import mask_values as parsed_values
 from .masks import read_mask
@@ -19,6 +19,7 @@ PARTS = {"train": ("train", "training"), "validation": ("val", "valid", "validat
 PART_OF = {name: part for part, names in PARTS.items() for name in names}
 IMAGES = ("images",)
 MASKS = ("masks", "segmentations")  #: folders of masks, wherever they lie
+MASK_ENDS = tuple(mark + word for mark in "_-" for word in ("mask", "segmentation", "seg", "gt"))  #: of names of masks
 BOXES = "boxes.csv"
 CLASSES = "classes.csv"  #: folder,wordnet_id: which of ImageNet's classes the folders are
 MASKS_READ = 100  #: masks that are read in full when the set is opened
@@ -68,11 +69,13 @@ def open_set(
             f"{base} has {len(classes)} class folders with images where at least 2 are needed: one folder a class, or "
             "train, val and test with such folders in each."
         )
+    _check_names(classes)
     files = {
         part: [(path, label) for label, c in enumerate(classes) for path in _images(folder / c, own)]
         for part, folder in folders.items()
     }
     everything = [path for listed in files.values() for path, _ in listed]
+    _check_no_masks(everything)
     skipped = _left_out(folders.values(), own, set(everything), common.skip_broken)
     mask_of = _masks(mask_folders, everything, common.skip_broken, skipped)
     tables = _tables(root, base, folders.values()) if boxes is None else {Path(boxes): (base, root)}
@@ -108,8 +111,8 @@ def _wordnet_ids(path: Path, classes: list[str]) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     rows = _rows(path, ("folder", "wordnet_id"))
-    ids = {row["folder"]: row["wordnet_id"].strip() for row in rows}
-    return tuple(ids.get(name, "") for name in classes)
+    ids = {_folded(row["folder"] or ""): (row["wordnet_id"] or "").strip() for row in rows}
+    return tuple(ids.get(_folded(name), "") for name in classes)
 
 
 # ----------------------------------------------------------------------------------------------- folders
@@ -123,10 +126,10 @@ def _inner(folder: Path, names: Iterable[str]) -> list[Path]:
 def _mask_folders(root: Path, base: Path) -> dict[Path, Path]:
     """The folders of masks, outermost only, each with the folder whose paths it mirrors."""
     found: dict[Path, Path] = {}
-    for top, inner, _ in os.walk(root):
-        named = [name for name in sorted(inner) if name.casefold() in MASKS]
-        found |= {Path(top, name): base if Path(top) == root else Path(top) for name in named}
-        inner[:] = [name for name in sorted(inner) if name not in named and not is_hidden(name)]
+    for top, inner, _ in walk(root):
+        named = [name for name in inner if name.casefold() in MASKS]
+        found |= {top / name: base if top == root else top for name in named}
+        inner[:] = [name for name in inner if name not in named]
     return found
 
 
@@ -163,24 +166,58 @@ def _class_folders(folder: Path, own: set[Path]) -> list[Path]:
     """The folders of classes, each with an image in it."""
     found = [f for f in sorted(folder.iterdir()) if f.is_dir() and not is_hidden(f.name) and f.resolve() not in own]
     for empty in (f for f in found if not _images(f, own)):
-        others = _kinds(path for path in _files(empty, own) if path.suffix.lower() in CURES)
+        others = _kinds(path for path in files_under(empty, own) if path.suffix.lower() in CURES)
         what = f"holds no images that can be read here ({others})" if others else "holds no images"
         raise DataError(f"The class folder {empty} {what}: add some, or remove it.")
     return found
 
 
-def _files(folder: Path, own: set[Path]) -> list[Path]:
-    """All files under a folder but masks and hidden ones, in order."""
-    found = []
-    for top, inner, names in os.walk(folder):
-        inner[:] = [name for name in inner if not is_hidden(name) and Path(top, name).resolve() not in own]
-        found += [Path(top, name) for name in names if not is_hidden(name)]
-    return sorted(found)
+def _check_names(classes: Iterable[str]) -> None:
+    """Every class has a name that can be written, and no two have what people read as one name and some systems store
+    in one folder.
+
+    Raises:
+        DataError: a name that is not UTF-8, or two that differ in case or in how their accents are composed.
+    """
+    seen: dict[str, str] = {}
+    for name in classes:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):  # Cs: a byte of another encoding
+            raise DataError(
+                f"The class folder {name!r} has letters that cannot be printed, as those stored in another encoding "
+                "than UTF-8 are: give it another name."
+            )
+        other = seen.setdefault(_folded(name), name)
+        if other != name:
+            raise DataError(
+                f"The class folders {other} and {name} differ only in upper and lower case or in how their accents are "
+                "stored: give them one name, or two different ones."
+            )
+
+
+def _check_no_masks(images: Iterable[Path]) -> None:
+    """No image lies beside another whose mask it is by its name.
+
+    Raises:
+        DataError: there are some.
+    """
+    places = {path.with_suffix("") for path in images}
+    names = [(path, path.stem.casefold()) for path in images]
+    ends = [(path, next((end for end in MASK_ENDS if stem.endswith(end)), "")) for path, stem in names]
+    if found := [path for path, end in ends if end and path.with_name(path.stem[: -len(end)]) in places]:
+        raise DataError(
+            f"{found[0]} lies beside an image whose mask it is by its name ({len(found)} such): move masks into a "
+            "folder masks with the folders and names of their images, or give images other names."
+        )
+
+
+def _folded(name: str) -> str:
+    """A name regardless of case and of how the system composes its accents."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _images(folder: Path, own: set[Path]) -> list[Path]:
-    """The images of a class, none where it has no folder."""
-    return [path for path in _files(folder, own) if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
+    """The images of a class but masks, none where it has no folder."""
+    return [path for path in files_under(folder, own) if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
 
 
 def _left_out(folders: Iterable[Path], own: set[Path], images: set[Path], skip_broken: bool) -> list[str]:
@@ -189,7 +226,9 @@ def _left_out(folders: Iterable[Path], own: set[Path], images: set[Path], skip_b
     Raises:
         DataError: pictures that cannot be read here (without ``skip_broken``).
     """
-    others = [path for folder in folders for path in _files(folder, own) if path not in images and path.name != BOXES]
+    others = [
+        path for folder in folders for path in files_under(folder, own) if path not in images and path.name != BOXES
+    ]
     unread = [path for path in others if path.suffix.lower() in CURES]
     if unread and not skip_broken:
         raise broken("folder", len(unread), f"{len(unread) + len(images)} pictures cannot be read here", _kinds(unread))
@@ -209,7 +248,8 @@ def _kinds(paths: Iterable[Path]) -> str:
 
 
 def _masks(folders: dict[Path, Path], images: list[Path], skip_broken: bool, skipped: list[str]) -> dict[Path, Path]:
-    """The mask of each image that has one: of its path whatever the suffix, and case where that leaves one.
+    """The mask of each image that has one: of its path whatever the suffix, and, where that leaves one, whatever the
+    case and the composition of accents.
 
     Raises:
         DataError: no folder, or masks that belong to no image or to one that has another (without ``skip_broken``).
@@ -244,10 +284,10 @@ def _masks(folders: dict[Path, Path], images: list[Path], skip_broken: bool, ski
 
 
 def _keys(path: Path, base: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What an image and its mask have in common: the path without suffix, and the same in lower case with a split by
-    its first name."""
+    """What an image and its mask have in common: the path without suffix, and the same regardless of case and accents'
+    composition with a split by its first name."""
     exact = path.relative_to(base).with_suffix("").parts
-    folded = tuple(part.casefold() for part in exact)
+    folded = tuple(map(_folded, exact))
     # It starts with "", so that it never equals an exact one.
     return exact, ("", PART_OF.get(folded[0], folded[0]) if len(folded) > 1 else folded[0], *folded[1:])
 
@@ -273,13 +313,13 @@ def _boxes(
             images that are not there (the last three without ``skip_broken``).
     """
     found: dict[Path, Sample] = {}
-    known = {str(path).casefold(): path for path in images} | {str(path): path for path in images}
+    known = {_folded(str(path)): path for path in images} | {str(path): path for path in images}
     for path, bases in tables.items():
         rows, bad, boxes = _rows(path), [], []
         for number, row in enumerate(rows, start=2):
             name = (row["file"] or "").replace("\\", "/")
             places = [str(base / name) for base in bases]
-            image = next((known[key] for key in (*places, *map(str.casefold, places)) if key in known), None)
+            image = next((known[key] for key in (*places, *map(_folded, places)) if key in known), None)
             try:
                 box = tuple(float(row[side]) for side in SIDES)
             except (TypeError, ValueError):
