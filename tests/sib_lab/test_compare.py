@@ -139,11 +139,11 @@ def test_maps_that_are_zero_everywhere_count_as_0_and_are_counted(copied, tiny, 
             maps["vjp"][3] = float("nan")
         return maps
 
-    expected = results.stored_values(copied / "runs/ce-seed0")
+    expected = results.stored_values(copied / "runs/ce-seed0", classes=10)
     (copied / "runs/ce-seed0/measured/vjp.json").unlink()
     monkeypatch.setattr(explain, "explain", some_empty)
     found, _ = run_comparison(plan_of(tiny), copied)
-    stored = results.stored_values(copied / "runs/ce-seed0")
+    stored = results.stored_values(copied / "runs/ce-seed0", classes=10)
     assert stored["empty/vjp"] == [1, 1, 1, None] + 8 * [0]
     for measure in OF_MASKS:
         assert stored[f"{measure}/vjp"] == [0, 0, 0, None, *expected[f"{measure}/vjp"][4:]]
@@ -157,7 +157,7 @@ def test_a_seed_gives_both_methods_the_same_data_and_the_same_initial_weights(fi
     folder, *_ = finished
     pictures = [np.load(folder / f"runs/{name}-seed0/measured/gallery.npz") for name in ("ce", "sib")]
     for method, stored in zip(("ce", "sib"), pictures, strict=True):
-        values = results.stored_values(folder / f"runs/{method}-seed0")
+        values = results.stored_values(folder / f"runs/{method}-seed0", classes=10)
         for name in explain.METHODS:  # the maps that are shown are those that are measured, SmoothGrad's noise included
             assert all(np.isclose(epg, values[f"epg/{name}"], rtol=1e-4).any() for epg in stored[f"epg_{name}"])
     assert pictures[0]["gradcam"].shape == pictures[1]["gradcam"].shape == (8, 40, 40)
