@@ -10,6 +10,8 @@ SCALE ?= auto
 # The Triton kernels without a GPU, in Triton's interpreter: only where triton is chosen, as the rest has run already.
 # (The golden vectors take it a minute each: in test-all.)
 INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/test_norm_double_backward.py -k triton
+# One process of one thread a core: twice as fast as one process of all cores. A file's tests share what they trained.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help demo evidence test test-all bench lint format sdist clean
 
@@ -38,12 +40,12 @@ evidence: $(VENV)/.installed ## S-IB against its controls on the pictures in DAT
 	$(BIN)/sib-lab evidence $(DATA) --scale $(SCALE) --out runs/evidence-$(SCALE) $(ARGS)
 
 test: $(VENV)/.installed ## the tests
-	OMP_WAIT_POLICY=PASSIVE SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	SIB_EXT_REQUIRE_NATIVE=1 $(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 test-all: $(VENV)/.installed ## the tests and the long ones
-	SIB_EXT_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -m '' $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m '' tests/test_golden.py $(INTERPRETED)
+	SIB_EXT_REQUIRE_NATIVE=1 $(PYTEST) -m '' $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m '' tests/test_golden.py $(INTERPRETED)
 
 bench: $(VENV)/.installed ## the op benchmark; results in benchmarks/results
 	$(BIN)/python benchmarks/bench_ops.py $(ARGS)
