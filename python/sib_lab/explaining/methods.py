@@ -6,6 +6,7 @@ The maps keep their scale: none is stretched to [0,1], because the share of a ma
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ METHODS = {
 SIX = tuple(METHODS)[:6]
 CAMS = SIX[:3]  #: those that look at a feature map
 AVERAGES = {"integrated_gradients", "smoothgrad"}  #: those that take many passes
+
+if find_spec("captum") is None:  # imported where it is used, but missed before anything is trained
+    raise ModuleNotFoundError("No module named 'captum'", name="captum")
 
 
 def explain(
@@ -156,7 +160,7 @@ def _batch(
         of_gradient = {"vjp": gradient, "input_x_gradient": x * gradient}
         maps |= {method: values.abs().sum(1) for method, values in of_gradient.items() if method in methods}
     if AVERAGES & set(methods):
-        from . import averages  # captum takes half a second to import
+        from . import averages  # captum takes most of a second to import
 
         if "integrated_gradients" in methods:
             maps["integrated_gradients"] = averages.integrated_gradients(forward, x, target, batch)
