@@ -197,6 +197,17 @@ def test_a_class_is_named_in_any_case_or_numbered():
             class_number(text, names)
 
 
+@pytest.mark.parametrize(("methods", "expected"), [("gradcam,vjp", 2), ("gradcam,smoothgrad", 3)])
+def test_the_drawing_has_a_core_of_its_own_where_it_takes_a_good_share(
+    run_folder, picture, tmp_path, monkeypatch, threads, methods, expected
+):
+    seen, original = [], explain.explain_with_scores
+    monkeypatch.setattr(explain, "explain_with_scores", lambda *a: seen.append(torch.get_num_threads()) or original(*a))
+    threads(3)
+    sib_lab("explain", "--checkpoint", run_folder, "--methods", methods, "--out", tmp_path / "m.png", picture)
+    assert seen == [expected] and torch.get_num_threads() == 3
+
+
 def test_explain_names_the_maps_that_are_zero_or_not_finite(run_folder, picture, tmp_path, monkeypatch):
     original = explain.explain_with_scores
 

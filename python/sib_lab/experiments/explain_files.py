@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -253,17 +254,29 @@ def explain_files(
         return sheet
 
     drawn, results = [], []
-    for found, sheet in _explained(subject, files, methods, layer, number, draw):
-        if into_one:
-            drawn.append(sheet)
-        results.append((subject.classes[found.label], found.probability))
-        console.out(sheets.printable(_line(found, subject)), highlight=False)
+    with _threads(torch.get_num_threads() - (not explain.AVERAGES & set(methods))):
+        for found, sheet in _explained(subject, files, methods, layer, number, draw):
+            if into_one:
+                drawn.append(sheet)
+            results.append((subject.classes[found.label], found.probability))
+            console.out(sheets.printable(_line(found, subject)), highlight=False)
     if into_one:
         _write(out, sheets.encoded(sheets.stacked(drawn), out.suffix.lower()))
     what = "Picture" if into_one else "Pictures"
     maps = f"; maps, .npy, float32 [h,w], beside {'it' if into_one else 'them'}" if save_maps else ""
     console.out(f"{what}: {sheets.printable(str(out))}{maps}", highlight=False)
     return results
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """The network's: where it takes few passes a picture, the drawing needs a core of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_picture(out: Path) -> bool:
