@@ -12,6 +12,7 @@ from data_samples import RED_ON_BLUE, box_of, save, save_picture, square, write_
 from PIL import ExifTags, Image
 from sib_lab.data import DataError, open_data, stack
 from sib_lab.data import files as files_module
+from sib_lab.data import folder as folder_module
 from sib_lab.data.identity import changed
 from sib_lab.data.images import read_size
 
@@ -53,6 +54,32 @@ def test_class_folders_are_shared_out_and_masks_follow(tmp_path):
 def test_shares_can_be_chosen_as_on_a_command_line(tmp_path):
     data = open_data("folder", write_folder(tmp_path, count=20), validation_share="0.25", test_share="0.25")
     assert [len(split) for split in splits(data)] == [30, 13, 17]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_what_this_program_wrote_beside_the_images_is_no_part_of_them(tmp_path, split):
+    for part in ("train", "val", "test") if split else ("",):
+        write_folder(tmp_path / part, count=6)
+    before = open_data("folder", tmp_path, size=32)
+    for name in ("runs/compare/comparison.json", "runs/compare/runs/ce-seed0/run.yaml", "mine/run.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+        Image.new("RGB", (8, 8)).save((tmp_path / name).parent / "gallery.png")
+    after = open_data("folder", tmp_path, size=32)
+    assert after.classes == before.classes and after.identity() == before.identity()
+    assert after.skipped == before.skipped
+    (tmp_path / "runs/more").mkdir()  # a folder that is the user's
+    Image.new("RGB", (8, 8)).save(tmp_path / "runs/more/picture.png")
+    sentence = "has runs beside test, train, val" if split else "The class runs has 1 image to share out"
+    with pytest.raises(DataError, match=sentence):
+        open_data("folder", tmp_path, size=32)
+
+
+def test_the_files_that_tell_what_this_program_wrote_are_the_ones_that_it_writes():
+    from sib_lab.reporting.results import COMPARISON
+    from sib_lab.training.runs import OPTIONS
+
+    assert {COMPARISON, OPTIONS} == folder_module.WRITTEN
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("training", "validation", "testing")])

@@ -20,6 +20,7 @@ PART_OF = {name: part for part, names in PARTS.items() for name in names}
 IMAGES = ("images",)
 MASKS = ("masks", "segmentations")  #: folders of masks, wherever they lie
 MASK_ENDS = tuple(mark + word for mark in "_-" for word in ("mask", "segmentation", "seg", "gt"))  #: of names of masks
+WRITTEN = {"comparison.json", "run.yaml"}  #: one of them is in a folder that sib-lab compare or train wrote
 BOXES = "boxes.csv"
 CLASSES = "classes.csv"  #: folder,wordnet_id: which of ImageNet's classes the folders are
 MASKS_READ = 100  #: masks that are read in full when the set is opened
@@ -61,7 +62,7 @@ def open_set(
     """
     base = next(iter(_inner(root, IMAGES)), root)
     mask_folders = _mask_folders(root, base) if masks is None else {Path(masks): base}
-    own = {folder.resolve() for folder in (*mask_folders, *_mask_folders(root, base))}
+    own = {folder.resolve() for folder in (*mask_folders, *_mask_folders(root, base))} | _outputs(root)
     folders = _part_folders(base, own)
     classes = sorted({f.name for folder in folders.values() for f in _class_folders(folder, own)})
     if len(classes) < 2:
@@ -130,6 +131,20 @@ def _mask_folders(root: Path, base: Path) -> dict[Path, Path]:
         named = [name for name in inner if name.casefold() in MASKS]
         found |= {top / name: base if top == root else top for name in named}
         inner[:] = [name for name in inner if name not in named]
+    return found
+
+
+def _outputs(root: Path) -> set[Path]:
+    """The folders under ``root`` that this program wrote, and those that hold nothing else."""
+    found: set[Path] = set()
+    for top, inner, names in walk(root):
+        if top != root and not WRITTEN.isdisjoint(names):
+            found.add(top.resolve())
+            inner.clear()
+            above = top.parent
+            while above != root and all(f.resolve() in found for f in above.iterdir() if not is_hidden(f.name)):
+                found.add(above.resolve())
+                above = above.parent
     return found
 
 
