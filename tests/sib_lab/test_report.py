@@ -384,6 +384,20 @@ def test_with_one_seed_the_interval_is_over_images_and_differences_pair_equal_im
     assert found["differences"]["sib"]["low"] == change.low and found["differences"]["sib"]["high"] == change.high
 
 
+def test_a_network_that_has_learned_nothing_is_said_to_be_at_chance(tmp_path):
+    folder = stored_comparison(tmp_path / "c", seeds=(0, 1))
+    assert results.chance_note(results.collect(folder)) == ""  # all are right in more than half of the images
+    for seed, hits in ((0, 4), (1, 6)):
+        path = folder / f"runs/sib-seed{seed}/measured/accuracy-uncorrelated.json"
+        stored = json.loads(path.read_text())
+        stored["values"]["accuracy/uncorrelated"] = [1.0] * hits + [0.0] * (40 - hits)
+        path.write_text(json.dumps(stored))
+    found = results.collect(folder)  # 10 of 80, and 1 of 10 by chance
+    assert results.chance_note(found).startswith("Not beyond chance, 1 of 10 classes, is the accuracy of S-IB: ")
+    assert results.chance_note(found) in report.page(found, [])
+    assert results.chance_note(found) in str(results.tables(found)[-1].caption)
+
+
 def test_an_interval_that_is_not_even_is_shown_by_its_ends():
     even = {"mean": 0.5, "half_width": 0.1, "low": 0.4, "high": 0.6}
     uneven = {"mean": 0.75, "half_width": 0.327, "low": 0.301, "high": 0.954}

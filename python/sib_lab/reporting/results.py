@@ -483,6 +483,23 @@ def _with_interval(value: dict, sign: str) -> str:
     return f"{shown} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
+def chance_note(results: dict) -> str:
+    """Which networks' accuracy on the explained images is not beyond chance, over all seeds; empty where all are."""
+    classes, key = len(results["data"]["classes"]), f"accuracy/{results['data']['explained']}"
+    names = []
+    for method, name in results["methods"].items():
+        told = [run["numbers"][key] for run in results["runs"] if run["method"] == method and key in run["numbers"]]
+        right = torch.cat([(torch.arange(one["count"]) + 0.5 < one["mean"] * one["count"]).double() for one in told])
+        if len(right) and share(right).low <= 1 / classes:
+            names.append(name)
+    if not names:
+        return ""
+    return (
+        f"Not beyond chance, 1 of {classes} classes, is the accuracy of {', '.join(names)}: the explanations of a "
+        "network that has learned nothing say little."
+    )
+
+
 def interval_note(results: dict) -> str:
     """What ± means here."""
     if results["interval"] == "seeds":
@@ -507,6 +524,8 @@ def tables(results: dict, width: int = 120) -> list[Table]:
     caption = f"{interval_note(results)}. *: the interval of the difference excludes zero."
     if any(value["undefined"] for row in results["rows"] for value in row["values"].values()):
         caption += " †: without the images where it is undefined."
+    if note := chance_note(results):
+        caption += f" {note}"
     found[-1].caption = Text(caption)
     return found
 
