@@ -500,37 +500,69 @@ def test_a_network_without_a_feature_map_has_no_class_activation_maps_but_the_ot
     )
 
 
-def test_the_scores_are_those_of_the_pass_that_is_explained(model, images):
-    passes = []
-    model.register_forward_hook(lambda module, inputs, output: passes.append(output))
-    scores, maps = explain_with_scores(model, images, methods=[*CAMS, "vjp", "input_x_gradient"])
-    assert len(passes) == 2  # the other one finds the layer
+def test_scores_and_prediction_come_with_the_maps(model, images):
+    scores, maps = explain_with_scores(model, images)
     torch.testing.assert_close(scores, model(images))
     assert not scores.requires_grad and not any(values.requires_grad for values in maps.values())
+
+
+class Aliased(nn.Module):
+    """Its layer gives back its own input, which is used again behind it; ``in_place``: and written into."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.first, self.layer, self.second = nn.Conv2d(3, 6, 3), nn.Identity(), nn.Conv2d(6, 6, 1)
+        self.in_place = in_place
+
+    def forward(self, x):
+        h = self.first(x)
+        z = self.layer(h)
+        z = F.relu_(z) if self.in_place else z
+        return (self.second(z) + 2 * h).mean((2, 3))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_asked_for_beside_it_changes_no_map_and_no_score(images, in_place):
+    model = Aliased(in_place).to(images.dtype)
+    scores, together = explain_with_scores(model, images, layer="layer")
+    torch.testing.assert_close(scores, model(images))
+    for method, values in together.items():
+        torch.testing.assert_close(values, explain(model, images, methods=[method], layer="layer")[method])
+
+
+@pytest.mark.parametrize("cut", ["whole", "part"])
+@pytest.mark.parametrize("method", ["vjp", "input_x_gradient", "integrated_gradients", "smoothgrad"])
+def test_a_network_without_a_gradient_by_the_image_is_one_sentence(images, cut, method):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.front, self.back = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.front(x)
+            return self.back(x).mean((2, 3))
+
+    model = Frozen().to(images.dtype)
+    model.requires_grad_(cut == "part")
+    with pytest.raises(NetworkError, match="The scores have no gradient by the image"):
+        explain(model, images, methods=[method])
+    assert explain(model, images, methods=["gradcam"], layer="back")["gradcam"].any()
+
+
+def test_targets_may_be_made_in_inference_mode_but_must_be_whole_numbers(model, images):
+    with torch.inference_mode():
+        target = torch.ones(len(images), dtype=torch.long)
+        values = explain(model, images, target, ["vjp"])["vjp"]
+    assert torch.equal(values, explain(model, images, torch.ones(len(images), dtype=torch.long), ["vjp"])["vjp"])
+    with pytest.raises(ValueError, match="target must be a class an image, whole numbers"):
+        explain(model, images, target.double())
 
 
 def test_maps_of_one_pass_are_those_of_a_pass_each(model, images):
     together = explain(model, images)
     for method, values in together.items():
         torch.testing.assert_close(values, explain(model, images, methods=[method])[method])
-
-
-def test_a_layer_that_does_not_depend_on_the_input_is_explained_beside_the_gradient(images):
-    class Positions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.grid = nn.Identity()
-            self.head = nn.Conv2d(3, 2, 1)
-
-        def forward(self, x):
-            return self.head(x * (1 + self.grid(torch.arange(x[0].numel(), dtype=x.dtype).view_as(x[:1])))).mean((2, 3))
-
-    model = Positions().to(images.dtype).requires_grad_(False)
-    maps = explain(model, images[:1], methods=["layercam", "vjp"], layer="grid")
-    torch.testing.assert_close(
-        maps["layercam"], explain(model, images[:1], methods=["layercam"], layer="grid")["layercam"]
-    )
-    assert maps["vjp"].any()
 
 
 def test_on_a_cpu_large_images_go_through_a_few_at_a_time():

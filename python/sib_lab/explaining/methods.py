@@ -15,6 +15,7 @@ from torchcam.methods import GradCAM, GradCAMpp, LayerCAM
 
 from sib_ext.functional import vjp
 
+from ..networks.errors import NetworkError
 from ..networks.feature_maps import cam_layer, token_grid
 from .measures import batch_for, for_model, in_eval_mode, scores_of
 
@@ -92,8 +93,11 @@ def explain_with_scores(
         raise ValueError(f"methods: unknown {', '.join(unknown)}; there are {', '.join(METHODS)}")
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x must be floating images [N,C,H,W]: got {x.dtype} {list(x.shape)}")
-    if target is not None and target.shape != (len(x),):
-        raise ValueError(f"target must be a class an image [N]: got {list(target.shape)} for {len(x)} images")
+    if target is not None and (target.shape != (len(x),) or target.is_floating_point()):
+        raise ValueError(
+            f"target must be a class an image, whole numbers [N]: got {target.dtype} {list(target.shape)} for {len(x)} "
+            "images"
+        )
     rows = range(len(x)) if rows is None else [int(row) for row in rows]
     if len(rows) != len(x) or min(rows, default=0) < 0:
         raise ValueError(f"rows must be a number >= 0 for each of the {len(x)} images: got {list(rows)}")
@@ -108,7 +112,7 @@ def explain_with_scores(
         for start in range(0, len(x), batch):
             part = slice(start, start + batch)
             images = for_model(model, x[part].detach().clone())
-            classes = None if target is None else target[part].to(images.device)
+            classes = None if target is None else target[part].to(images.device).clone()
             some, found = _batch(model, images, classes, methods, layer, batch, seed, rows[part])
             scores.append(some.to(x.device))
             for method, values in found.items():
@@ -132,7 +136,11 @@ def _batch(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores and all maps of one batch of images on the model's device.
 
-    Prediction, VJP and class-activation maps share a forward pass and differ in their backward passes.
+    Scores, VJP and Input x Gradient share a forward pass; class-activation maps have one of their own, for their hooks
+    can change what a network computes: one that writes into a layer's output in place where this is also the input.
+
+    Raises:
+        NetworkError: the scores have no gradient on the way that a method needs.
     """
 
     def forward(images: Tensor) -> Tensor:
@@ -143,30 +151,50 @@ def _batch(
     kinds = {"gradcam": GradCAM, "gradcam_pp": PaperGradCAMpp, "layercam": LayerCAM}
     kinds = {method: kind for method, kind in kinds.items() if method in methods}
     leaf = x.detach().requires_grad_(of_input)
-    maps = {}
-    with _extractors(model, layer, kinds, of_input) as extractors, torch.set_grad_enabled(of_input or bool(kinds)):
+    with torch.set_grad_enabled(of_input):
         scores = forward(leaf)
-        if target is None:
-            target = scores.argmax(1)
-        elif not 0 <= target.min() <= target.max() < scores.shape[1]:
-            raise ValueError(
-                f"target must lie in 0..{scores.shape[1] - 1}, the network's classes: got {target.tolist()}"
-            )
-        for method, extractor in extractors.items():
-            cam = _cam(extractor, scores, target.tolist(), layer)
-            maps[method] = F.interpolate(cam[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    if target is None:
+        target = scores.argmax(1)
+    elif not 0 <= target.min() <= target.max() < scores.shape[1]:
+        raise ValueError(f"target must lie in 0..{scores.shape[1] - 1}, the network's classes: got {target.tolist()}")
+    maps = {}
+    if kinds:
+        with _extractors(model, layer, kinds) as extractors:
+            logits = forward(x)
+            for method, extractor in extractors.items():
+                cam = _cam(extractor, logits, target.tolist(), layer)
+                maps[method] = F.interpolate(cam[:, None], x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     if of_input:
-        gradient = vjp(scores, leaf, target, seed="target_logit", create_graph=False)
+        with _of_the_image():
+            gradient = vjp(scores, leaf, target, seed="target_logit", create_graph=False)
         of_gradient = {"vjp": gradient, "input_x_gradient": x * gradient}
         maps |= {method: values.abs().sum(1) for method, values in of_gradient.items() if method in methods}
     if AVERAGES & set(methods):
         from . import averages  # captum takes most of a second to import
 
-        if "integrated_gradients" in methods:
-            maps["integrated_gradients"] = averages.integrated_gradients(forward, x, target, batch)
-        if "smoothgrad" in methods:
-            maps["smoothgrad"] = averages.smoothgrad(forward, x, target, batch, seed, rows)
+        with _of_the_image():
+            if "integrated_gradients" in methods:
+                maps["integrated_gradients"] = averages.integrated_gradients(forward, x, target, batch)
+            if "smoothgrad" in methods:
+                maps["smoothgrad"] = averages.smoothgrad(forward, x, target, batch, seed, rows)
     return scores.detach(), maps
+
+
+@contextmanager
+def _of_the_image() -> Iterator[None]:
+    """
+    Raises:
+        NetworkError: the scores have no gradient by the image.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if any(told in str(error) for told in ("require grad", "not have been used in the graph", "not computed from")):
+            raise NetworkError(
+                "The scores have no gradient by the image, as a part of the network runs under torch.no_grad() or is "
+                "detached: only class-activation maps of a layer behind it can be had."
+            ) from error
+        raise
 
 
 # -------------------------------------------------------------------------------- class-activation maps
@@ -192,15 +220,8 @@ class PaperGradCAMpp(GradCAMpp):
 
 
 @contextmanager
-def _extractors(model: nn.Module, layer: str | None, kinds: dict, of_input: bool) -> Iterator[dict]:
-    """One torchcam extractor a method on ``layer``, for one forward pass; their hooks are gone afterwards.
-
-    Args:
-        of_input: the gradient goes on below the layer, to the input.
-    """
-    if not kinds:
-        yield {}
-        return
+def _extractors(model: nn.Module, layer: str | None, kinds: dict) -> Iterator[dict]:
+    """One torchcam extractor a method on ``layer``, for one forward pass; their hooks are gone afterwards."""
     modules = dict(model.named_modules())
     if layer not in modules:
         names = ", ".join(name for name, _ in model.named_children())
@@ -209,8 +230,8 @@ def _extractors(model: nn.Module, layer: str | None, kinds: dict, of_input: bool
         )
     with ExitStack() as stack:
         grid = _FeatureGrid(layer)
-        # Before torchcam's hooks.
-        start = modules[layer].register_forward_hook(_with_gradient if of_input else _as_leaf)
+        # Before torchcam's hooks: nothing below the layer needs a gradient.
+        start = modules[layer].register_forward_hook(_as_leaf)
         stack.callback(start.remove)
         extractors = {
             method: stack.enter_context(kind(model, layer, reshape_transform=grid)) for method, kind in kinds.items()
@@ -222,13 +243,7 @@ def _extractors(model: nn.Module, layer: str | None, kinds: dict, of_input: bool
 
 
 def _as_leaf(module: nn.Module, inputs: tuple, output: object) -> object:
-    """Nothing below the layer needs a gradient."""
     return output.detach().requires_grad_() if isinstance(output, Tensor) else output
-
-
-def _with_gradient(module: nn.Module, inputs: tuple, output: object) -> object:
-    """A map that does not depend on the input has a gradient, too."""
-    return output if isinstance(output, Tensor) and output.requires_grad else _as_leaf(module, inputs, output)
 
 
 class _FeatureGrid:
