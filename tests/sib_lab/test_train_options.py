@@ -391,3 +391,8 @@ def test_an_option_that_cannot_be_is_named(changes, message):
 
 def test_train_has_the_check_that_others_call():
     assert train.check.__module__ == "sib_lab.training.check"
+
+
+def test_weights_of_classes_may_be_whole_numbers(data):
+    options = replace(SMALL, class_weights=[1, 2] + [1] * (len(data.classes) - 2))
+    assert options.class_weights[1] == 2.0 and class_weights(options, data).dtype == torch.float32

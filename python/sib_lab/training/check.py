@@ -12,6 +12,7 @@ from .config import TrainConfig
 from .logs import check_wandb
 from .losses import Forward, SpatialIB, TrainingLoss
 from .making import check_data, make_loss, make_network, make_optimizer
+from .processes import devices_here
 from .runs import TrainingError
 
 TRIED = 4  #: images at most: as many as the most demanding statistic of a batch needs
@@ -25,6 +26,7 @@ def check(config: TrainConfig, data: DataSets) -> None:
     Raises:
         TrainingError, NetworkError, DataError: one sentence: what stops this training.
     """
+    devices_here(config)
     check_data(config, data)
     if config.wandb is not None:
         check_wandb()

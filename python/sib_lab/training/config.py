@@ -174,7 +174,7 @@ class TrainConfig:
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             given = ", ".join(f"{weight:g}" for weight in weights) or "none"
             raise ValueError(f"class_weights must be finite numbers of at least 0, not all of them 0, got {given}")
-        object.__setattr__(self, "class_weights", tuple(weights))
+        object.__setattr__(self, "class_weights", tuple(map(float, weights)))
 
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The options that decide numbers and that ``saved`` (a config as a dict) has otherwise, with its values.

@@ -34,6 +34,22 @@ def with_processes_of_torchrun(config: TrainConfig) -> TrainConfig:
         raise TrainingError(f"{error}.") from error
 
 
+def devices_here(config: TrainConfig) -> tuple[str, int]:
+    """cpu or cuda, and how many of them on this machine.
+
+    Raises:
+        TrainingError: a device that is not there.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = config.device if config.device != "auto" else "cuda" if there else "cpu"
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else config.devices
+    if device == "cuda" and local > there:
+        seen = f"torch sees {there}" if there else "torch sees none (`python -m sib_ext.info` says what is installed)"
+        wanted = "1 CUDA device was" if local == 1 else f"{local} CUDA devices were"
+        raise TrainingError(f"{wanted} asked for, but {seen}: use --device cpu or fewer.")
+    return device, local
+
+
 def make_fabric(config: TrainConfig) -> "Fabric":
     """Devices, precision and processes.
 
@@ -43,14 +59,7 @@ def make_fabric(config: TrainConfig) -> "Fabric":
     from lightning_fabric import Fabric
 
     _quiet_fabric()
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = config.device if config.device != "auto" else "cuda" if there else "cpu"
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else config.devices
-    if device == "cuda" and local > there:
-        seen = f"torch sees {there}" if there else "torch sees none (`python -m sib_ext.info` says what is installed)"
-        wanted = "1 CUDA device was" if local == 1 else f"{local} CUDA devices were"
-        raise TrainingError(f"{wanted} asked for, but {seen}: use --device cpu or fewer.")
-
+    device, local = devices_here(config)
     strategy = "ddp" if by_torchrun() else "ddp_spawn" if config.devices > 1 else "auto"
     return Fabric(
         accelerator=device,
