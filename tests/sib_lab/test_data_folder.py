@@ -75,6 +75,13 @@ def test_what_this_program_wrote_beside_the_images_is_no_part_of_them(tmp_path, 
         open_data("folder", tmp_path, size=32)
 
 
+def test_a_link_from_one_class_to_another_is_refused(tmp_path):
+    write_folder(tmp_path, count=6)
+    (tmp_path / "zebra").symlink_to(tmp_path / "cat")
+    with pytest.raises(DataError, match="zebra and .*cat are one folder, through a link"):
+        open_data("folder", tmp_path, size=32)
+
+
 def test_the_files_that_tell_what_this_program_wrote_are_the_ones_that_it_writes():
     from sib_lab.reporting.results import COMPARISON
     from sib_lab.training.runs import OPTIONS

@@ -71,6 +71,7 @@ def open_set(
             "train, val and test with such folders in each."
         )
     _check_names(classes)
+    _check_links(f for folder in folders.values() for f in _class_folders(folder, own))
     files = {
         part: [(path, label) for label, c in enumerate(classes) for path in _images(folder / c, own)]
         for part, folder in folders.items()
@@ -185,6 +186,18 @@ def _class_folders(folder: Path, own: set[Path]) -> list[Path]:
         what = f"holds no images that can be read here ({others})" if others else "holds no images"
         raise DataError(f"The class folder {empty} {what}: add some, or remove it.")
     return found
+
+
+def _check_links(folders: Iterable[Path]) -> None:
+    """
+    Raises:
+        DataError: two class folders are one, through a link.
+    """
+    places: dict[Path, Path] = {}
+    for folder in folders:
+        other = places.setdefault(folder.resolve(), folder)
+        if other != folder:
+            raise DataError(f"{folder} and {other} are one folder, through a link: remove one of them.")
 
 
 def _check_names(classes: Iterable[str]) -> None:
