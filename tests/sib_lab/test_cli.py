@@ -256,13 +256,17 @@ def test_what_only_a_training_has_is_refused_by_name_with_0_epochs(name, tmp_pat
 
 def test_with_0_epochs_a_file_gives_data_and_network_alone(compared):
     plan, said = compared(options_as_yaml(RUN), "--epochs", 0)
+    assert plan.seeds == (
+        RUN.seed,
+    )  # its splits are drawn anew from the seed: the network must not meet what it learned
+    assert compared(options_as_yaml(RUN), "--epochs", 0, "--first-seed", 0)[0].seeds == (0,)
     used = {f.name for f in fields(TrainConfig)} - {*OF_A_RUN, *OF_TRAINING, "epochs"}
     assert used == set(
         "data root size agreement limit skip_broken data_options network weights mean std "
         "precision device deterministic threads workers".split()
     )
     kept = {name: value for name, value in asdict(RUN).items() if name in used}
-    assert plan.configs["as-is"] == TrainConfig(**kept, method="ce", epochs=0) and said == ""
+    assert plan.configs["as-is"] == TrainConfig(**kept, method="ce", seed=RUN.seed, epochs=0) and said == ""
 
 
 def test_the_recipe_is_in_the_report_and_another_one_is_refused(tmp_path):

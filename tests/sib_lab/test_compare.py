@@ -22,7 +22,7 @@ from sib_lab.experiments.record import loss_sentence
 from sib_lab.explaining import methods as explain
 from sib_lab.reporting import results
 from sib_lab.training.config import recipe
-from sib_lab.training.runs import LOCK, RunError, open_run
+from sib_lab.training.runs import LOCK, RunError, TrainingError, open_run
 from sib_lab.training.train import train
 
 SEEDS = (0, 1)
@@ -334,6 +334,34 @@ def test_the_gradient_penalty_is_matched_to_s_ib_of_the_same_seed(tiny, copied):
         "at that of the S-IB run" in json.loads((copied / "comparison.json").read_text())["losses"]["gradient-penalty"]
     )
     assert matched.config.match == tuple(line["vjp_variance"] for line in reference.history)
+
+
+def test_a_penalty_that_follows_no_or_another_s_ib_run_is_refused(tiny, copied):
+    run_comparison(plan_of(tiny, ("ce", "gradient-penalty"), (0,)), copied)
+    with pytest.raises(RunError, match="gradient-penalty-seed0 follows no S-IB run: remove this folder to train it"):
+        run_comparison(plan_of(tiny, ("sib", "gradient-penalty"), (0,)), copied)
+    shutil.rmtree(copied / "runs/gradient-penalty-seed0")
+    run_comparison(plan_of(tiny, ("sib", "gradient-penalty"), (0,)), copied)
+    with pytest.raises(RunError, match="gradient-penalty-seed0 follows another S-IB run, or one that was trained anew"):
+        run_comparison(plan_of(tiny, ("ce", "gradient-penalty"), (0,)), copied)
+    shutil.rmtree(copied / "runs/sib-seed0")
+    plan = plan_of(tiny, ("sib", "gradient-penalty"), (0,))
+    plan = replace(plan, configs=plan.configs | {"sib": replace(plan.configs["sib"], strength=5.0)})
+    with pytest.raises(RunError, match="gradient-penalty-seed0 follows another S-IB run, or one that was trained anew"):
+        run_comparison(plan, copied)
+
+
+def test_all_methods_of_a_comparison_have_one_precision(tiny, copied):
+    with pytest.raises(RunError, match="was begun with precision = 32-true"):
+        run_comparison(plan_of(tiny, precision="bf16-mixed"), copied)
+
+
+def test_fresh_removes_nothing_where_the_device_is_missing(tiny, copied, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = times(copied)
+    with pytest.raises(TrainingError, match="1 CUDA device was asked for, but torch sees none"):
+        run_comparison(plan_of(tiny, device="cuda"), copied, fresh=True)
+    assert not changed_files(copied, before)
 
 
 def test_epochs_without_a_vjp_are_matched_to_the_one_before(finished):

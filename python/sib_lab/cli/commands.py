@@ -12,6 +12,7 @@ from .check import check_command
 from .common import (
     as_sentence,
     command_line,
+    is_given,
     listed,
     one_sentence,
     own_options,
@@ -151,7 +152,8 @@ def compare_command(
             base, left_out = ({}, "") if config is None else options.shared_options(config, given)
             if given.get("epochs", base.get("epochs")) == 0:
                 options.check_nothing_of_training(context)
-                as_it_is = options.config_from(preset, given | {"method": "ce", "seed": first_seed}, base)
+                seed = first_seed if is_given(context, "first_seed") else base.get("seed", first_seed)
+                as_it_is = options.config_from(preset, given | {"method": "ce", "seed": seed}, base)
                 plan = Plan.as_it_is(as_it_is, chosen, images, layer)
             else:
                 names = listed(methods)

@@ -122,6 +122,11 @@ def numbers(text: str, option: str) -> tuple[float, ...]:
     return red, green, blue
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    return context.get_parameter_source(name).name == "COMMANDLINE"
+
+
 def own_options(methods: list[str], strengths: list[str], loss_options: list[str]) -> dict[str, dict[str, Any]]:
     """What each method has for itself: METHOD=VALUE and METHOD:NAME=VALUE words, sorted by method.
 

@@ -11,7 +11,7 @@ import typer
 
 from ..data import SETS
 from ..training.config import TrainConfig, recipe
-from .common import MEAN_HELP, NETWORK_HELP, OWN_MEAN, WEIGHTS_HELP, numbers, pairs
+from .common import MEAN_HELP, NETWORK_HELP, OWN_MEAN, WEIGHTS_HELP, is_given, numbers, pairs
 
 PRESETS = "the preset's"
 #: Fields of a TrainConfig that belong to one method or one run, not to all of a comparison.
@@ -149,7 +149,7 @@ def shared_options(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any]
 
     Args:
         given: what stands on the command line; with ``epochs`` 0 here, or else in the file, nothing of a training is
-            taken.
+            taken but its seed, from which the data's splits follow.
 
     Raises:
         ValueError: the file cannot be read, or has an option that there is not.
@@ -157,7 +157,8 @@ def shared_options(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any]
     found = options_of(path, given)
     own = {name: value for name in OF_A_RUN if (value := found.pop(name, None)) not in (None, [], {})}
     if given.get("epochs", found.get("epochs")) == 0:
-        return {name: value for name, value in found.items() if name not in OF_TRAINING}, ""
+        kept = {"seed": own["seed"]} if "seed" in own else {}
+        return kept | {name: value for name, value in found.items() if name not in OF_TRAINING}, ""
     if not own:
         return found, ""
     left = ", ".join(name if name == "match" else f"{name} = {value}" for name, value in own.items())
@@ -174,7 +175,7 @@ def check_nothing_of_training(context: typer.Context) -> None:
         ValueError: an option that only a training has was given on the command line.
     """
     for name in ("methods", "seeds", "strength", "loss_option", *OF_TRAINING):
-        if context.get_parameter_source(name).name == "COMMANDLINE":
+        if is_given(context, name):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} has no meaning with --epochs 0, which trains nothing: leave it out")
 

@@ -36,9 +36,6 @@ from .measurement import Measurement
 from .plan import Plan
 from .record import write_comparison
 
-#: Options that decide the machine alone: a run that was trained with others is taken as it is.
-MACHINE = {"device", "devices", "deterministic", "threads", "precision", "match"}
-
 
 def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | None = None) -> dict:
     """Does what is not done yet of ``plan`` in ``folder``, prints the table and writes the report.
@@ -62,6 +59,7 @@ def _compare(plan: Plan, folder: Path, fresh: bool, console: Console) -> dict:
     for method in plan.configs:
         for seed in () if fresh else plan.seeds:
             check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
+            check_match(plan, method, seed, folder)
     for number, seed in enumerate(plan.seeds):
         material = Material(plan, seed)
         if number == 0:
@@ -130,6 +128,7 @@ def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material
         train(config, path, console=console, data=material.training_data(config))
     else:
         check_unchanged(path, material.data.identity())
+        check_match(plan, method, seed, folder)
     return open_run(path, plan.best, trust=True)  # check_same: the network is that of this command
 
 
@@ -144,9 +143,29 @@ def check_same(config: TrainConfig, folder: Path) -> None:
     was = config.differing(record["config"])
     if file_hash(config.weights) != record.get("weights_sha256"):
         was["weights"] = record["config"].get("weights")
-    if other := ", ".join(f"{name} = {value}" for name, value in was.items() if name not in MACHINE):
+    if other := ", ".join(f"{name} = {value}" for name, value in was.items() if name != "match"):
         raise RunError(
             f"The run {folder} was begun with {other}: compare with the same options, into another --out, or --fresh."
+        )
+
+
+def check_match(plan: Plan, method: str, seed: int, folder: Path) -> None:
+    """
+    Raises:
+        RunError: the run of (method, seed), if there is one, follows another S-IB run than the plan's, or none.
+    """
+    path, followed = (folder / RUNS / run_name(name, seed) for name in (method, "sib"))
+    if not (path / CONFIG).exists():
+        return
+    was, wanted = tuple(read_record(path)["config"].get("match", ())), ()
+    if plan.is_matched(method):
+        # Of an S-IB run that is still to be trained the variances are not known yet.
+        wanted = variances(open_run(followed, trust=True)) if is_finished(followed) else was or None
+    if was != wanted:
+        what = "another S-IB run, or one that was trained anew" if was else "no S-IB run"
+        raise RunError(
+            f"The VJP's variance in the run {path} follows {what}: remove this folder to train it again, "
+            "or compare into another --out."
         )
 
 
