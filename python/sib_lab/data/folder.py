@@ -61,17 +61,19 @@ def open_set(
         DataError: one sentence about the files.
     """
     base = next(iter(_inner(root, IMAGES)), root)
-    mask_folders = _mask_folders(root, base) if masks is None else {Path(masks): base}
-    own = {folder.resolve() for folder in (*mask_folders, *_mask_folders(root, base))} | _outputs(root)
+    found = _mask_folders(root, base)
+    mask_folders = found if masks is None else {Path(masks): base}
+    own = {folder.resolve() for folder in (*mask_folders, *found)} | _outputs(root)
     folders = _part_folders(base, own)
-    classes = sorted({f.name for folder in folders.values() for f in _class_folders(folder, own)})
+    class_folders = [f for folder in folders.values() for f in _class_folders(folder, own)]
+    classes = sorted({f.name for f in class_folders})
     if len(classes) < 2:
         raise DataError(
             f"{base} has {len(classes)} class folders with images where at least 2 are needed: one folder a class, or "
             "train, val and test with such folders in each."
         )
     _check_names(classes)
-    _check_links(f for folder in folders.values() for f in _class_folders(folder, own))
+    _check_links(class_folders)
     files = {
         part: [(path, label) for label, c in enumerate(classes) for path in _images(folder / c, own)]
         for part, folder in folders.items()
