@@ -59,7 +59,7 @@ def _compare(plan: Plan, folder: Path, fresh: bool, console: Console) -> dict:
     for method in plan.configs:
         for seed in () if fresh else plan.seeds:
             check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
-            check_match(plan, method, seed, folder)
+            check_match(folder / RUNS / run_name(method, seed), match_of(plan, method, seed, folder))
     for number, seed in enumerate(plan.seeds):
         material = Material(plan, seed)
         if number == 0:
@@ -119,16 +119,15 @@ def check_all(plan: Plan, material: Material, folder: Path, fresh: bool) -> None
 def trained(plan: Plan, method: str, seed: int, folder: Path, material: Material, console: Console) -> Run:
     """The run of (method, seed): opened where it is finished, else trained from where it stands."""
     path = folder / RUNS / run_name(method, seed)
-    config = plan.config(method, seed)
-    if plan.is_matched(method):
-        config = replace(config, match=variances(open_run(folder / RUNS / run_name("sib", seed), trust=True)))
+    match = match_of(plan, method, seed, folder)
+    config = replace(plan.config(method, seed), match=match)
     if not is_finished(path):
         doing = "training" if config.epochs else "its weights"
         console.print(f"{results.NAMES.get(method, method)}, seed {seed}: {doing}", style="bold", markup=False)
         train(config, path, console=console, data=material.training_data(config))
     else:
         check_unchanged(path, material.data.identity())
-        check_match(plan, method, seed, folder)
+        check_match(path, match)
     return open_run(path, plan.best, trust=True)  # check_same: the network is that of this command
 
 
@@ -149,22 +148,26 @@ def check_same(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def check_match(plan: Plan, method: str, seed: int, folder: Path) -> None:
+def match_of(plan: Plan, method: str, seed: int, folder: Path) -> tuple[float, ...] | None:
+    """The VJP variances that a run follows, none of most; None: those of an S-IB run that is still to be trained."""
+    if not plan.is_matched(method):
+        return ()
+    followed = folder / RUNS / run_name("sib", seed)
+    return variances(open_run(followed, trust=True)) if is_finished(followed) else None
+
+
+def check_match(folder: Path, match: tuple[float, ...] | None) -> None:
     """
     Raises:
-        RunError: the run of (method, seed), if there is one, follows another S-IB run than the plan's, or none.
+        RunError: the run in ``folder``, if there is one, follows something else (see :func:`match_of`).
     """
-    path, followed = (folder / RUNS / run_name(name, seed) for name in (method, "sib"))
-    if not (path / CONFIG).exists():
+    if not (folder / CONFIG).exists():
         return
-    was, wanted = tuple(read_record(path)["config"].get("match", ())), ()
-    if plan.is_matched(method):
-        # Of an S-IB run that is still to be trained the variances are not known yet.
-        wanted = variances(open_run(followed, trust=True)) if is_finished(followed) else was or None
-    if was != wanted:
+    was = tuple(read_record(folder)["config"].get("match", ()))
+    if was != match and not (match is None and was):
         what = "another S-IB run, or one that was trained anew" if was else "no S-IB run"
         raise RunError(
-            f"The VJP's variance in the run {path} follows {what}: remove this folder to train it again, "
+            f"The VJP's variance in the run {folder} follows {what}: remove this folder to train it again, "
             "or compare into another --out."
         )
 
