@@ -488,9 +488,9 @@ def chance_note(results: dict) -> str:
     classes, key = len(results["data"]["classes"]), f"accuracy/{results['data']['explained']}"
     names = []
     for method, name in results["methods"].items():
-        told = [run["numbers"][key] for run in results["runs"] if run["method"] == method and key in run["numbers"]]
-        right = torch.cat([(torch.arange(one["count"]) + 0.5 < one["mean"] * one["count"]).double() for one in told])
-        if len(right) and share(right).low <= 1 / classes:
+        told = [run["numbers"][key] for run in results["runs"] if run["method"] == method]
+        images, right = sum(one["count"] for one in told), sum(round(one["mean"] * one["count"]) for one in told)
+        if share((torch.arange(images) < right).double()).low <= 1 / classes:
             names.append(name)
     if not names:
         return ""
