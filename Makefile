@@ -10,7 +10,7 @@ SCALE ?= auto
 # The Triton kernels without a GPU, in Triton's interpreter: only where triton is chosen, as the rest has run already.
 # (The golden vectors take it a minute each: in test-all.)
 INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/test_norm_double_backward.py -k triton
-# One process of one thread a core: twice as fast as one process of all cores. A file's tests share what they trained.
+# One process of one thread a core. A file's tests share what they trained.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help demo evidence test test-all bench lint format sdist clean
