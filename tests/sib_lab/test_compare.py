@@ -172,8 +172,9 @@ def test_the_report_says_which_losses_were_shown_the_objects(finished, tiny, cop
     )
     plan = plan_of(tiny, ("sib",), masks="self-made")
     assert loss_sentence(plan, "sib", Material(plan, 0).data).endswith("made its own masks from the network's gradient")
-    plan = plan_of(tiny, ("rrr",), annotated=0.25)
-    assert loss_sentence(plan, "rrr", Material(plan, 0).data).endswith("objects in 25 % of the training images")
+    for method in ("rrr", "energy-loss", "l1-loss", "rrr-loss", "ppce-loss"):
+        plan = plan_of(tiny, (method,), annotated=0.25)
+        assert loss_sentence(plan, method, Material(plan, 0).data).endswith("objects in 25 % of the training images")
     plan = plan_of(tiny, ("rrr",), annotation="boxes")
     assert "; was shown boxes around the objects in 100 %" in loss_sentence(plan, "rrr", Material(plan, 0).data)
 

@@ -10,18 +10,21 @@ import torch
 import torch.nn.functional as F
 from sib_lab.training.config import METHODS, TrainConfig
 from sib_lab.training.losses import (
+    LOCALISATIONS,
     CentreMask,
     CrossEntropy,
-    EnergyLoss,
     Forward,
     GradientPenalty,
+    LocalisationLoss,
     RightForTheRightReasons,
     SpatialIB,
     background_share,
     captured,
     centre_mask,
+    foreground_cross_entropy,
     interpolated,
     make_criterion,
+    normalised,
     vjp_variance,
 )
 from torch import nn
@@ -32,6 +35,11 @@ B, C, H, W, K = 4, 2, 5, 6, 3
 FIXED = {"seed": "target_logit"}  #: of the balanced preset: no draws, so that a loss can be compared with itself
 PLAIN = {"every": 1, "jitter": 0}  #: of the step: every term in every step
 KINDS = ("background", "foreground", "empty")
+LOCALISATION_LOSSES = [
+    LocalisationLoss(kind, 2.0, *explanation)
+    for kind in LOCALISATIONS
+    for explanation in (("input_x_gradient",), ("gradcam", "features"))
+]
 
 
 class Linear(nn.Module):
@@ -143,45 +151,201 @@ def test_right_for_the_right_reasons_of_a_linear_network_by_hand(linear, batch):
     assert parts["loss"].item() == pytest.approx(cross_entropy + 2 * total / B)
 
 
-def test_input_x_gradient_outside_the_mask_of_a_linear_network_by_hand(linear, batch):
-    x, y, mask, annotated = batch
-    parts = EnergyLoss(2.0, "input_x_gradient")(linear, x, y, mask, annotated)
-    weight, total = linear.weight.detach().numpy(), 0.0
-    for b in range(B):
+# ------------------------------------------------------------------------------------------ localisation
+
+
+def upsampled_by_hand(values, shape):
+    """Bilinear, of [h,w], pixel by pixel; pixels' middles correspond, and the edge goes on outside."""
+    result = np.zeros(shape)
+    for i, j in np.ndindex(*shape):
+        for axis_weights, row in weights_by_hand(i, shape[0], values.shape[0]):
+            for weight, column in weights_by_hand(j, shape[1], values.shape[1]):
+                result[i, j] += axis_weights * weight * values[row, column]
+    return result
+
+
+def weights_by_hand(place, size, of_size):
+    source = max((place + 0.5) * of_size / size - 0.5, 0)
+    low = int(source)
+    return [(1 - (source - low), low), (source - low, min(low + 1, of_size - 1))]
+
+
+def localisation_by_hand(kind, shown, mask):
+    """The term of one explanation [h,w] >= 0 and one mask [H,W], pixel by pixel."""
+    if shown.max() == 0:
+        return 0.0
+    E = upsampled_by_hand(shown / shown.max(), mask.shape)
+    above, below = 0.0, 0.0
+    for e, m in zip(E.ravel(), mask.ravel(), strict=True):
+        if kind == "energy-loss":
+            above, below = above + (1 - m) * e, below + e
+        elif kind == "l1-loss":
+            above, below = above + abs(e - m), below + 1
+        elif kind == "rrr-loss":
+            above, below = above + ((1 - m) * e) ** 2, below + 1
+        else:
+            above, below = above - m * (max(math.log(e), -100) if e > 0 else -100), below + m
+    return above / below if below else 0.0
+
+
+def grad_cam_by_hand(net, x, label):
+    """[h,w] of one image: the head is linear, so its weights are the gradient."""
+    A = net.features(x[None])[0].detach().numpy()
+    alpha = net.head.weight.detach().numpy()[label].reshape(A.shape).mean((1, 2))
+    return np.maximum((alpha[:, None, None] * A).sum(0), 0)
+
+
+@pytest.fixture
+def boundary_batch(batch):
+    """Every case that a localisation loss tells apart."""
+    x, y, mask, _ = batch
+    x, y, mask = (torch.cat([values, values]) for values in (x, y, mask))
+    x[0] = 0  # nothing is shown
+    mask[1] = 0
+    mask[2] = 1
+    mask[3] = (mask[3] > 0.5).to(mask)
+    x[3:5, :, 1:4, 1:4] = 0  # nothing is shown within the mask
+    mask[4, :, 1:4, 1:4] = 1
+    mask[5] = 0  # not annotated
+    return x, y, mask, torch.tensor([True, True, True, True, True, False, True, False])
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.half, torch.bfloat16])
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_a_localisation_loss_of_input_x_gradient_is_its_formula(kind, dtype, linear, boundary_batch):
+    linear = linear.to(dtype)
+    x, y, mask, annotated = (values.to(dtype) if values.is_floating_point() else values for values in boundary_batch)
+    parts = LocalisationLoss(kind, 2.0, "input_x_gradient")(linear, x, y, mask, annotated)
+    weight, total = linear.weight.detach().double().numpy(), 0.0
+    for b in range(len(x)):
         if annotated[b]:
-            shown = np.abs(x[b].numpy() * weight[y[b]].reshape(C, H, W)).sum(0)
-            total += (shown * (1 - mask[b, 0].numpy())).sum() / shown.sum()
-    assert parts["background"].item() == pytest.approx(total / B)
-    assert parts["loss"].item() == pytest.approx(cross_entropy_by_hand(linear(x), y)[0] + 2 * total / B)
+            shown = np.abs(x[b].double().numpy() * weight[y[b]].reshape(C, H, W)).sum(0)
+            total += localisation_by_hand(kind, shown, mask[b, 0].double().numpy())
+    part = parts[LOCALISATIONS[kind].part]
+    assert part.dtype == (torch.double if dtype == torch.double else torch.float)  # half precision is taken wider
+    assert part.item() == pytest.approx(total / len(x), rel=1e-9 if dtype == torch.double else 1e-5)
+    if dtype == torch.double:
+        assert parts["loss"].item() == pytest.approx(cross_entropy_by_hand(linear(x), y)[0] + 2 * total / len(x))
+    parts["loss"].backward()
+    assert linear.weight.grad.isfinite().all()
 
 
-def test_grad_cam_outside_the_mask_by_hand(net, batch):
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_a_localisation_loss_of_grad_cam_is_its_formula(kind, stride, batch):
     x, y, mask, annotated = batch
+    net = Net(stride).double()
     with torch.no_grad():
         net.head.weight.add_(0.05)  # so that no map is zero everywhere
-    parts = EnergyLoss(1.0, "gradcam", "features")(net, x, y, mask, annotated)
-    A = net.features(x).detach().numpy()
-    head, total, maps = net.head.weight.detach().numpy().reshape(K, 3, H, W), 0.0, 0
-    for b in range(B):
-        alpha = head[y[b]].mean((1, 2))
-        cam = np.maximum((alpha[:, None, None] * A[b]).sum(0), 0)
-        maps += bool(cam.any())
-        if annotated[b]:
-            total += (cam * (1 - mask[b, 0].numpy())).sum() / cam.sum()
-    assert maps == B
-    assert parts["background"].item() == pytest.approx(total / B)
+    parts = LocalisationLoss(kind, 1.0, "gradcam", "features")(net, x, y, mask, annotated)
+    maps = [grad_cam_by_hand(net, x[b], y[b]) for b in range(B)]
+    terms = [localisation_by_hand(kind, maps[b], mask[b, 0].numpy()) for b in range(B) if annotated[b]]
+    assert all(cam.any() for cam in maps)
+    assert parts[LOCALISATIONS[kind].part].item() == pytest.approx(sum(terms) / B)
+    assert set(parts) == {"loss", "cross_entropy", LOCALISATIONS[kind].part}
 
 
-def test_a_smaller_feature_map_is_upsampled_as_torchcam_shows_it(batch):
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_a_smaller_feature_map_is_upsampled_as_torchcam_shows_it(kind, batch):
     torchcam = pytest.importorskip("torchcam.methods")
     x, y, mask, _ = batch
     net = Net(stride=2).double().eval()
-    parts = EnergyLoss(1.0, "gradcam", "features")(net, x, y, mask)
+    parts = LocalisationLoss(kind, 1.0, "gradcam", "features")(net, x, y, mask)
     with torchcam.GradCAM(net, "features") as extractor:
-        (cam,) = extractor(y.tolist(), net(x), normalized=False)
-    cam = F.interpolate(cam[:, None], size=(H, W), mode="bilinear", align_corners=False)
-    shares = (cam * (1 - mask)).sum((1, 2, 3)) / cam.sum((1, 2, 3))
-    assert parts["background"].item() == pytest.approx(shares.nan_to_num().mean().item())
+        (cams,) = extractor(y.tolist(), net(x), normalized=False)
+    terms = [localisation_by_hand(kind, cams[b].detach().numpy(), mask[b, 0].numpy()) for b in range(B)]
+    assert parts[LOCALISATIONS[kind].part].item() == pytest.approx(sum(terms) / B)
+
+
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_a_localisation_loss_knows_neither_the_explanations_scale_nor_the_images_size(kind, linear, batch):
+    x, y, mask, annotated = batch
+    part = LOCALISATIONS[kind].part
+    criterion = LocalisationLoss(kind, 1.0, "input_x_gradient")
+    expected = criterion(linear, x, y, mask, annotated)[part].item()
+    with torch.no_grad():
+        linear.weight.mul_(1e3)
+    assert criterion(linear, x, y, mask, annotated)[part].item() == pytest.approx(expected)
+    larger = Linear()
+    twice = linear.weight.detach().view(K, C, H, W).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    larger.weight = nn.Parameter(twice.flatten(1))
+    x, mask = (values.repeat_interleave(2, 2).repeat_interleave(2, 3) for values in (x, mask))
+    assert criterion(larger, x, y, mask, annotated)[part].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_descending_a_localisation_loss_brings_the_explanation_to_the_mask(kind, batch):
+    x, y, *_ = batch
+    mask = torch.zeros(B, 1, H, W, dtype=torch.float64)
+    mask[:, :, 1:4, 1:4] = 1
+    torch.manual_seed(5)
+    net, part = Net().double(), LOCALISATIONS[kind].part
+    measure = LocalisationLoss("energy-loss", 1.0, "gradcam", "features")
+    criterion = LocalisationLoss(kind, 5.0, "gradcam", "features")
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    seen = []
+    for _ in range(80):
+        parts = criterion(net, x, y, mask)
+        seen.append((parts[part].item(), 1 - measure(net, x, y, mask)["background"].item()))
+        optimizer.zero_grad()
+        parts["loss"].backward()
+        optimizer.step()
+    (term, epg), (last_term, last_epg) = seen[0], seen[-1]
+    assert all(grad_cam_by_hand(net, x[b], y[b]).any() for b in range(B))  # by emptying no map
+    assert last_term < 0.8 * term
+    if kind in ("energy-loss", "rrr-loss"):
+        assert last_epg > epg + 0.1
+
+
+def test_an_explanation_of_zeros_has_no_term_and_no_gradient(linear, batch):
+    x, y, mask, _ = batch
+    for kind, (part, *_) in LOCALISATIONS.items():
+        parts = LocalisationLoss(kind, 3.0, "input_x_gradient")(linear, torch.zeros_like(x), y, mask)
+        assert parts[part] == 0 and parts["loss"] == parts["cross_entropy"]
+        (gradient,) = torch.autograd.grad(parts["loss"], linear.weight)
+        assert (gradient == 0).all()  # the cross-entropy's, too
+
+
+def test_an_explanation_of_zeros_has_no_share_and_no_gradient():
+    maps = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
+    maps[0, 0, 1, 1] = 2.0
+    maps.requires_grad_()
+    share = background_share(maps, torch.zeros(2, 1, 3, 3, dtype=torch.float64))
+    assert share.tolist() == [1.0, 0.0]
+    share.sum().backward()
+    assert maps.grad.isfinite().all() and (maps.grad[1] == 0).all()
+
+
+def test_normalising_has_the_gradient_of_the_maximum_too():
+    maps = torch.tensor([[1.0, 4.0], [2.0, 3.0]], dtype=torch.float64).view(1, 1, 2, 2).requires_grad_()
+    assert normalised(maps).flatten().tolist() == [0.25, 1, 0.5, 0.75]
+    normalised(maps)[0, 0, 0, 0].backward()
+    assert maps.grad.flatten().tolist() == [0.25, -1 / 16, 0, 0]
+    assert torch.autograd.gradcheck(normalised, torch.rand(3, 1, 4, 5, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+def test_the_logarithm_of_an_explanation_is_bounded_as_is_its_slope(dtype):
+    shown = [0.0, 1e-44, 1e-42, 1e-13, 1e-11, 0.5, 1.0]
+    maps = torch.tensor(shown, dtype=dtype).view(7, 1, 1, 1).requires_grad_()
+    values = foreground_cross_entropy(maps, torch.full_like(maps, 0.3))
+    expected = [-max(math.log(e), -100) if e else 100 for e in maps.detach().double().flatten().tolist()]
+    assert values.tolist() == pytest.approx(expected, rel=1e-5)
+    values.sum().backward()
+    assert maps.grad.flatten().tolist() == pytest.approx([0, 0, 0, 0, -1e11, -2, -1], rel=1e-5)
+
+
+def test_an_empty_mask_has_no_cross_entropy_of_the_foreground():
+    maps = torch.rand(2, 1, 3, 3, requires_grad=True)
+    mask = torch.zeros(2, 1, 3, 3)
+    mask[0, 0, 0, 0] = 1
+    values = foreground_cross_entropy(maps, mask)
+    assert values[0].item() == pytest.approx(-math.log(maps[0, 0, 0, 0].item())) and values[1] == 0
+    values.sum().backward()
+    assert maps.grad.isfinite().all() and maps.grad.count_nonzero() == 1
+
+
+# -------------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize(
@@ -191,8 +355,7 @@ def test_a_smaller_feature_map_is_upsampled_as_torchcam_shows_it(batch):
         GradientPenalty(0.7, seed="probability_energy"),
         GradientPenalty(0.7, match=(1e-6,), **FIXED),
         RightForTheRightReasons(2.0),
-        EnergyLoss(2.0, "input_x_gradient"),
-        EnergyLoss(2.0, "gradcam", "features"),
+        *LOCALISATION_LOSSES,
         SpatialIB(SpatialIBLoss(**FIXED), **PLAIN),
         CentreMask(SpatialIBLoss(**FIXED), 0.3, **PLAIN),
     ],
@@ -203,6 +366,12 @@ def test_the_gradient_of_every_loss_is_the_difference_quotient(criterion, net, b
     if isinstance(criterion, SpatialIB):
         annotated = None  # a self-made mask is detached: its difference quotient is another
     assert_gradient_is_the_difference_quotient(criterion, net, x, y, mask, annotated)
+
+
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_the_gradient_through_the_upsampling_is_the_difference_quotient(kind, batch):
+    criterion = LocalisationLoss(kind, 2.0, "gradcam", "features")
+    assert_gradient_is_the_difference_quotient(criterion, Net(stride=2).double(), *batch)
 
 
 @pytest.mark.parametrize("options", [FIXED, {"preset": "paper"}], ids=["balanced", "paper"])
@@ -266,14 +435,15 @@ def test_a_centre_mask_of_a_quarter_is_the_middle_square():
 # ----------------------------------------------------------------------------------------- annotations
 
 
-@pytest.mark.parametrize("criterion", [RightForTheRightReasons(2.0), EnergyLoss(2.0, "gradcam", "features")], ids=repr)
+@pytest.mark.parametrize("criterion", [RightForTheRightReasons(2.0), *LOCALISATION_LOSSES], ids=repr)
 def test_a_loss_that_needs_masks_is_cross_entropy_where_there_are_none(criterion, net, batch):
     x, y, mask, _ = batch
     expected = F.cross_entropy(net(x), y)
     nobody = torch.zeros(B, dtype=torch.bool)
+    part = LOCALISATIONS[criterion.kind].part if isinstance(criterion, LocalisationLoss) else "background"
     for arguments in ((None, None), (mask, nobody)):
         parts = criterion(net, x, y, *arguments)
-        assert parts["loss"].item() == pytest.approx(expected.item()) and parts["background"] == 0
+        assert parts["loss"].item() == pytest.approx(expected.item()) and parts[part] == 0
         parts["loss"].backward()
 
 
@@ -282,22 +452,11 @@ def test_what_a_mask_says_does_not_matter_where_it_is_no_annotation(net, batch):
     other = torch.where(annotated[:, None, None, None], mask, 1 - mask)
     for criterion in (
         RightForTheRightReasons(2.0),
-        EnergyLoss(2.0, "gradcam", "features"),
-        EnergyLoss(2.0, "input_x_gradient"),
+        *LOCALISATION_LOSSES,
         SpatialIB(SpatialIBLoss(**FIXED), **PLAIN),
     ):
         losses = [criterion(net, x, y, m, annotated)["loss"] for m in (mask, other)]
         assert torch.equal(*losses)
-
-
-def test_an_explanation_of_zeros_has_no_share_and_no_gradient():
-    maps = torch.zeros(2, 1, 3, 3, dtype=torch.float64)
-    maps[0, 0, 1, 1] = 2.0
-    maps.requires_grad_()
-    share = background_share(maps, torch.zeros(2, 1, 3, 3, dtype=torch.float64))
-    assert share.tolist() == [1.0, 0.0]
-    share.sum().backward()
-    assert maps.grad.isfinite().all() and (maps.grad[1] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ hooks
@@ -305,9 +464,10 @@ def test_an_explanation_of_zeros_has_no_share_and_no_gradient():
 
 def test_the_hook_on_a_layer_is_removed_even_when_the_network_fails(net, batch):
     x, y, mask, _ = batch
-    EnergyLoss(1.0, "gradcam", "features")(net, x, y, mask)
+    criterion = LocalisationLoss("l1-loss", 1.0, "gradcam", "features")
+    criterion(net, x, y, mask)
     with pytest.raises(RuntimeError):
-        EnergyLoss(1.0, "gradcam", "features")(net, x[:, :1], y, mask)
+        criterion(net, x[:, :1], y, mask)
     assert not any(module._forward_hooks for module in net.modules())
 
 
@@ -315,7 +475,7 @@ def test_a_layer_is_found_inside_the_wrappers(net, batch):
     from contextlib import nullcontext
 
     x, y, mask, _ = batch
-    criterion = EnergyLoss(1.0, "gradcam", "features")
+    criterion = LocalisationLoss("energy-loss", 1.0, "gradcam", "features")
     assert torch.equal(criterion(Forward(net, nullcontext), x, y, mask)["loss"], criterion(net, x, y, mask)["loss"])
 
 
@@ -338,7 +498,7 @@ def test_tokens_of_a_vision_transformer_are_a_grid(batch):
     model = Tokens().double()
     mask = torch.rand(B, 1, 4, 4, dtype=torch.float64)
     x = x.requires_grad_()
-    parts = EnergyLoss(1.0, "gradcam", "tokens")(model, x, y, mask)
+    parts = LocalisationLoss("energy-loss", 1.0, "gradcam", "tokens")(model, x, y, mask)
     weight, total = model.head.weight.detach().numpy().reshape(K, 17, C), 0.0
     for b in range(B):
         alpha = weight[y[b], 1:].mean(0)
@@ -419,7 +579,7 @@ def test_no_method_is_cross_entropy_by_another_name(method, net, batch):
     assert abs(parts["loss"] - parts["cross_entropy"]) > 1e-6
 
 
-@pytest.mark.parametrize("method", ["sib", "centre-mask", "gradient-penalty", "rrr", "energy-loss"])
+@pytest.mark.parametrize("method", ["sib", "centre-mask", "gradient-penalty", "rrr", *LOCALISATIONS])
 def test_the_strength_multiplies_the_main_term(method, net, batch):
     extra = FIXED if method in ("sib", "centre-mask", "gradient-penalty") else {}
     extra = extra | PLAIN if method in ("sib", "centre-mask") else extra
@@ -449,6 +609,8 @@ def test_methods_get_their_own_constants():
         ("gradient-penalty", {"match": [-1.0]}, "cannot take the options"),
         ("gradient-penalty", {"seed": "all"}, "seed must be one of probability_energy"),
         ("energy-loss", {"attribution": "lime"}, "attribution must be one of gradcam, input_x_gradient"),
+        ("ppce-loss", {"attribution": "lime"}, "attribution must be one of gradcam, input_x_gradient"),
+        ("l1-loss", {"kind": "rrr-loss"}, "the method l1-loss cannot take the options {'kind': 'rrr-loss'}"),
         ("centre-mask", {"centre_area": 1.5}, r"area must lie in \(0, 1\), got 1.5"),
     ],
 )
@@ -457,9 +619,24 @@ def test_a_loss_option_that_cannot_be_is_named(method, options, message):
         criterion_of(method, loss_options=options)
 
 
-def test_energy_loss_without_a_layer_says_so():
+@pytest.mark.parametrize("kind", LOCALISATIONS)
+def test_grad_cam_without_a_layer_says_so(kind):
     with pytest.raises(ValueError, match="needs the name of a layer"):
-        make_criterion(TrainConfig(method="energy-loss"))
+        make_criterion(TrainConfig(method=kind))
+    explanation = {"attribution": "input_x_gradient"}
+    criterion = make_criterion(TrainConfig(method=kind, loss_options=explanation))
+    assert criterion.kind == kind and criterion.layer is None
+
+
+def test_a_localisation_loss_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="kind must be one of energy-loss, l1-loss, rrr-loss, ppce-loss, got 'rrr'"):
+        LocalisationLoss("rrr", 1.0, "input_x_gradient")
+
+
+def test_right_for_the_right_reasons_is_another_loss_on_the_gradient_than_on_explanations(net, batch):
+    assert isinstance(criterion_of("rrr"), RightForTheRightReasons)
+    assert isinstance(criterion_of("rrr-loss"), LocalisationLoss)
+    assert criterion_of("rrr")(net, *batch)["background"] != criterion_of("rrr-loss")(net, *batch)["background"]
 
 
 def test_the_vjp_variance_of_half_precision_is_taken_in_single():

@@ -19,6 +19,7 @@ from sib_lab.networks.own import SmallCNN
 from sib_lab.training import batches, config, runs, train
 from sib_lab.training.batches import Batches, all_batches, epoch_order, mean_object_area
 from sib_lab.training.config import METHODS, PAPER_NETWORKS, PAPER_SETS, TrainConfig, paper_recipes, recipe
+from sib_lab.training.losses import LOCALISATIONS
 from sib_lab.training.runs import (
     BEST,
     CONFIG,
@@ -295,6 +296,9 @@ def test_every_method_trains_and_logs_its_parts(data, tmp_path, method):
         "gradient-penalty": {"penalty", "vjp_variance"},
         "rrr": {"background"},
         "energy-loss": {"background"},
+        "l1-loss": {"distance"},
+        "rrr-loss": {"background"},
+        "ppce-loss": {"foreground_cross_entropy"},
         "sib-paper": {"background_input", "foreground_input", "empty_input", "vjp_variance"},
     }.get(method, {"background_input", "empty_input", "vjp_variance"} | of_map)
     (line,) = lines(tmp_path / METRICS)
@@ -746,7 +750,7 @@ def test_batches_larger_than_the_data_are_said_in_one_sentence(data, tmp_path):
     assert one_sentence(error)
 
 
-@pytest.mark.parametrize("method", ["rrr", "energy-loss"])
+@pytest.mark.parametrize("method", ["rrr", "energy-loss", "l1-loss", "rrr-loss", "ppce-loss"])
 def test_a_method_that_needs_masks_says_so(tmp_path, method):
     none = open_data("digits", annotated=0.0, **DIGITS)
     with pytest.raises(TrainingError, match=f"The method {method} needs masks, but no training image"):
@@ -759,13 +763,14 @@ def test_a_loss_option_that_cannot_be_is_said_in_one_sentence(data, tmp_path):
     assert one_sentence(error)
 
 
-def test_a_layer_is_named_by_option_and_one_that_is_not_there_is_said_in_one_sentence(data, tmp_path):
-    options = replace(SMALL, method="energy-loss", epochs=1)
-    shares = [
-        run(replace(options, loss_options=extra), tmp_path / str(number), data).history[0]["background"]
+@pytest.mark.parametrize("method", LOCALISATIONS)
+def test_a_layer_is_named_by_option_and_one_that_is_not_there_is_said_in_one_sentence(data, tmp_path, method):
+    options = replace(SMALL, method=method, epochs=1)
+    terms = [
+        run(replace(options, loss_options=extra), tmp_path / str(number), data).history[0][LOCALISATIONS[method].part]
         for number, extra in enumerate(({}, {"layer": "block4"}, {"layer": "block2"}))
     ]
-    assert shares[0] == shares[1] != shares[2]
+    assert terms[0] == terms[1] != terms[2]
     with pytest.raises(TrainingError, match="The loss cannot be made: the network SmallCNN has no layer 'block9'"):
         run(replace(options, loss_options={"layer": "block9"}), tmp_path / "none", data)
 

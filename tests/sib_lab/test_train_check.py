@@ -62,6 +62,8 @@ def test_what_can_be_trained_passes_and_moves_no_generator(data, method):
         ({"method": "energy-loss", "loss_options": {"layer": "head"}}, TrainingError, "loss cannot be made"),
         ({"method": "sib-paper", "batch_size": 1}, TrainingError, "hsic.* at least 2|at least 2.*hsic"),
         ({"method": "energy-loss", "network": "own_networks:flat"}, NetworkError, "no module with a feature map"),
+        ({"method": "ppce-loss", "network": "own_networks:flat"}, NetworkError, "no module with a feature map"),
+        ({"method": "l1-loss", "loss_options": {"layer": "block9"}}, TrainingError, "has no layer 'block9'"),
         ({"method": "sib", "network": "own_networks:flat"}, NetworkError, "has no feature map for the terms of sib"),
         ({"method": "centre-mask", "network": "own_networks:flat"}, NetworkError, "no feature map for the terms of"),
         (
@@ -85,7 +87,7 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(data, tmp_path, mo
         run(options, tmp_path / "run", data)
 
 
-@pytest.mark.parametrize("method", ["rrr", "energy-loss"])
+@pytest.mark.parametrize("method", ["rrr", "energy-loss", "l1-loss", "rrr-loss", "ppce-loss"])
 def test_a_loss_that_needs_masks_without_any_does_not_start(method):
     with pytest.raises(TrainingError, match=f"The method {method} needs masks"):
         check(replace(SMALL, method=method), open_data("digits", annotated=0.0, **DIGITS))

@@ -145,7 +145,7 @@ def test_torchruns_number_of_processes_counts(options, monkeypatch):
         with_processes_of_torchrun(options)
 
 
-@pytest.mark.parametrize("method", ["ce", "sib", "energy-loss"])
+@pytest.mark.parametrize("method", ["ce", "sib", "energy-loss", "l1-loss", "rrr-loss", "ppce-loss"])
 def test_bfloat16_trains_near_to_single_precision(tmp_path, method):
     data = open_data("digits", **DIGITS)
     base = TrainConfig(method=method, epochs=1, batch_size=16, data_options=DIGITS, threads=1, device="cpu")
@@ -153,4 +153,5 @@ def test_bfloat16_trains_near_to_single_precision(tmp_path, method):
         train.train(replace(base, precision=precision), tmp_path / precision, quiet=True, data=data).history[0]["loss"]
         for precision in ("32-true", "bf16-mixed")
     ]
-    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.03)
+    near = 0.1 if method == "ppce-loss" else 0.03  # a pixel of the mask whose Grad-CAM is rounded to 0 counts 100
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=near)

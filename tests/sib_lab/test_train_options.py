@@ -13,7 +13,7 @@ from sib_lab.training import augmentation, logs, runs, train
 from sib_lab.training.batches import Batches, epoch_order
 from sib_lab.training.config import METHODS, TrainConfig
 from sib_lab.training.history import History
-from sib_lab.training.losses import make_criterion
+from sib_lab.training.losses import LOCALISATIONS, make_criterion
 from sib_lab.training.making import class_weights
 from sib_lab.training.runs import LAST, TrainingError, open_run
 from sib_lab.training.schedule import learning_rate
@@ -74,7 +74,7 @@ def test_the_cross_entropy_of_every_method_is_torchs(data, extra):
             model = SmallCNN()
             options = {"jitter": 0.0} if method in ("sib", "sib-paper", "centre-mask") else {}
             config = replace(SMALL, method=method, loss_options=options, **extra)
-            layer = "block4" if method == "energy-loss" else None
+            layer = "block4" if method in LOCALISATIONS else None
             parts = make_criterion(config, layer, 0.2, weight)(model, item.image, item.label, mask)
             expected = F.cross_entropy(model(item.image), item.label, weight=weight, **of_torch)
             assert parts["cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-5), method

@@ -50,7 +50,7 @@ def train_command(
         typer.Option(
             help="An argument of the method's loss, NAME=VALUE; may be repeated. sib, sib-paper, centre-mask: those of "
             "sib_ext.SpatialIBLoss; centre-mask: centre_area; gradient-penalty: seed; "
-            "energy-loss: attribution (gradcam, input_x_gradient), layer."
+            "energy-loss, l1-loss, rrr-loss, ppce-loss: attribution (gradcam, input_x_gradient), layer."
         ),
     ] = None,
     class_weights: options.ClassWeights = None,

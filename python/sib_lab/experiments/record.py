@@ -16,6 +16,7 @@ from ..reporting.page import IMAGES
 from ..reporting.results import COMPARISON
 from ..training.config import METHODS, TrainConfig
 from ..training.keeper import surroundings
+from ..training.making import NEED_MASKS
 from ..training.runs import (
     write_text,
     write_whole,
@@ -23,7 +24,7 @@ from ..training.runs import (
 from .material import Material
 from .plan import Plan
 
-USE_MASKS = ("sib", "rrr", "energy-loss")  #: training methods that take given masks where there are any
+USE_MASKS = ("sib", *NEED_MASKS)  #: training methods that take given masks where there are any
 
 
 def write_comparison(plan: Plan, material: Material, folder: Path) -> None:

@@ -25,6 +25,9 @@ COLOURS = {
     "centre-mask": "#b88a00",
     "rrr": "#7c4dbd",
     "energy-loss": "#2f6fb5",
+    "l1-loss": "#7fb2ea",
+    "rrr-loss": "#d23b3b",
+    "ppce-loss": "#e39ac2",
     "as-is": "#3d4b63",
 }
 OTHER_COLOURS = ("#b0457b", "#4d7c8a", "#8a5a44", "#52606d")  #: of methods that are not in COLOURS, in turn

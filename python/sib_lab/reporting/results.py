@@ -59,6 +59,9 @@ NAMES = {
     "centre-mask": "Centre mask",
     "rrr": "Right reasons",
     "energy-loss": "Energy loss",
+    "l1-loss": "L1 loss",
+    "rrr-loss": "RRR loss",
+    "ppce-loss": "PPCE loss",
     "as-is": "As it is",
 }
 

@@ -15,8 +15,14 @@ METHODS = {
     "sib-paper": "S-IB as published (arXiv 2511.09239), with a mask made from the VJP",
     "gradient-penalty": "control: the VJP's squared norm, or its mismatch to another run's, everywhere, no mask",
     "centre-mask": "control: S-IB with one fixed mask in the middle of the image, as large as the objects",
-    "rrr": "right for the right reasons (Ross et al. 2017): log-probability VJP in the given background",
+    "rrr": "right for the right reasons (Ross et al. 2017): the input's log-probability VJP in the given background",
     "energy-loss": "energy loss (after Rao et al. 2023): share of Grad-CAM or Input x Gradient outside the given mask",
+    "l1-loss": "L1 loss (after GRADIA, Gao et al. 2022): mean distance of normalised Grad-CAM or Input x Gradient to "
+    "the given mask",
+    "rrr-loss": "RRR* loss (after Rao et al. 2023): mean square of normalised Grad-CAM or Input x Gradient outside "
+    "the given mask; rrr is the one of the VJP",
+    "ppce-loss": "PPCE loss (after HAICS, Shen et al. 2021): minus the mean logarithm of normalised Grad-CAM or Input "
+    "x Gradient inside the given mask",
 }
 SCHEDULES = ("one-cycle", "step", "constant")
 PRECISIONS = ("32-true", "bf16-mixed")

@@ -8,9 +8,9 @@ is a mean over all B samples, so that an annotated sample weighs the same in eve
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,20 @@ from ..networks.feature_maps import token_grid
 from .config import TrainConfig
 
 #: Weight of each method's main term where none is given.
-STRENGTH = {"gradient-penalty": None, "rrr": 1.0, "energy-loss": 1.0}
+STRENGTH = {
+    "gradient-penalty": None,
+    "rrr": 1.0,
+    "energy-loss": 1.0,
+    "l1-loss": 1.0,
+    "rrr-loss": 1.0,
+    "ppce-loss": 1.0,
+}
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
 #: Loss options that are not SpatialIBLoss's but SIBStep's.
 STEP_OPTIONS = ("layers", "engine", "every", "jitter", "microbatch")
 TINY = 1e-20  # keeps 0/0 at 0
+LEAST_LOG = -100.0  #: torch's binary cross-entropy clamps its logarithms there
+LEAST_SHOWN = 1e-12  #: the logarithm has no gradient below: 1e12, its slope here, is the bound of torch's, too
 
 
 class TrainingLoss(nn.Module, ABC):
@@ -67,9 +76,11 @@ class TrainingLoss(nn.Module, ABC):
     def advance(self, progress: float) -> None:
         """Called before every step with the share of the training that is done, in [0,1)."""
 
-    def _without_annotation(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _without_annotation(
+        self, model: nn.Module, x: Tensor, y: Tensor, part: str = "background"
+    ) -> dict[str, Tensor]:
         cross_entropy = self.smoothed(model(x), y)
-        return _result(cross_entropy, cross_entropy=cross_entropy, background=torch.zeros_like(cross_entropy))
+        return _result(cross_entropy, cross_entropy=cross_entropy, **{part: torch.zeros_like(cross_entropy)})
 
 
 def make_criterion(
@@ -78,7 +89,7 @@ def make_criterion(
     """The loss that a config asks for.
 
     Args:
-        layer: name of the module whose feature map Grad-CAM looks at (energy-loss only).
+        layer: name of the module whose feature map Grad-CAM looks at (LOCALISATIONS only).
         area: mean share of the image that is object, from the training masks (centre-mask only); None: not known.
         weight: of the classes in the cross-entropy, [K]; None: all alike.
 
@@ -101,7 +112,7 @@ def make_criterion(
             return GradientPenalty(strength, match=config.match, **common, **options)
         if config.method == "rrr":
             return RightForTheRightReasons(strength, **common, **options)
-        return EnergyLoss(strength, **common, **({"layer": layer} | options))
+        return LocalisationLoss(config.method, strength, **common, **({"layer": layer} | options))
     except TypeError as error:  # an argument that the loss does not have
         raise ValueError(f"the method {config.method} cannot take the options {options}: {error}") from error
 
@@ -286,15 +297,25 @@ class RightForTheRightReasons(TrainingLoss):
         return _result(cross_entropy + self.strength * background, cross_entropy=cross_entropy, background=background)
 
 
-class EnergyLoss(TrainingLoss):
-    """CE + strength * mean_b (1 - EPG_b): the share of the label's explanation outside the given mask, in [0,1].
+class LocalisationLoss(TrainingLoss):
+    """CE + strength * mean_b of what parts the label's explanation from the given mask, by ``kind``:
 
-    After Rao et al. 2023 (Studying How to Efficiently and Effectively Guide Models with Explanations), with this
-    workbench's explanations: ``gradcam``: relu(sum_k alpha_k A_k), alpha_k the mean over the plane of dz_y/dA_k,
-    upsampled bilinearly; ``input_x_gradient``: sum_c |x * dz_y/dx|. Annotated samples only, and of them only those
-    whose explanation is not 0 everywhere. Part ``background``: the share, unweighted.
+    - ``energy-loss``: 1 - EPG_b, the share of the explanation outside the mask, in [0,1]; part ``background``.
+    - ``l1-loss``: mean over pixels of |E - M|, in [0,1]; part ``distance``. After GRADIA (Gao et al. 2022).
+    - ``rrr-loss``: mean over all pixels of ((1 - M) E)^2, in [0,1]; part ``background``. Ross et al. 2017 on normalised
+      explanations, RRR* there. The published loss is the sum over pixels, H*W times ours; with the mean a strength says
+      the same at every size. Not method ``rrr``: that one takes the VJP of the log-probability, unnormalised.
+    - ``ppce-loss``: -sum M log E / sum M, in [0,100]; part ``foreground_cross_entropy``. After HAICS (Shen et al.
+      2021). It looks inside the mask alone; an image with an empty mask has no term.
+
+    The four that Rao et al. 2023 (Studying How to Efficiently and Effectively Guide Models with Explanations) compare,
+    with this workbench's explanations: ``gradcam``: relu(sum_k alpha_k A_k), alpha_k the mean over the plane of
+    dz_y/dA_k; ``input_x_gradient``: sum_c |x * dz_y/dx| (there with its sign). E is the explanation divided by its
+    maximum, which has a gradient, too, then upsampled bilinearly, as theirs. Annotated samples only, and of them only
+    those whose explanation is not 0 everywhere. The part is unweighted.
 
     Args:
+        kind: a key of LOCALISATIONS.
         strength: >= 0.
         attribution: ``gradcam`` or ``input_x_gradient``.
         layer: name of the module whose output is A, for ``gradcam``.
@@ -302,23 +323,34 @@ class EnergyLoss(TrainingLoss):
 
     ATTRIBUTIONS = ("gradcam", "input_x_gradient")
 
-    def __init__(self, strength: float, attribution: str = "gradcam", layer: str | None = None, **of_cross_entropy):
+    def __init__(
+        self, kind: str, strength: float, attribution: str = "gradcam", layer: str | None = None, **of_cross_entropy
+    ):
         super().__init__(**of_cross_entropy)
+        if kind not in LOCALISATIONS:
+            raise ValueError(f"kind must be one of {', '.join(LOCALISATIONS)}, got {kind!r}")
         if attribution not in self.ATTRIBUTIONS:
             raise ValueError(f"attribution must be one of {', '.join(self.ATTRIBUTIONS)}, got {attribution!r}")
         if attribution == "gradcam" and layer is None:
             raise ValueError("attribution='gradcam' needs the name of a layer: give layer=..., or 'input_x_gradient'")
-        self.strength, self.attribution, self.layer = strength, attribution, layer
+        self.kind, self.strength, self.attribution, self.layer = kind, strength, attribution, layer
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, {self.attribution}"
 
     def forward(self, model, x, y, mask=None, annotated=None):
+        part, per_sample, normalises = LOCALISATIONS[self.kind]
         if mask is None:
-            return self._without_annotation(model, x, y)
+            return self._without_annotation(model, x, y, part)
         logits, maps = (self._gradcam if self.attribution == "gradcam" else self._input_x_gradient)(model, x, y)
         cross_entropy = self.smoothed(logits, y)
+        shows = maps.flatten(1).amax(1) > 0
+        if normalises:
+            maps = normalised(maps)
         if maps.shape[2:] != mask.shape[2:]:
             maps = F.interpolate(maps, size=mask.shape[2:], mode="bilinear", align_corners=False)
-        background = _annotated_mean(background_share(maps, mask.to(maps.dtype)), annotated)
-        return _result(cross_entropy + self.strength * background, cross_entropy=cross_entropy, background=background)
+        term = _annotated_mean(torch.where(shows, per_sample(maps, mask.to(maps.dtype)), 0), annotated)
+        return _result(cross_entropy + self.strength * term, cross_entropy=cross_entropy, **{part: term})
 
     def _gradcam(self, model, x, y):
         with captured(model, self.layer) as outputs:
@@ -357,6 +389,52 @@ def background_share(maps: Tensor, mask: Tensor) -> Tensor:
     total = maps.flatten(1).sum(1)
     outside = (maps * (1 - mask)).flatten(1).sum(1)
     return torch.where(total > 0, outside / torch.where(total > 0, total, 1), 0)
+
+
+def normalised(maps: Tensor) -> Tensor:
+    """Maps [B,1,H,W] >= 0, each divided by its maximum, which is not detached: in [0,1]; zeros stay zeros."""
+    peak = maps.amax((1, 2, 3), keepdim=True)
+    return maps / torch.where(peak > 0, peak, 1)
+
+
+def mask_distance(maps: Tensor, mask: Tensor) -> Tensor:
+    """mean_p |E - M| of maps E [B,1,H,W] in [0,1], per sample [B]."""
+    return (maps - mask).abs().flatten(1).mean(1)
+
+
+def background_square(maps: Tensor, mask: Tensor) -> Tensor:
+    """mean_p ((1 - M) E)^2 over all pixels of maps E [B,1,H,W] in [0,1], per sample [B]."""
+    return ((1 - mask) * maps).square().flatten(1).mean(1)
+
+
+def foreground_cross_entropy(maps: Tensor, mask: Tensor) -> Tensor:
+    """-sum_p M log E / sum_p M of maps E [B,1,H,W] in [0,1], per sample [B]; 0 for an empty mask.
+
+    log E is -100 at least, and has no gradient where E <= 1e-12.
+    """
+    shown = maps > LEAST_SHOWN
+    unshown = maps.detach().log().clamp(min=LEAST_LOG)
+    log = torch.where(shown, torch.where(shown, maps, 1).log(), unshown)
+    area = mask.flatten(1).sum(1)
+    lack = -(mask * log).flatten(1).sum(1)
+    return torch.where(area > 0, lack / torch.where(area > 0, area, 1), 0)
+
+
+class Localisation(NamedTuple):
+    """How a kind of :class:`LocalisationLoss` compares explanations with masks."""
+
+    part: str  #: the term's name in logs
+    per_sample: Callable[[Tensor, Tensor], Tensor]  #: maps, masks, both [B,1,H,W] -> [B]
+    normalises: bool = True  #: maps come with a maximum of 1 (before they are upsampled)
+
+
+#: Training methods that pull the label's explanation towards the given mask.
+LOCALISATIONS = {
+    "energy-loss": Localisation("background", background_share, normalises=False),
+    "l1-loss": Localisation("distance", mask_distance),
+    "rrr-loss": Localisation("background", background_square),
+    "ppce-loss": Localisation("foreground_cross_entropy", foreground_cross_entropy),
+}
 
 
 def vjp_variance(R: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from ..networks.feature_maps import cam_layer
 from ..networks.heads import restrict_head, rows_of
 from .batches import mean_object_area
 from .config import TrainConfig
-from .losses import TrainingLoss, make_criterion
+from .losses import LOCALISATIONS, TrainingLoss, make_criterion
 from .runs import TrainingError
 
-NEED_MASKS = ("rrr", "energy-loss")  #: methods that do nothing without an annotation
+NEED_MASKS = ("rrr", *LOCALISATIONS)  #: methods that do nothing without an annotation
 
 
 def check_data(config: TrainConfig, data: DataSets) -> None:
@@ -69,7 +69,7 @@ def make_loss(config: TrainConfig, data: DataSets, network: nn.Module) -> Traini
         NetworkError: no feature map for a loss that looks at one.
     """
     options, layer, area = config.loss_options, None, None
-    if config.method == "energy-loss" and options.get("attribution", "gradcam") == "gradcam":
+    if config.method in LOCALISATIONS and options.get("attribution", "gradcam") == "gradcam":
         layer = None if "layer" in options else cam_layer(network)
     if config.method == "centre-mask" and "centre_area" not in options:
         area = mean_object_area(data.train)
