@@ -1,15 +1,20 @@
 """The op norm_double_backward against PyTorch's own second derivative, in every implementation."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sib_ext import reference
+from sib_ext.ops import dispatch
 
 from .compare import assert_near, overload, relative_error
 from .samples import laid_out
 
 EPS = 1e-3
+FORMATS = list(itertools.product(("contiguous", "channels_last", "transposed"), repeat=3))
+GAPS = "every second column"
 # (shape, groups): None is batch normalisation.
 CASES = {
     "batch": ((4, 6, 5, 7), None),
@@ -81,17 +86,81 @@ def test_it_is_no_worse_than_pytorch_in_the_same_type(name, dtype, implementatio
         assert relative_error(value, truth) <= 2 * relative_error(of_eager, truth) + 1e-6
 
 
+def by_both(shape, layouts, native, dtype=torch.float64, affine=True):
+    """x in its layout, what the native kernel gives for it, and the formula in float64."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    v, g, x = (
+        laid_out(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype), layout) for layout in layouts
+    )
+    wide = reference.accumulation_dtype(dtype)
+    mean, rstd, weight = (torch.rand(shape[1], generator=generator, dtype=torch.float64).to(wide) for _ in range(3))
+    arguments = v, g, x, mean, rstd + 0.5, weight if affine else None
+    found = overload("norm_double_backward", native)(*arguments, EPS)
+    return x, found, reference.norm_double_backward(*(t if t is None else t.double() for t in arguments))
+
+
+# Lines of one channel, of a vector's width and beside it, of more than one part and of a last line that is short.
+@pytest.mark.parametrize("channels", [1, 3, 7, 8, 33, 130])
+@pytest.mark.parametrize("sizes", [(1, 5, 7), (3, 1, 1), (1, 1, 1), (2, 11, 13), (5, 40, 43)], ids=str)
+def test_channels_last_fields_of_any_size(channels, sizes, native):
+    batch, *sides = sizes
+    for affine in (True, False):
+        x, found, truth = by_both((batch, channels, *sides), ["channels_last"] * 3, native, affine=affine)
+        for value, expected in zip(found, truth, strict=True):
+            assert_near(value, expected, 1e-11)
+        for value in found[:2]:
+            assert value.is_contiguous(memory_format=dispatch.field_format(x))
+
+
+@pytest.mark.parametrize("layouts", FORMATS, ids=str)
+def test_fields_that_lie_differently(layouts, native):
+    x, found, truth = by_both((3, 9, 6, 11), layouts, native)
+    for value, expected in zip(found, truth, strict=True):
+        assert_near(value, expected, 1e-11)
+    for value in found[:2]:
+        assert value.is_contiguous(memory_format=dispatch.field_format(x))
+
+
+@pytest.mark.parametrize("layouts", [(GAPS, GAPS, GAPS), ("channels_last", GAPS, "channels_last")], ids=str)
+def test_fields_with_gaps(layouts, native):
+    _, found, truth = by_both((3, 9, 6, 11), layouts, native)
+    for value, expected in zip(found, truth, strict=True):
+        assert_near(value, expected, 1e-11)
+
+
+def test_channels_last_fields_with_gaps_between_positions(native):
+    v, g, x, *statistics, weight, eps = arguments("batch, channels_last, many fours")
+    spread = (torch.cat((t, torch.full_like(t, float("nan"))), 1)[:, : t.shape[1]] for t in (v, g, x))
+    op = overload("norm_double_backward", native)
+    found, expected = op(*spread, *statistics, weight, eps), op(v, g, x, *statistics, weight, eps)
+    for value, of_dense in zip(found, expected, strict=True):
+        assert_near(value, of_dense, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 33, 20, 43), (2, 3, 37, 41)], ids=str)
+def test_channels_last_fields_in_narrow_types_round_as_the_contiguous_ones_do(dtype, shape, native):
+    _, found, truth = by_both(shape, ["channels_last"] * 3, native, dtype)
+    _, contiguous, _ = by_both(shape, ["contiguous"] * 3, native, dtype)
+    for value, other, expected in zip(found, contiguous, truth, strict=True):
+        assert value.dtype == other.dtype
+        assert relative_error(value, expected) <= 1.5 * relative_error(other, expected) + 1e-6
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)], ids=str)
-def test_an_empty_batch_gives_empty_gradients(shape, implementation):
-    empty = torch.empty(shape)
+def test_an_empty_batch_gives_empty_gradients(shape, layout, implementation):
+    empty = laid_out(torch.empty(shape), layout)
     statistics = torch.zeros(3), torch.ones(3)
     results = overload("norm_double_backward", implementation)(empty, empty, empty, *statistics, torch.ones(3), EPS)
     assert [tuple(t.shape) for t in results] == [shape, shape, (3,)]
     assert not results[2].any()
 
 
-def test_the_native_kernel_gives_the_same_bits_with_any_number_of_threads(native, threads):
-    values = arguments("batch, long rows", torch.float32)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_native_kernel_gives_the_same_bits_with_any_number_of_threads(layout, native, threads):
+    v, g, x, *others = arguments("batch, long rows", torch.float32)
+    values = *(laid_out(t, layout) for t in (v, g, x)), *others
     results = []
     for count in (1, 2, 5):
         threads(count)

@@ -258,4 +258,6 @@ def _names(layers) -> tuple[str, ...]:
 def _jittered(x: Tensor, most: float) -> Tensor:
     """With noise of a standard deviation drawn from 0 to ``most`` times each image's range."""
     span = x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)
-    return x + most * torch.rand_like(span) * span * torch.randn_like(x)
+    deviation = most * torch.rand_like(span) * span
+    # Drawn contiguous: the same for every memory format, and a CPU is slow at drawing for channels_last.
+    return x + deviation * torch.randn_like(x, memory_format=torch.contiguous_format)

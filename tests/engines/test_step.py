@@ -183,6 +183,17 @@ def test_jitter_is_drawn_from_torchs_generator(batch):
     assert torch.equal(images_of(), images_of())
 
 
+def test_jitter_is_the_same_for_images_that_are_channels_last(batch):
+    seen = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model, x = Seen(), batch[0].contiguous(memory_format=memory_format)
+        torch.manual_seed(3)
+        step_of(model, loss_of(), jitter=0.25)(x, *batch[1:])
+        seen.append(model.images)
+    assert torch.equal(*seen)
+    assert seen[1].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_where_nothing_is_left_of_the_loss_it_is_refused(batch):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, CLASSES))
     step = step_of(flat, loss_of(input_background=0, input_foreground=0), "auto")
