@@ -30,13 +30,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 from rich.console import Console
 
 from ..console import plain_console
 from ..data import DataError
 from ..data.files import read_table
 from ..explaining import methods as explain
-from ..reporting import results
+from ..reporting import pictures, results
 from ..reporting.page import MAPS
 from ..reporting.results import MEASURED, RUNS, run_name
 from ..training.config import TrainConfig, recipe
@@ -46,11 +47,12 @@ from . import strengths as curve
 from .compare import begun, check_all, check_same, compare, trained, write_report
 from .material import Material
 from .measurement import Measurement
+from .photo_gains import BASELINE, GOALS, OURS, curves_figure, markdown, shown
 from .plan import Plan
 from .strengths import clock
 from .tasks import Task, raise_failures, run_tasks
 
-BASELINE, OURS, PEER = "ce", "sib", "energy-loss"
+PEER = "energy-loss"
 OTHER_PEERS = ("l1-loss", "rrr-loss", "ppce-loss")
 PEERS = (PEER, *OTHER_PEERS)
 #: Variants of S-IB: what is replaced in its options.
@@ -62,7 +64,7 @@ VARIANTS = {
 ORDER = (BASELINE, OURS, "sib-none", "sib-few", PEER, "sib-features", *OTHER_PEERS)  #: of the trainings of a seed
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  #: of S-IB and the energy loss
 FEWER_STRENGTHS = (0.1, 0.3, 1.0, 3.0)  #: of the other peers
-CHOSEN = "strengths.json"
+CHOSEN, SUMMARY, TABLE, PICTURE = "strengths.json", "evidence-photos.json", "evidence-photos.md", "curves.png"
 DATA, CURVE, BOXES = "data", "curve", "boxes.csv"
 SHARED = "duts30"  #: the set on which the other peers' strengths are chosen
 
@@ -425,6 +427,7 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
             check_all(plan, Material(plan, asked.seeds[0]), asked.folder / of.name, fresh=False)
         console.rule("curves")
     failures = run_tasks(tasks, jobs, console)
+    draw_curves(asked)
     strengths = choose(asked) if asked.peers else {}
     plans = {of.name: plan_of(asked, of, strengths.get(of.name, {})) for of in asked.sets}
     for name, plan in plans.items():
@@ -434,15 +437,48 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
     more = comparison_tasks(asked, plans)
     if more:
         console.rule("comparison")
-    failures += run_tasks(more, jobs, console)
-    found = {}
+    try:
+        failures += run_tasks(more, jobs, console)
+    except KeyboardInterrupt:
+        sum_up(asked, plans, strengths, Console(quiet=True))
+        raise
+    summary = sum_up(asked, plans, strengths, console)
+    raise_failures(failures, len(tasks) + len(more))
+    return summary
+
+
+# ------------------------------------------------------------------------------------------- what it shows
+
+
+def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, float]], console: Console) -> dict:
+    """Each set's report, and the summary of those of which there is something to compare; prints them."""
+    summary = {}
     for name, plan in plans.items():
         console.rule(name)
-        done = all_done(plan, asked.folder / name)
-        found[name] = (compare if done else _unfinished)(plan, asked.folder / name, console=console)
-    raise_failures(failures, len(tasks) + len(more))
-    return found
+        folder = asked.folder / name
+        try:
+            found = compare(plan, folder, console=console) if all_done(plan, folder) else write_report(folder, console)
+        except results.ReportError:
+            console.print("Nothing is measured yet.")
+            continue
+        seeds = [{run["seed"] for run in found["runs"] if run["method"] == method} for method in (BASELINE, OURS)]
+        if seeds[0] & seeds[1]:
+            about = {key: found[key] for key in ("machine", "versions", "git_commit")}
+            summary[name] = shown(found, GOALS[name], PEERS) | about
+    if not summary:
+        return summary
+    write_text(asked.folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    text = markdown(summary, {name: of for name, of in strengths.items() if name in summary})
+    write_text(asked.folder / TABLE, text)
+    console.rule("together")
+    console.print(text, markup=False)
+    console.print(f"Together: {asked.folder / TABLE}, {asked.folder / PICTURE}.", markup=False)
+    return summary
 
 
-def _unfinished(plan: Plan, folder: Path, console: Console) -> dict:
-    return write_report(folder, console)
+def draw_curves(asked: Asked) -> None:
+    """curves.png, of what is measured."""
+    points = {of.name: curve_points(asked, of) for of in asked.sets}
+    if any(points.values()):
+        with matplotlib.rc_context(pictures.STYLE):
+            pictures.save(curves_figure(points), asked.folder / PICTURE, dpi=110)
