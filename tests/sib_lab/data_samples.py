@@ -198,13 +198,13 @@ def write_backgrounds(root: Path, groups=("forest", "sea"), count: int = 5) -> P
 WATERBIRDS = {"train": (4, 1, 1, 3), "val": (2, 2, 2, 2), "test": (3, 3, 3, 3)}  #: of (bird, background) 00, 01, 10, 11
 
 
-def write_waterbirds(root: Path, original: bool = False) -> Path:
+def write_waterbirds(root: Path, original: bool = False, times: int = 1) -> Path:
     """images/ and metadata.csv as in the subset, or as in the original release; the first of each kind has no box."""
     rng = np.random.default_rng(8)
     rows = []
     for number, (split, counts) in enumerate(WATERBIRDS.items()):
         for group, count in enumerate(counts):
-            for place in range(count):
+            for place in range(times * count):
                 mask = square(rng)
                 name = f"images/00{group}.Bird/{split}_{place}.jpg"
                 save_picture(root / name, mask)
