@@ -13,7 +13,7 @@ INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/
 # One process of one thread a core. A file's tests share what they trained.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo evidence test test-all bench lint format sdist clean
+.PHONY: help demo evidence evidence-photos test test-all bench lint format sdist clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ demo: $(VENV)/.installed ## train with and without S-IB on digits on textures; p
 
 evidence: $(VENV)/.installed ## S-IB against its controls on the pictures in DATA; SCALE=small, cpu or gpu; goes on where it was
 	$(BIN)/sib-lab evidence $(DATA) --scale $(SCALE) --out runs/evidence-$(SCALE) $(ARGS)
+
+evidence-photos: DATA := $(if $(filter file,$(origin DATA)),../shared/data/photos,$(DATA))
+evidence-photos: $(VENV)/.installed ## S-IB against its peers on the photographs in DATA, with a network that knows ImageNet; goes on where it was
+	$(BIN)/sib-lab evidence-photos $(DATA) $(ARGS)
 
 test: $(VENV)/.installed ## the tests
 	SIB_EXT_REQUIRE_NATIVE=1 $(PYTEST) $(ARGS)

@@ -1,5 +1,6 @@
 """Tiny data sets in their real layouts: images of a red square on blue whose red channel is the square's mask."""
 
+import csv
 import hashlib
 import pickle
 from pathlib import Path
@@ -191,4 +192,30 @@ def write_backgrounds(root: Path, groups=("forest", "sea"), count: int = 5) -> P
         for place in range(count):
             colour = np.array([0, 50 + 100 * group, 20 * place], dtype=np.uint8)
             save(root / name / f"{place}.png", np.broadcast_to(colour, (60, 80, 3)).copy())
+    return root
+
+
+WATERBIRDS = {"train": (4, 1, 1, 3), "val": (2, 2, 2, 2), "test": (3, 3, 3, 3)}  #: of (bird, background) 00, 01, 10, 11
+
+
+def write_waterbirds(root: Path, original: bool = False, times: int = 1) -> Path:
+    """images/ and metadata.csv as in the subset, or as in the original release; the first of each kind has no box."""
+    rng = np.random.default_rng(8)
+    rows = []
+    for number, (split, counts) in enumerate(WATERBIRDS.items()):
+        for group, count in enumerate(counts):
+            for place in range(times * count):
+                mask = square(rng)
+                name = f"images/00{group}.Bird/{split}_{place}.jpg"
+                save_picture(root / name, mask)
+                bird, water = divmod(group, 2)
+                if original:
+                    rows.append({"img_id": len(rows), "img_filename": name, "y": bird, "split": number, "place": water})
+                else:
+                    box = dict(zip(("x1", "y1", "x2", "y2"), box_of(mask) if place else ("",) * 4, strict=True))
+                    rows.append({"file": name, "split": split, "waterbird": bird, "on_water": water, **box})
+    with open(root / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
     return root

@@ -1,37 +1,12 @@
 """Waterbirds from a tiny sample in both layouts of its table."""
 
-import csv
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from data_samples import box_of, save_picture, square
+from data_samples import WATERBIRDS as COUNTS
+from data_samples import write_waterbirds
 from sib_lab.data import DataError, open_data, stack
-
-COUNTS = {"train": (4, 1, 1, 3), "val": (2, 2, 2, 2), "test": (3, 3, 3, 3)}  #: of (bird, background) 00, 01, 10, 11
-
-
-def write_waterbirds(root, original=False):
-    rng = np.random.default_rng(8)
-    rows = []
-    for number, (split, counts) in enumerate(COUNTS.items()):
-        for group, count in enumerate(counts):
-            for place in range(count):
-                mask = square(rng)
-                name = f"images/00{group}.Bird/{split}_{place}.jpg"
-                save_picture(root / name, mask)
-                bird, water = divmod(group, 2)
-                if original:
-                    rows.append({"img_id": len(rows), "img_filename": name, "y": bird, "split": number, "place": water})
-                else:
-                    box = dict(zip(("x1", "y1", "x2", "y2"), box_of(mask) if place else ("",) * 4, strict=True))
-                    rows.append({"file": name, "split": split, "waterbird": bird, "on_water": water, **box})
-    with open(root / "metadata.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return root
 
 
 def pairs(split):

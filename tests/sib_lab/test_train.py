@@ -303,7 +303,7 @@ def test_every_method_trains_and_logs_its_parts(data, tmp_path, method):
     }.get(method, {"background_input", "empty_input", "vjp_variance"} | of_map)
     (line,) = lines(tmp_path / METRICS)
     measured = {"accuracy_matched", "cross_entropy_matched", "accuracy_uncorrelated", "cross_entropy_uncorrelated"}
-    seconds = {"seconds_median", "seconds_p20", "seconds_p80"}
+    seconds = {"seconds_median", "seconds_p20", "seconds_p80", "seconds_mean"}
     common = {"epoch", "step", "learning_rate", "loss", "cross_entropy", "gradient_norm"}
     assert set(line) == common | parts | measured | seconds
     assert all(math.isfinite(float(value)) for value in line.values())

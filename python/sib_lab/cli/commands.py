@@ -1,5 +1,6 @@
 """The command ``sib-lab``. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ from .explain import explain_command
 from .train import EPILOG, train_command
 
 DEMO_OUT, COMPARE_OUT, EVIDENCE_OUT = Path("runs/demo"), Path("runs/compare"), Path("runs/evidence")
+PHOTOS_OUT = Path("runs/evidence-photos")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -197,6 +199,40 @@ def evidence_command(
             scale = "gpu" if torch.cuda.is_available() else "cpu"
         chosen = tuple(range(first_seed, first_seed + seeds))
         evidence(root, out, scale, chosen, threads, controls=controls, epochs=epochs, network=network)
+
+
+@app.command("evidence-photos", epilog="Example: sib-lab evidence-photos photos --sets duts30,pets3 --jobs 2")
+def evidence_photos_command(
+    context: typer.Context,
+    root: Annotated[Path, typer.Argument(help="Folder with the sets, each a .zip or a folder.")],
+    sets: Annotated[
+        str, typer.Option(help="Some of duts30, cub20, pets3, waterbirds.")
+    ] = "duts30,cub20,pets3,waterbirds",
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The seeds count up from here.")] = 0,
+    scale: Annotated[
+        Literal["small", "cpu"], typer.Option(help="small: a try in minutes; cpu: EfficientNet-Lite0 at 128 px.")
+    ] = "cpu",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one thread each.", show_default="as there are cores")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each training.", show_default="the set's")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the reports, the numbers and the runs.")] = PHOTOS_OUT,
+    peers: Annotated[
+        bool, typer.Option(help="Train the other losses that use masks, too; --no-peers: S-IB and its variants alone.")
+    ] = True,
+) -> None:
+    """Compare S-IB with its peers on photographs, fine-tuning a network that knows ImageNet.
+
+    The peers' strengths are chosen on images held out of training; then every loss is trained with several seeds and
+    measured on the tests. Whatever is finished in the folder is kept: the same command goes on after Ctrl-C.
+    """
+    with one_sentence(command_line(context)):
+        from ..experiments.photographs import evidence_photos
+
+        chosen = tuple(range(first_seed, first_seed + seeds))
+        with as_sentence(ValueError):
+            evidence_photos(root, out, scale, chosen, jobs or os.cpu_count() or 1, tuple(listed(sets)), peers, epochs)
 
 
 @app.command("report", epilog="Example: sib-lab report runs/compare")

@@ -28,6 +28,9 @@ def command_line(context: typer.Context, adding: str = "", leaving_out: str = ""
         if source is None or source.name != "COMMANDLINE" or option in (adding, leaving_out):
             continue
         values = context.params[parameter.name]
+        if values is False:
+            words += parameter.secondary_opts[:1]  # --no-...
+            continue
         for value in values if isinstance(values, (list, tuple)) else [values]:
             words += [
                 word for word in (option, value) if word is not True and (option.startswith("-") or word is value)

@@ -56,21 +56,35 @@ def compare(plan: Plan, folder: Path, fresh: bool = False, console: Console | No
 
 
 def _compare(plan: Plan, folder: Path, fresh: bool, console: Console) -> dict:
-    for method in plan.configs:
-        for seed in () if fresh else plan.seeds:
-            check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
-            check_match(folder / RUNS / run_name(method, seed), match_of(plan, method, seed, folder))
+    first = begun(plan, folder, fresh, console)
     for number, seed in enumerate(plan.seeds):
-        material = Material(plan, seed)
-        if number == 0:
-            check_all(plan, material, folder, fresh)
-            if fresh and start_anew(plan, folder):
-                console.print(f"Starting anew: the old runs in {folder} are removed.", markup=False)
-            write_comparison(plan, material, folder)
+        material = Material(plan, seed) if number else first
         for method in plan.order:
             run = trained(plan, method, seed, folder, material, console)
             Measurement(plan, material, run, gallery=number == 0).complete(console)
     return write_report(folder, console)
+
+
+def begun(plan: Plan, folder: Path, fresh: bool, console: Console) -> Material:
+    """What comes before the first training: what there is fits the plan, what there is not can be trained, and
+    comparison.json.
+
+    Returns:
+        the material of the first seed.
+
+    Raises:
+        RunError, DataError, NetworkError: one sentence for the user.
+    """
+    for method in plan.configs:
+        for seed in () if fresh else plan.seeds:
+            check_same(plan.config(method, seed), folder / RUNS / run_name(method, seed))
+            check_match(folder / RUNS / run_name(method, seed), match_of(plan, method, seed, folder))
+    material = Material(plan, plan.seeds[0])
+    check_all(plan, material, folder, fresh)
+    if fresh and start_anew(plan, folder):
+        console.print(f"Starting anew: the old runs in {folder} are removed.", markup=False)
+    write_comparison(plan, material, folder)
+    return material
 
 
 def write_report(folder: Path, console: Console) -> dict:

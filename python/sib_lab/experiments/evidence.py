@@ -6,27 +6,26 @@ all of them is trained once. What they show together stands in ``evidence.json``
 """
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from ..console import plain_console
 from ..data import DataError
 from ..explaining import methods as explain
-from ..explaining.statistics import Difference, paired_difference
+from ..explaining.statistics import Difference
 from ..reporting import pictures, results
 from ..reporting.results import EMPTY, MEASURED, RUNS, run_name
 from ..training.config import TrainConfig, recipe
 from ..training.runs import write_text
 from .compare import compare
+from .gains import as_differences, gain, gains_of_six, means_of, most_empty, numbers_of, starred, table, worst, yes
 from .plan import OF_MASKS, OF_NETWORK, Plan
 
 SUMMARY, TABLE, PICTURE = "evidence.json", "evidence.md", "evidence.png"
@@ -252,40 +251,34 @@ def write(found: dict[str, dict], situations: dict[str, Situation], folder: Path
 def shown(situation: Situation, found: dict) -> dict:
     """Of one situation: gains over cross-entropy and leads over every control, with 95 % intervals over seeds, and the
     empty maps of every training method."""
-    numbers = {
-        method: {run["seed"]: run["numbers"] for run in found["runs"] if run["method"] == method}
-        for method in found["methods"]
-    }
+    numbers = numbers_of(found)
 
-    def gain(keys: Sequence[str], over: str = BASELINE) -> Difference:
-        """Of the mean of some numbers, S-IB's less another method's; a seed in which one is undefined is left out."""
-        both = [seed for seed in numbers[OURS] if seed in numbers[over]]
-        means = ([[of[seed][key]["mean"] for key in keys] for seed in both] for of in (numbers[over], numbers[OURS]))
-        return paired_difference(*(torch.stack([results.tensor(of).mean() for of in side]) for side in means))
+    def over_baseline(*keys: str) -> Difference:
+        return gain(numbers, keys, OURS, BASELINE)
 
     def of_six(measure: str, over: str = BASELINE) -> dict[str, Difference]:
-        return {method: gain([f"{measure}/{method}"], over) for method in explain.SIX}
+        return gains_of_six(numbers, measure, OURS, over)
 
     epg, iou = of_six("epg"), of_six("iou")
     gains = {
-        "accuracy_gain": gain([UNCORRELATED]),
-        "accuracy_matched_gain": gain(["accuracy/matched"]),
-        "epg_gain": epg[_worst(epg)],
-        "iou_gain": iou[_worst(iou)],
-        "insertion_gain": gain([f"insertion/{method}" for method in explain.SIX]),
+        "accuracy_gain": over_baseline(UNCORRELATED),
+        "accuracy_matched_gain": over_baseline("accuracy/matched"),
+        "epg_gain": epg[worst(epg)],
+        "iou_gain": iou[worst(iou)],
+        "insertion_gain": over_baseline(*(f"insertion/{method}" for method in explain.SIX)),
     }
-    leads = {other: _as_differences(of_six("epg", other)) for other in (*situation.parts, *situation.controls)}
-    empty = {method: _most_empty(list(of_seeds.values())) for method, of_seeds in numbers.items()}
+    leads = {other: as_differences(of_six("epg", other)) for other in (*situation.parts, *situation.controls)}
+    empty = {method: most_empty(list(of_seeds.values())) for method, of_seeds in numbers.items()}
     return {
         "situation": situation.name,
         "seeds": sorted(numbers[OURS]),
         "goals": {key: getattr(situation, key) for key in (*GAINS, EMPTY)},
         **{key: results.as_difference(value) for key, value in gains.items()},
-        "epg_gain": _as_differences(epg),
-        "worst": _worst(epg),
-        "iou_gain": _as_differences(iou),
-        "worst_iou": _worst(iou),
-        "accuracy_gain_flipped": results.as_difference(gain(["accuracy/flipped"])),
+        "epg_gain": as_differences(epg),
+        "worst": worst(epg),
+        "iou_gain": as_differences(iou),
+        "worst_iou": worst(iou),
+        "accuracy_gain_flipped": results.as_difference(over_baseline("accuracy/flipped")),
         "empty": empty,
         "leads": leads,
         "reached": {
@@ -299,20 +292,8 @@ def shown(situation: Situation, found: dict) -> dict:
             if situation.controls
             else None,
         },
-        "numbers": {
-            method: {seed: {key: value["mean"] for key, value in of.items()} for seed, of in of_seeds.items()}
-            for method, of_seeds in numbers.items()
-        },
+        "numbers": means_of(numbers),
     }
-
-
-def _worst(gains: dict[str, Difference]) -> str:
-    """The explanation with the lowest gain; one that is undefined is the worst."""
-    return min(gains, key=lambda method: gains[method].mean if math.isfinite(gains[method].mean) else -math.inf)
-
-
-def _as_differences(gains: dict[str, Difference]) -> dict[str, dict]:
-    return {method: results.as_difference(value) for method, value in gains.items()}
 
 
 def _is_reached(gain: Difference, goal: float) -> bool:
@@ -320,44 +301,33 @@ def _is_reached(gain: Difference, goal: float) -> bool:
     return gain.mean >= goal and (gain.clear or not goal)
 
 
-def _most_empty(of_seeds: Sequence[dict]) -> dict[str, float]:
-    """Of each of the six explanations: the empty ones of 100 (finite) maps, in the seed that has the most."""
-    return {
-        method: max(round(100 * (numbers[f"{EMPTY}/{method}"]["mean"] or 0), 6) for numbers in of_seeds)
-        for method in explain.SIX
-    }
-
-
 def markdown(summary: dict) -> str:
     """The summary for people: a line a goal and a column a situation, then a line a control, and the empty maps."""
-    names = explain.METHODS
-    lines = ["| S-IB over cross-entropy | " + " | ".join(of["situation"] for of in summary.values()) + " |"]
-    lines.append("|---" * (len(summary) + 1) + "|")
-    for key, name in GAINS.items():
-        lines.append(f"| {name} | " + " | ".join(_gain_cell(of, key) for of in summary.values()) + " |")
+    six = [explain.METHODS[m] for m in explain.SIX]
+    rows = [[name, *(_gain_cell(of, key) for of in summary.values())] for key, name in GAINS.items()]
     most = (
-        f"{max(of['empty'][OURS].values()):g}; {of['goals']['empty']:g}: {_yes(of['reached']['empty'])}"
+        f"{max(of['empty'][OURS].values()):g}; {of['goals']['empty']:g}: {yes(of['reached']['empty'])}"
         for of in summary.values()
     )
-    lines.append("| empty maps of 100, most of the six | " + " | ".join(most) + " |")
-    flipped = (results.difference(of["accuracy_gain_flipped"]) for of in summary.values())
-    lines.append("| accuracy, flipped | " + " | ".join(flipped) + " |")
+    rows.append(["empty maps of 100, most of the six", *most])
+    rows.append(["accuracy, flipped", *(results.difference(of["accuracy_gain_flipped"]) for of in summary.values())])
+    lines = table(["S-IB over cross-entropy", *(of["situation"] for of in summary.values())], rows)
 
-    lines += ["", "| EPG of S-IB minus that of | " + " | ".join(names[m] for m in explain.SIX) + " |"]
-    lines.append("|---" * (len(explain.SIX) + 1) + "|")
+    rows = []
     for of in summary.values():
-        rows = {"cross-entropy": of["epg_gain"]}
-        rows |= {results.NAMES[control].lower(): leads for control, leads in of["leads"].items()}
-        for name, row in rows.items():
-            cells = (results.difference(row[m]) + ("*" if row[m]["excludes_zero"] else "") for m in explain.SIX)
-            lines.append(f"| {name}, {of['situation']} | " + " | ".join(cells) + " |")
+        leads = {"cross-entropy": of["epg_gain"]}
+        leads |= {results.NAMES[control].lower(): lead for control, lead in of["leads"].items()}
+        rows += [
+            [f"{name}, {of['situation']}", *(starred(lead[m]) for m in explain.SIX)] for name, lead in leads.items()
+        ]
+    lines += ["", *table(["EPG of S-IB minus that of", *six], rows)]
 
-    lines += ["", "| empty maps of 100 | " + " | ".join(names[m] for m in explain.SIX) + " |"]
-    lines.append("|---" * (len(explain.SIX) + 1) + "|")
-    for of in summary.values():
-        for method, counts in of["empty"].items():
-            cells = (f"{counts[m]:g}" for m in explain.SIX)
-            lines.append(f"| {results.NAMES[method]}, {of['situation']} | " + " | ".join(cells) + " |")
+    rows = [
+        [f"{results.NAMES[method]}, {of['situation']}", *(f"{counts[m]:g}" for m in explain.SIX)]
+        for of in summary.values()
+        for method, counts in of["empty"].items()
+    ]
+    lines += ["", *table(["empty maps of 100", *six], rows)]
     seeds = len(next(iter(summary.values()))["seeds"])
     lines += [
         "",
@@ -374,11 +344,7 @@ def _gain_cell(of: dict, key: str) -> str:
     if key in ("epg_gain", "iou_gain"):
         method = of["worst" if key == "epg_gain" else "worst_iou"]
         value, worst = value[method], f" ({explain.METHODS[method]})"
-    return f"{results.difference(value)}{worst}; {of['goals'][key]:+.2f}: {_yes(of['reached'][key])}"
-
-
-def _yes(reached: bool) -> str:
-    return "reached" if reached else "not reached"
+    return f"{results.difference(value)}{worst}; {of['goals'][key]:+.2f}: {yes(of['reached'][key])}"
 
 
 def figure(found: dict[str, dict]) -> Figure:

@@ -159,6 +159,7 @@ class Measurement:
         about = {
             "chance": measure.object_share(self.material.items.mask).mean().item() if self.material.has_masks else None,
             "epochs": len(run.history),
+            "mean_seconds_per_step": run.seconds_per_step["mean"] if run.config.epochs else None,
             "measured_epoch": run.epoch,
             "config": asdict(run.config),
             "record": {name: value for name, value in run.record.items() if name != "config"},

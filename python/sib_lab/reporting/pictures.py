@@ -20,6 +20,8 @@ COLOURS = {
     "sib-features": "#4fb3a9",
     "sib-background": "#12414f",
     "sib-foreground": "#a3d9cf",
+    "sib-few": "#58b58c",
+    "sib-none": "#9ccbb4",
     "sib-paper": "#6aa84f",
     "gradient-penalty": "#c2571a",
     "centre-mask": "#b88a00",

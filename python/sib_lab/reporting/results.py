@@ -54,6 +54,8 @@ NAMES = {
     "sib-features": "S-IB, feature map alone",
     "sib-background": "S-IB, background half",
     "sib-foreground": "S-IB, foreground half",
+    "sib-few": "S-IB, 10 % annotated",
+    "sib-none": "S-IB, no annotation",
     "sib-paper": "Published S-IB",
     "gradient-penalty": "Gradient penalty",
     "centre-mask": "Centre mask",

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .runs import quantiles
+from .runs import step_times
 
 CURVE_POINTS = 1000  #: about so many points has a curve of steps.csv
 KEPT_SECONDS = 20_000  #: step times kept, the latest
@@ -49,7 +49,9 @@ class History:
 
     def end_epoch(self, line: Mapping[str, float], measured: Mapping[str, float]) -> None:
         """Adds a line: ``line``, the means of the epoch's loss parts, what was ``measured``, and seconds a step."""
-        seconds = {f"seconds_{name}": value for name, value in quantiles(self.seconds[-self.steps_per_epoch :]).items()}
+        seconds = {
+            f"seconds_{name}": value for name, value in step_times(self.seconds[-self.steps_per_epoch :]).items()
+        }
         self.epochs.append({**line, **_means(self.sums["epoch"]), **measured, **seconds})
         self.sums["epoch"] = {}
 

@@ -20,7 +20,7 @@ from . import runs
 from .config import TrainConfig
 from .files import options_as_yaml
 from .logs import Log, TensorBoard, WeightsAndBiases
-from .runs import RunError, quantiles
+from .runs import RunError, step_times
 from .state import best_state_of, state_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Keeper:
         first, epochs = trainer.selected_by, trainer.history.epochs
         best = max(epochs, key=lambda line: (line[first], line["epoch"]))
         summary = {"steps": trainer.step, "selected_by": first, "best": best, "last": epochs[-1]}
-        summary["seconds_per_step"] = quantiles(trainer.history.seconds)
+        summary["seconds_per_step"] = step_times(trainer.history.seconds)
         runs.write_text(self.folder / runs.FINISHED, json.dumps(summary, indent=2) + "\n")
 
     def _write_curves(self, trainer: "Trainer") -> None:

@@ -55,7 +55,7 @@ class Run:
     epoch: int  #: how many epochs these weights were trained, whole ones
     history: list[dict[str, float]]  #: the lines of metrics.csv
     curves: dict[str, list[float]]  #: the columns of steps.csv: ``step``, and the mean of every loss part up to it
-    seconds_per_step: dict[str, float]  #: without loading data: median, p20, p80 over all steps
+    seconds_per_step: dict[str, float]  #: without loading data: median, p20, p80, mean over all steps
     finished: bool
     record: dict[str, Any] = field(default_factory=dict)  #: config.json in full: versions, git commit
 
@@ -117,7 +117,7 @@ def open_run(folder: Path | str, best: bool = True, trust: bool = False) -> Run:
         epoch=state["epoch"],
         history=history["epochs"],
         curves=history["curves"],
-        seconds_per_step=quantiles(history["seconds"]),
+        seconds_per_step=step_times(history["seconds"]),
         finished=is_finished(folder),
         record=record,
     )
@@ -387,7 +387,8 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile; NaN for nothing."""
+def step_times(seconds: list[float]) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile, and the mean, which counts what few steps do, too; NaN for nothing."""
     values = torch.tensor(seconds or [float("nan")], dtype=torch.float64)
-    return {name: values.quantile(q).item() for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+    found = {name: values.quantile(q).item() for name, q in (("median", 0.5), ("p20", 0.2), ("p80", 0.8))}
+    return found | {"mean": values.mean().item()}

@@ -1,0 +1,354 @@
+"""The evidence on photographs: tiny sets through the command, the rule for strengths, and the summary of made-up
+results."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import box_of, save, save_picture, square, write_waterbirds
+from PIL import Image
+from rich.console import Console
+from sib_lab.data import DataError
+from sib_lab.experiments import photo_gains as gains
+from sib_lab.experiments import photographs as photos
+from sib_lab.experiments import strengths as curve
+from sib_lab.experiments.tasks import Task, raise_failures, run_tasks
+from sib_lab.explaining.methods import CAMS, SIX
+from sib_lab.training.runs import RunError, TrainingError, locked
+from typer.testing import CliRunner
+
+PATCHED = {"STRENGTHS": (0.3,), "OTHER_PEERS": (), "PEERS": ("energy-loss",)}
+COMMAND = ("--scale", "small", "--seeds", "1", "--jobs", "2", "--sets", "duts30")
+
+
+def write_split_folder(root, rng, counts, boxes=False):
+    """train/, val/, test/ of two classes with masks/, or with segmentations/ of half of them and boxes of all."""
+    lines = ["file,x1,y1,x2,y2"]
+    for split, count in counts.items():
+        for name in ("cup", "pear"):
+            for place in range(count):
+                mask = square(rng)
+                path = Path(split, name, f"{place}.png")
+                save_picture(root / path, mask)
+                if not boxes or place % 2:
+                    save(root / ("segmentations" if boxes else "masks") / path, mask * 255)
+                lines.append(",".join(map(str, (path.as_posix(), *box_of(mask)))))
+    if boxes:
+        (root / "boxes.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """duts30 as a .zip, cub20 and Waterbirds as folders, in the layouts of the real ones."""
+    import numpy as np
+
+    rng, folder = np.random.default_rng(3), tmp_path_factory.mktemp("photos")
+    write_split_folder(folder / "unzipped", rng, {"train": 9, "val": 2, "test": 4})
+    shutil.make_archive(folder / "duts30", "zip", folder / "unzipped")
+    write_split_folder(folder / "cub20", rng, {"train": 12, "test": 4}, boxes=True)
+    write_waterbirds(folder / "waterbirds2k", times=3)
+    return folder
+
+
+def asked(root, folder, *names, peers=True):
+    sets = tuple(photos.SETS[name] for name in names)
+    roots = photos.unpacked(photos.find(root, sets), folder, Console(quiet=True))
+    for of in sets:
+        photos.leave_out_boxes_of_tests(of, roots[of.name], folder)
+    return photos.Asked(sets, roots, folder, photos.SCALES["small"], (0,), peers)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def killed_after_a_task(root, out):
+    """The command in a process of its own, killed when it says that a first training is done."""
+    settings = "; ".join(f"photographs.{name} = {value!r}" for name, value in PATCHED.items())
+    code = f"from sib_lab.experiments import photographs; {settings}; from sib_lab.cli.commands import app; app()"
+    command = [sys.executable, "-u", "-c", code, "evidence-photos", str(root), "--out", str(out), *COMMAND]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        for line in process.stdout:
+            if "(1 of" in line:
+                break
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_the_command_goes_on_after_it_was_killed_and_does_nothing_twice(root, tmp_path, monkeypatch):
+    from sib_lab.cli.commands import app
+
+    for name, value in PATCHED.items():
+        monkeypatch.setattr(photos, name, value)
+
+    def command():
+        told = CliRunner().invoke(app, ["evidence-photos", str(root), "--out", str(tmp_path), *COMMAND])
+        return told, [line for line in told.stdout.splitlines() if " of " in line and "measured" in line]
+
+    killed_after_a_task(root, tmp_path)
+    first = [path for path in tmp_path.glob("*/curve/*/point.json")]
+    assert first and not (tmp_path / "evidence-photos.json").exists()
+
+    told, done = command()
+    assert told.exit_code == 0, told.stdout + told.stderr
+    assert len([line for line in done if "curve" in line]) == 3 - len(first)
+    assert len([line for line in done if "seed 0" in line]) == 6
+    summary = json.loads((tmp_path / "evidence-photos.json").read_text())
+    assert summary.keys() == {"duts30"} and summary["duts30"]["cost"] > 0
+    assert summary["duts30"]["leads"].keys() == {"energy-loss"}
+    assert "Of one training each" in (tmp_path / "evidence-photos.md").read_text()
+    assert Image.open(tmp_path / "curves.png").size[0] > 300
+    found = json.loads((tmp_path / "duts30" / "results.json").read_text())
+    assert found["data"]["explained"] == "test" and not found["missing"]
+    assert (tmp_path / "duts30" / "report.html").exists() and (tmp_path / "duts30" / "gallery.png").exists()
+    configs = {run["method"]: run["config"] for run in found["runs"]}
+    assert configs["sib"]["strength"] is None and configs["sib-none"]["annotated"] == 0
+    assert json.loads((tmp_path / "strengths.json").read_text()) == {"duts30": {"energy-loss": 0.3}}
+    assert configs["energy-loss"]["strength"] == 0.3
+    assert not list(tmp_path.glob("*/curve/*/*.pt"))  # nobody opens them again
+
+    measured = tmp_path / "duts30" / "runs" / "sib-seed0" / "measured"
+    (measured / "gradcam.json").unlink()
+    shutil.rmtree(tmp_path / "duts30" / "curve" / "sib-0.3")
+    again, done = command()
+    assert again.exit_code == 0 and (measured / "gradcam.json").exists()
+    assert [line.partition(":")[0] for line in done] == ["duts30 curve, S-IB x 0.3", "duts30 S-IB seed 0"]
+    anew = json.loads((tmp_path / "evidence-photos.json").read_text())
+    assert anew["duts30"]["numbers"] == summary["duts30"]["numbers"]
+
+    with locked(tmp_path):
+        refused, _ = command()
+    assert refused.exit_code == 1 and "Another process is at work" in refused.stderr
+
+
+def test_what_is_missing_or_unknown_is_named(root, tmp_path):
+    from sib_lab.cli.commands import app
+
+    with pytest.raises(DataError, match=r"The set pets3 needs .*pets3.zip, or the folder"):
+        photos.find(root, [photos.SETS["pets3"]])
+    told = CliRunner().invoke(app, ["evidence-photos", str(root), "--sets", "cub", "--out", str(tmp_path)])
+    assert told.exit_code == 1 and told.stderr.startswith("Sets must be some of duts30, cub20, pets3, waterbirds")
+    (tmp_path / "pets3.zip").write_bytes(b"no zip")
+    with pytest.raises(DataError, match="damaged"):
+        photos.unpacked({"pets3": tmp_path / "pets3.zip"}, tmp_path / "out", Console(quiet=True))
+    assert not (tmp_path / "out" / "data" / "pets3").exists()
+
+
+# ------------------------------------------------------------------------------------------------- held out
+
+
+@pytest.mark.parametrize("name", ["duts30", "cub20", "waterbirds"])
+def test_no_held_out_image_is_trained_on_and_no_test_image_is_in_the_curve(root, tmp_path, name):
+    of = asked(root, tmp_path, name, peers=False)
+    config = photos.curve_configs(of, of.sets[0])["sib", 1.0]
+    whole, data = curve.open_config_data(config), curve.open_held_out(config)
+    rest, held = ({sample.image for sample in part.samples} for part in (data.train, data.validation["held_out"]))
+    tests = {sample.image for sample in whole.test["test"].samples}
+    validation = {sample.image for sample in whole.validation["validation"].samples}
+    assert not rest & held and not (rest | held) & tests and data.test == {} and validation <= held
+    assert rest | held == validation | {sample.image for sample in whole.train.samples}
+    assert len(held - validation) == pytest.approx(len(whole.train) / 3, abs=len(whole.train) / 5)
+    assert set(data.train.labels.tolist()) == set(range(len(data.classes)))
+    assert data.train.annotation == ("masks" if name == "duts30" else "boxes")
+    assert data.validation["held_out"].annotation == "masks"  # measured as they are
+    again = curve.open_held_out(config)
+    assert again.identity() == data.identity()
+    assert torch.equal(again.train[0].mask, data.train[0].mask)
+
+
+def test_tests_of_birds_are_measured_on_segmentations_alone(root, tmp_path):
+    of = asked(root, tmp_path, "cub20")
+    data = curve.open_config_data(of.base(of.sets[0]))
+    test = data.test["test"]
+    assert all((sample.mask is not None) == known for sample, known in zip(test.samples, test.annotated, strict=True))
+    assert test.annotated.double().mean() == 0.5 and data.train.annotated.all()
+
+
+def test_cross_entropy_is_told_nothing_and_the_other_peers_are_chosen_on_one_set(root, tmp_path, monkeypatch):
+    of = asked(root, tmp_path, "duts30", "waterbirds", peers=False)
+    plan = photos.plan_of(of, of.sets[1], {})
+    assert list(plan.configs) == ["ce", "sib", "sib-none", "sib-features"] and not plan.best
+    assert {method: config.annotation for method, config in plan.configs.items()} == {
+        method: "masks" if method == "ce" else "boxes" for method in plan.configs
+    }
+    monkeypatch.setattr(photos, "OTHER_PEERS", ("rrr",))
+    both = photos.Asked(**{**vars(of), "peers": True})
+    methods = [{method for method, _ in photos.curve_configs(both, one)} for one in of.sets]
+    assert methods == [{"ce", "sib", "energy-loss", "rrr"}, {"ce", "sib", "energy-loss"}]
+    configs = photos.curve_configs(both, of.sets[1])
+    assert configs["sib", 0.3].strength == 0.3 and {config.seed for config in configs.values()} == {100}
+
+
+def test_all_sets_of_a_method_come_before_the_next_method_and_all_methods_before_the_next_seed(root, tmp_path):
+    of = asked(root, tmp_path, "duts30", "waterbirds", peers=False)
+    of = photos.Asked(**{**vars(of), "seeds": (0, 1)})
+    plans = {one.name: photos.plan_of(of, one, {}) for one in of.sets}
+    names = [task.name for task in photos.comparison_tasks(of, plans)]
+    assert names[:3] == ["duts30 Cross-entropy seed 0", "waterbirds Cross-entropy seed 0", "duts30 S-IB seed 0"]
+    assert [name[-1] for name in names] == ["0"] * 9 + ["1"] * 9
+    assert not any("waterbirds S-IB, 10 %" in name for name in names)
+
+
+# ------------------------------------------------------------------------------------------------- the rule
+
+
+@pytest.mark.parametrize(
+    ("points", "strength"),
+    [
+        ({0.1: (0.90, 0.4), 1.0: (0.89, 0.6), 3.0: (0.88, 0.9)}, 1.0),  # 3 costs too much
+        ({0.1: (0.80, 0.4), 1.0: (0.85, 0.6), 3.0: (0.70, 0.9)}, 1.0),  # all do: the best accuracy
+        ({3.0: (0.95, 0.6), 0.1: (0.90, 0.6), 1.0: (0.92, 0.6)}, 0.1),  # of equals the weakest
+        ({0.3: (0.70, 0.6), 0.1: (0.70, 0.5)}, 0.1),
+        ({0.1: (0.90, math.nan), 1.0: (0.90, 0.2)}, 1.0),
+        ({0.1: (0.90, math.nan), 1.0: (0.95, math.nan)}, 0.1),
+        ({0.1: (math.nan, 0.9), 1.0: (0.60, 0.2)}, 1.0),
+        ({0.1: (math.nan, math.nan), 1.0: (math.nan, math.nan)}, 0.1),
+    ],
+)
+def test_the_rule_for_strengths(points, strength):
+    points = {key: curve.Point(*values) for key, values in points.items()}
+    assert curve.chosen_strength(points, curve.Point(0.90, 0.3)) == strength
+
+
+def test_no_strengths_are_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        curve.chosen_strength({}, curve.Point(0.9))
+
+
+def test_a_training_without_a_finite_loss_is_a_point_without_accuracy(root, tmp_path, monkeypatch):
+    of = asked(root, tmp_path, "duts30", peers=False)
+    config = photos.curve_configs(of, of.sets[0])["ce", None]
+    monkeypatch.setattr("sib_lab.training.trainer.check_finite", lambda *_: failing(TrainingError("The loss is nan.")))
+    assert "counts as accuracy 0" in curve.measured_point(config, tmp_path / "run")
+    point = curve.read_point(tmp_path / "run")
+    assert math.isnan(point.accuracy) and math.isnan(point.epg)
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def made_up(seeds=(0, 1, 2), **epg):
+    """A method's EPG is its value plus a hundredth of the seed in all six, its accuracy half of it."""
+    runs = [
+        {
+            "method": method,
+            "seed": seed,
+            "mean_seconds_per_step": 0.12 if method == "sib" else 0.1,
+            "numbers": {
+                **{f"{measure}/{m}": {"mean": value + 0.01 * seed} for m in SIX for measure in ("epg", "iou")},
+                **{f"empty/{m}": {"mean": 0.1 * (m == CAMS[0])} for m in SIX},
+                "accuracy/test": {"mean": value / 2 + 0.02 * seed},
+            },
+        }
+        for method, value in epg.items()
+        for seed in seeds
+    ]
+    return {"methods": dict.fromkeys(epg), "data": {"explained": "test"}, "runs": runs}
+
+
+METHODS = {"ce": 0.2, "sib": 0.5, "sib-none": 0.25, "energy-loss": 0.4}
+
+
+def test_gains_leads_and_costs_are_paired_and_have_goals():
+    found = gains.shown(made_up(**METHODS), gains.GOALS["duts30"], ["energy-loss", "rrr-loss"])
+    assert found["gains"]["sib"]["epg"]["mean"] == pytest.approx(0.3) and found["seeds"] == [0, 1, 2]
+    assert found["gains"]["sib"]["epg_worst"]["half_width"] == pytest.approx(0, abs=1e-9)
+    assert found["gains"]["sib"].keys() == {"accuracy", "epg", "epg_worst", "iou"}  # no groups
+    assert found["leads"].keys() == {"energy-loss"} and found["ahead"] == list(SIX)
+    assert found["leads"]["energy-loss"]["accuracy"]["mean"] == pytest.approx(0.05)
+    assert found["cost"] == pytest.approx(1.2) and found["empty"]["sib"][CAMS[0]] == 10
+    assert found["reached"] == {
+        "sib": dict.fromkeys(("accuracy", "epg", "epg_worst", "iou"), True),
+        "sib-none": {"epg": True},
+        "cost": True,
+        "ahead": True,
+    }
+    text = gains.markdown({"duts30": found}, {"duts30": {"energy-loss": 0.3}})
+    assert "| EPG, mean of the three CAMs | +0.300 ± 0.000; +0.12: reached |" in text
+    assert "| no annotation: EPG, mean of the three CAMs | +0.050 ± 0.000; above 0: reached |" in text
+    assert "| Energy loss, duts30 | +0.100 ± 0.000* |" in text and "| duts30 | 0.3 |" in text
+    assert json.dumps(found, allow_nan=False)
+
+
+def test_goals_that_are_missed_and_peers_that_are_better():
+    found = gains.shown(made_up(ce=0.4, sib=0.3, **{"energy-loss": 0.5}), gains.GOALS["duts30"], ["energy-loss"])
+    assert not any(found["reached"]["sib"].values()) and not found["reached"]["ahead"] and found["ahead"] == []
+
+
+def test_of_one_training_the_mean_decides_and_is_said_to():
+    found = gains.shown(made_up((4,), **METHODS), gains.GOALS["pets3"], ["energy-loss"])
+    assert found["gains"]["sib"]["epg"]["half_width"] is None and found["reached"]["sib"]["epg"]
+    assert found["reached"]["ahead"] and json.dumps(found, allow_nan=False)
+    assert "Of one training each, without an interval, and reached by the mean: pets3." in gains.markdown(
+        {"pets3": found}, {}
+    )
+
+
+def test_a_set_without_peers_or_step_times_leaves_their_goals_open():
+    results = made_up(ce=0.2, sib=0.5)
+    for run in results["runs"]:
+        run["mean_seconds_per_step"] = None
+    found = gains.shown(results, gains.GOALS["cub20"], ["energy-loss"])
+    assert found["cost"] is None and found["ahead"] is None
+    assert found["reached"]["cost"] is None and found["reached"]["ahead"] is None
+    assert gains.markdown({"cub20": found}, {})
+
+
+# -------------------------------------------------------------------------------------------------- the tasks
+
+
+def written(path):
+    path.write_text("done")
+    return "wrote"
+
+
+def failing(error):
+    raise error
+
+
+def interrupted(path):
+    path.write_text("begun")
+    try:
+        time.sleep(120)
+    except KeyboardInterrupt:
+        path.write_text("stopped")
+        raise
+
+
+def test_a_task_that_fails_or_whose_process_ends_loses_no_other(tmp_path):
+    tasks = [
+        Task("a", failing, (RunError("It cannot be."),)),
+        Task("b", os._exit, (3,)),
+        Task("c", failing, (ValueError("a bug"),)),
+        Task("d", written, (tmp_path / "d",)),
+    ]
+    failures = run_tasks(tasks, 1, Console(quiet=True))
+    assert [(failure.task.name, failure.sentence.split()[0]) for failure in failures] == [
+        ("a", "It"),
+        ("b", "a"),
+        ("c", "ValueError:"),
+    ]
+    assert (tmp_path / "d").exists()
+    with pytest.raises(RunError, match=r"^3 of 4 trainings failed \(the first, a: It cannot be\): the others are done"):
+        raise_failures(failures, len(tasks))
+
+
+def test_ctrl_c_stops_the_task_under_way_and_begins_no_other(tmp_path):
+    def press():
+        while not (tmp_path / "a").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    tasks = [Task("a", interrupted, (tmp_path / "a",)), Task("b", written, (tmp_path / "b",))]
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(tasks, 1, Console(quiet=True))
+    assert (tmp_path / "a").read_text() == "stopped" and not (tmp_path / "b").exists()
