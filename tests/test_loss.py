@@ -134,6 +134,15 @@ def test_the_default_is_the_balanced_preset(problem):
     assert (default.seed, default.background, default.mask_source) == ("random_logit", "magnitude_ratio", "activation")
 
 
+def test_the_fine_tuning_preset_is_the_balanced_one_but_for_its_weights():
+    balanced, fine_tuning = (vars(SpatialIBLoss(preset)) for preset in ("balanced", "fine_tuning"))
+    assert {k for k, value in balanced.items() if fine_tuning[k] != value and k != "guard"} == {
+        "preset",
+        "input_background",
+    }
+    assert fine_tuning["input_background"] == PRESETS["fine_tuning"]["input_background"] == 3
+
+
 # ------------------------------------------------------------------------------------------------- options
 
 

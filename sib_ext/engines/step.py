@@ -32,10 +32,10 @@ class SIBStep:
             feature maps, else none.
         engine: ``"auto"``, ``"double_backward"`` or ``"compiled"``, see docs/engines.md.
         every: the terms of the input in every k-th step only, k times as strong (lazy regularisation; the first step
-            has them). None: 4 for the criterion's preset ``"balanced"``, 1 for ``"paper"``.
+            has them). None: 1 for the criterion's preset ``"paper"``, else 4.
         jitter: >= 0; in steps with terms of the input the images get Gaussian noise, of a standard deviation drawn from
             0 to so many times each image's own range (as SmoothGrad's, which it is for). None: 0.25 for
-            ``"balanced"``, 0 for ``"paper"``.
+            the preset ``"balanced"``, else 0.
         microbatch: None, or at most how many images a pass takes at once: the memory of a small batch, statistics
             (HSIC, CKA, noise) of the whole one. BatchNorm sees the parts.
         scaler: the ``torch.amp.GradScaler`` of a float16 training: VJPs are taken of the scaled seed, so that they do

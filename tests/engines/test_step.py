@@ -139,7 +139,9 @@ def test_a_step_between_is_that_of_a_loss_without_terms_for_the_input(batch):
     assert error(gradient(model, step(*batch)), gradient(model, alone(*batch))) < 1e-6
 
 
-@pytest.mark.parametrize(("preset", "every", "jitter"), [("balanced", 4, 0.25), ("paper", 1, 0.0)])
+@pytest.mark.parametrize(
+    ("preset", "every", "jitter"), [("balanced", 4, 0.25), ("fine_tuning", 4, 0.0), ("paper", 1, 0.0)]
+)
 def test_the_schedule_is_the_presets(preset, every, jitter):
     step = SIBStep(Network(), SpatialIBLoss(preset))
     assert (step.every, step.jitter) == (every, jitter)

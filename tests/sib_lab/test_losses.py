@@ -590,11 +590,22 @@ def test_the_strength_multiplies_the_main_term(method, net, batch):
     assert distances[0] == 0 and distances[2] == pytest.approx(3 * distances[1]) and distances[1] > 0
 
 
+def test_a_preset_of_s_ib_that_is_none_is_named():
+    with pytest.raises(ValueError, match="preset is 'fast'; choose one of 'paper', 'balanced', 'fine_tuning'"):
+        criterion_of("sib", loss_options={"preset": "fast"})
+    with pytest.raises(ValueError, match="preset"):
+        criterion_of("sib-paper", loss_options={"preset": "balanced"})
+
+
 def test_methods_get_their_own_constants():
     assert criterion_of("sib-paper").criterion.input_background == 1000
     assert criterion_of("sib-paper").given is False and criterion_of("sib-paper", masks="given").given is True
     assert criterion_of("sib").given is True and criterion_of("sib", masks="self-made").given is False
     assert criterion_of("sib", loss_options={"input_foreground": 0.3}).criterion.input_foreground == 0.3
+    step = {"loss_options": {"preset": "fine_tuning"}}
+    assert criterion_of("sib", **step).criterion.input_background == 3
+    assert criterion_of("sib", strength=0.5, **step).criterion.input_background == 1.5
+    assert criterion_of("centre-mask", **step).criterion.preset == "fine_tuning"
     assert criterion_of("centre-mask").area == 0.15
     assert make_criterion(TrainConfig(method="centre-mask")).area == 0.2
     assert criterion_of("centre-mask", loss_options={"centre_area": 0.4}).area == 0.4

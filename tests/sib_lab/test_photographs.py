@@ -23,7 +23,7 @@ from sib_lab.experiments import photographs as photos
 from sib_lab.experiments import strengths as curve
 from sib_lab.experiments.tasks import Task, raise_failures, run_tasks
 from sib_lab.explaining.methods import CAMS, SIX
-from sib_lab.training.runs import RunError, TrainingError, locked
+from sib_lab.training.runs import RunError, TrainingError, locked, write_text
 from typer.testing import CliRunner
 
 PATCHED = {"STRENGTHS": (0.3,), "OTHER_PEERS": (), "PEERS": ("energy-loss",)}
@@ -127,6 +127,24 @@ def test_the_command_goes_on_after_it_was_killed_and_does_nothing_twice(root, tm
     with locked(tmp_path):
         refused, _ = command()
     assert refused.exit_code == 1 and "Another process is at work" in refused.stderr
+
+
+def test_without_curves_there_is_the_comparison_alone(root, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(photos, "run_tasks", lambda tasks, *_: done.extend(task.name for task in tasks) or [])
+    write_text(tmp_path / "strengths.json", '{"duts30": {"energy-loss": 0.3}}')
+    photos.evidence_photos(root, tmp_path, "small", (0,), 1, ("duts30",), curves=False, console=Console(quiet=True))
+    assert [name.partition(" ")[2] for name in done] == [
+        f"{name} seed 0"
+        for name in (
+            "Cross-entropy",
+            "S-IB",
+            "S-IB, no annotation",
+            "S-IB, 10 % annotated",
+            "Energy loss",
+            "S-IB, feature map alone",
+        )
+    ]
 
 
 def test_what_is_missing_or_unknown_is_named(root, tmp_path):

@@ -81,6 +81,15 @@ def test_the_papers_twenty_recipes_have_its_constants():
         assert options.loss_options == ({"input_foreground": 1e-5} if weak else {})
 
 
+def test_the_recipe_for_fine_tuning_has_its_rate_and_the_losses_preset():
+    options = recipe("fine_tuning", "folder", "efficientnet_lite0", weights="imagenet")
+    assert (options.learning_rate, options.augment, options.loss_options) == (1e-3, True, {"preset": "fine_tuning"})
+    assert recipe("fine_tuning", "folder", "vit_b_32").learning_rate == pytest.approx(1e-4)
+    assert recipe("fine_tuning", method="centre-mask").loss_options == {"preset": "fine_tuning"}
+    for method in ("ce", "sib-paper", "energy-loss", "gradient-penalty"):
+        assert recipe("fine_tuning", method=method).loss_options == {}
+
+
 def test_the_papers_learning_rate_falls_tenfold_every_thirty_epochs():
     options = recipe("paper", "imagenet", "resnet50")
     rates = [learning_rate(options, epoch * 7 + step, 90 * 7, 7) for epoch in range(90) for step in (0, 6)]
@@ -145,7 +154,7 @@ def test_an_option_that_cannot_be_is_named(changes, message):
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(ValueError, match="preset must be one of balanced, paper, got 'fast'"):
+    with pytest.raises(ValueError, match="preset must be one of balanced, fine_tuning, paper, got 'fast'"):
         recipe("fast")
 
 

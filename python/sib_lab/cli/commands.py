@@ -221,6 +221,10 @@ def evidence_photos_command(
     peers: Annotated[
         bool, typer.Option(help="Train the other losses that use masks, too; --no-peers: S-IB and its variants alone.")
     ] = True,
+    curves: Annotated[
+        bool,
+        typer.Option(help="Measure what strengths do first; --no-curves: compare, peers at strengths chosen earlier."),
+    ] = True,
 ) -> None:
     """Compare S-IB with its peers on photographs, fine-tuning a network that knows ImageNet.
 
@@ -232,7 +236,8 @@ def evidence_photos_command(
 
         chosen = tuple(range(first_seed, first_seed + seeds))
         with as_sentence(ValueError):
-            evidence_photos(root, out, scale, chosen, jobs or os.cpu_count() or 1, tuple(listed(sets)), peers, epochs)
+            processes = jobs or os.cpu_count() or 1
+            evidence_photos(root, out, scale, chosen, processes, tuple(listed(sets)), peers, epochs, curves)
 
 
 @app.command("report", epilog="Example: sib-lab report runs/compare")

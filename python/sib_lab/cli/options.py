@@ -23,8 +23,11 @@ OF_TRAINING += ("patience", "devices", "save_minutes", "save_steps", "wandb")
 
 # Where nothing is given, None: as the file of --config has it, or else the preset.
 Preset = Annotated[
-    Literal["balanced", "paper"],
-    typer.Option(help="Training recipe; paper: the published one. Any option below replaces a part of it."),
+    Literal["balanced", "fine_tuning", "paper"],
+    typer.Option(
+        help="Training recipe; fine_tuning: for a network that starts from --weights; paper: the published one. Any "
+        "option below replaces a part of it."
+    ),
 ]
 Config = Annotated[
     Path | None,

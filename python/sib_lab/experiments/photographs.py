@@ -1,4 +1,4 @@
-"""``sib-lab evidence-photos``: the balanced preset on photographs, on a network that knows ImageNet, against its peers.
+"""``sib-lab evidence-photos``: the fine-tuning preset on photographs, on a network that knows ImageNet, and its peers.
 
 Two parts, in one folder::
 
@@ -26,9 +26,11 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import matplotlib
 from rich.console import Console
@@ -59,13 +61,14 @@ PEERS = (PEER, *OTHER_PEERS)
 VARIANTS = {
     "sib-none": {"annotated": 0.0},
     "sib-few": {"annotated": 0.1},
-    "sib-features": {"loss_options": {"input_background": 0.0}},
+    "sib-features": {"loss_options": {"input_background": 0.0}},  # beside those of every S-IB run
 }
 ORDER = (BASELINE, OURS, "sib-none", "sib-few", PEER, "sib-features", *OTHER_PEERS)  #: of the trainings of a seed
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  #: of S-IB and the energy loss
 FEWER_STRENGTHS = (0.1, 0.3, 1.0, 3.0)  #: of the other peers
 CHOSEN, SUMMARY, TABLE, PICTURE = "strengths.json", "evidence-photos.json", "evidence-photos.md", "curves.png"
 DATA, CURVE, BOXES = "data", "curve", "boxes.csv"
+PRESET = "fine_tuning"  #: of the recipe and of S-IB's constants
 SHARED = "duts30"  #: the set on which the other peers' strengths are chosen
 
 
@@ -131,6 +134,7 @@ class Asked:
     seeds: tuple[int, ...]
     peers: bool
     epochs: int | None = None  #: of every training; None: the scale's, or the set's
+    curves: bool = True  #: False: the comparison alone
 
     @property
     def curve_methods(self) -> dict[str, tuple[float, ...]]:
@@ -144,7 +148,7 @@ class Asked:
         if (boxes := self.folder / DATA / f"{of.name}-{BOXES}").exists():
             given = {"boxes": str(boxes)}
         return recipe(
-            "balanced",
+            PRESET,
             of.data,
             self.scale.network,
             method=BASELINE,
@@ -158,6 +162,11 @@ class Asked:
             threads=1,
             data_options=given,
         )
+
+
+def ours(config: TrainConfig, loss_options: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> TrainConfig:
+    """S-IB with the options of another method's training."""
+    return replace(config, method=OURS, loss_options={"preset": PRESET} | dict(loss_options), **changes)
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -236,7 +245,8 @@ def curve_configs(asked: Asked, of: PhotoSet) -> dict[tuple[str, float | None], 
         if method in OTHER_PEERS and of.name != SHARED:
             continue
         for strength in of_method:
-            configs[method, strength] = replace(base, method=method, strength=strength, annotation=of.annotation)
+            told = replace(base, strength=strength, annotation=of.annotation, method=method)
+            configs[method, strength] = ours(told) if method == OURS else told
     return configs
 
 
@@ -316,7 +326,7 @@ def plan_of(asked: Asked, of: PhotoSet, strengths: dict[str, float]) -> Plan:
     told = replace(base, annotation=of.annotation)
     for method in ORDER[1:]:
         if method == OURS or method in of.variants:
-            configs[method] = replace(told, method=OURS, **VARIANTS.get(method, {}))
+            configs[method] = ours(told, **VARIANTS.get(method, {}))
         elif asked.peers and method in strengths:
             configs[method] = replace(told, method=method, strength=strengths[method])
     # The last weights, as in the curve.
@@ -386,6 +396,7 @@ def evidence_photos(
     sets: Sequence[str] = tuple(SETS),
     peers: bool = True,
     epochs: int | None = None,
+    curves: bool = True,
     console: Console | None = None,
 ) -> dict:
     """Does what is not done yet of both parts in ``folder``, and writes what they show together.
@@ -397,6 +408,7 @@ def evidence_photos(
         sets: keys of SETS.
         peers: False: cross-entropy and S-IB with its variants alone.
         epochs: of every training, at least 1; None: the scale's, or each set's.
+        curves: False: the comparison alone, without peers whose strength was not chosen earlier.
 
     Returns:
         the content of evidence-photos.json.
@@ -415,12 +427,12 @@ def evidence_photos(
         roots = unpacked(found, folder, console)
         for of in chosen:
             leave_out_boxes_of_tests(of, roots[of.name], folder)
-        asked = Asked(chosen, roots, folder, SCALES[scale], seeds, peers, epochs)
+        asked = Asked(chosen, roots, folder, SCALES[scale], seeds, peers, epochs, curves)
         return _both_parts(asked, jobs, console)
 
 
 def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
-    tasks = curve_tasks(asked)
+    tasks = curve_tasks(asked) if asked.curves else []
     if tasks:  # what cannot be compared is not trained for
         for of in asked.sets:
             plan = plan_of(asked, of, {})

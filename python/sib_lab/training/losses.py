@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sib_ext import SIBStep, SpatialIBLoss, fused_double_backward
+from sib_ext.checks import check_choice
 from sib_ext.information import INPUT
 from sib_ext.loss import PRESETS, WEIGHTS
 from sib_ext.seeds import SEEDS, vjp
@@ -122,7 +123,8 @@ def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None
     if config.accumulate > 1:
         of_step.setdefault("microbatch", config.batch_size // config.devices)
     paper = config.method == "sib-paper"
-    preset = "paper" if paper else "balanced"
+    preset = "paper" if paper else options.pop("preset", "balanced")
+    check_choice("preset", preset, tuple(PRESETS))
     if config.strength is not None:
         weights = {name: options.get(name, PRESETS[preset][name]) for name in WEIGHTS}
         options |= {name: config.strength * weight for name, weight in weights.items()}
