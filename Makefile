@@ -37,11 +37,11 @@ demo: $(VENV)/.installed ## train with and without S-IB on digits on textures; p
 	$(BIN)/sib-lab demo $(ARGS)
 
 evidence: $(VENV)/.installed ## S-IB against its controls on the pictures in DATA; SCALE=small, cpu or gpu; goes on where it was
-	$(BIN)/sib-lab evidence $(DATA) --scale $(SCALE) --out runs/evidence-$(SCALE) $(ARGS)
+	$(BIN)/sib-lab evidence "$(DATA)" --scale $(SCALE) --out runs/evidence-$(SCALE) $(ARGS)
 
 evidence-photos: DATA := $(if $(filter file,$(origin DATA)),../shared/data/photos,$(DATA))
 evidence-photos: $(VENV)/.installed ## S-IB against its peers on the photographs in DATA, with a network that knows ImageNet; goes on where it was
-	$(BIN)/sib-lab evidence-photos $(DATA) $(ARGS)
+	$(BIN)/sib-lab evidence-photos "$(DATA)" $(ARGS)
 
 test: $(VENV)/.installed ## the tests
 	SIB_EXT_REQUIRE_NATIVE=1 $(PYTEST) $(ARGS)

@@ -15,7 +15,7 @@ from sib_lab.cli import commands as cli
 from sib_lab.cli.options import OF_A_RUN, OF_TRAINING
 from sib_lab.experiments import compare
 from sib_lab.training import runs
-from sib_lab.training.config import TrainConfig
+from sib_lab.training.config import TrainConfig, recipe
 from sib_lab.training.files import options_as_yaml
 from sib_lab.training.train import train
 from typer.testing import CliRunner
@@ -207,6 +207,16 @@ def test_a_file_that_a_run_wrote_gives_its_recipe_to_every_method_and_says_what_
     assert said.startswith("Not taken from ") and said.count("\n") == 1
     assert "method = sib-paper, seed = 7, strength = 2.0, loss_options = {'every': 2}. Instead there are" in said
     assert compared("epochs: 3\nstrength: null\nmatch: []\n")[1] == ""  # there is nothing to say
+
+
+def test_the_preset_of_a_files_loss_is_kept_by_its_relatives_or_said_to_be_left(compared, tmp_path):
+    from sib_lab.cli.options import options_of
+
+    run = recipe("fine_tuning", loss_options={"area": 0.4})
+    (tmp_path / "run.yaml").write_text(options_as_yaml(run))
+    for method, kept in (("centre-mask", True), ("rrr", False), ("sib-paper", False)):
+        assert ("loss_options" in options_of(tmp_path / "run.yaml", {"method": method})) == kept
+    assert compared(options_as_yaml(run), "--methods", "ce,sib")[1].endswith("and --preset fine_tuning.\n")
 
 
 def test_options_of_compare_replace_those_of_the_file(compared):

@@ -62,7 +62,7 @@ def stored_comparison(folder, methods=("ce", "sib"), seeds=(0, 1, 2), masks=True
             }
             matched = {"accuracy/matched": values.pop("accuracy/matched")}
             store(measured / "accuracy-matched.json", matched, classes=told)
-            worst = {"worst_group/uncorrelated": [0.5 - 0.04 * place]}
+            worst = {"worst_group/uncorrelated": [max(0.5 - 0.04 * place, 0)]}
             store(measured / "accuracy-uncorrelated.json", values | worst, classes=told)
             for number, explanation in enumerate(explanations):
                 if not masks:

@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sib_lab.data import DataError, open_data, stack
+from sib_lab.experiments.compare import check_same
 from sib_lab.networks.own import SmallCNN
 from sib_lab.training import batches, config, runs, train
 from sib_lab.training.batches import Batches, all_batches, epoch_order, mean_object_area
 from sib_lab.training.config import METHODS, PAPER_NETWORKS, PAPER_SETS, TrainConfig, paper_recipes, recipe
-from sib_lab.training.losses import LOCALISATIONS
+from sib_lab.training.losses import LOCALISATIONS, preset_constants
 from sib_lab.training.runs import (
     BEST,
     CONFIG,
@@ -40,6 +41,7 @@ from sib_lab.training.schedule import learning_rate
 from sib_lab.training.trainer import Trainer
 
 from sib_ext import SIBStep, SpatialIBLoss
+from sib_ext.loss import PRESETS
 
 DIGITS = {"train": 72, "validation": 20, "test": 10, "copies": 1}
 SMALL = TrainConfig(
@@ -88,6 +90,20 @@ def test_the_recipe_for_fine_tuning_has_its_rate_and_the_losses_preset():
     assert recipe("fine_tuning", method="centre-mask").loss_options == {"preset": "fine_tuning"}
     for method in ("ce", "sib-paper", "energy-loss", "gradient-penalty"):
         assert recipe("fine_tuning", method=method).loss_options == {}
+    assert recipe("fine_tuning", loss_options={"area": 0.4}).loss_options == {"preset": "fine_tuning", "area": 0.4}
+    assert recipe("fine_tuning", method="rrr", loss_options={}).loss_options == {}
+
+
+def test_a_run_is_not_gone_on_with_under_other_constants_of_its_preset(tmp_path, monkeypatch):
+    options = recipe("fine_tuning", epochs=1, batch_size=16, data_options=DIGITS, threads=1, device="cpu")
+    train.train(options, tmp_path, quiet=True)
+    assert runs.read_record(tmp_path)["constants"] == PRESETS["fine_tuning"]
+    monkeypatch.setitem(PRESETS["fine_tuning"], "input_background", 30.0)
+    with pytest.raises(CheckpointError, match="was made with input_background = 3.0: go on with the same options"):
+        train.train(options, tmp_path, quiet=True)
+    with pytest.raises(RunError, match="was begun with input_background = 3.0"):
+        check_same(options, tmp_path)
+    assert not preset_constants(replace(options, method="ce", loss_options={}))
 
 
 def test_the_papers_learning_rate_falls_tenfold_every_thirty_epochs():

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..data import SETS
-from ..training.config import TrainConfig, recipe
+from ..training.config import OPTIONS_OF, TrainConfig, recipe
 from .common import MEAN_HELP, NETWORK_HELP, OWN_MEAN, WEIGHTS_HELP, is_given, numbers, pairs
 
 PRESETS = "the preset's"
@@ -143,7 +143,8 @@ def options_of(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, belonging in (("method", ("strength", "match", "loss_options")), ("data", ("root", "data_options"))):
         if given.get(name, found.get(name)) != found.get(name):
             for other in belonging:
-                found.pop(other, None)
+                if other != "loss_options" or given["method"] not in OPTIONS_OF.get(found.get("method"), ()):
+                    found.pop(other, None)
     return found
 
 
@@ -167,7 +168,8 @@ def shared_options(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any]
     left = ", ".join(name if name == "match" else f"{name} = {value}" for name, value in own.items())
     return found, (
         f"Not taken from {path}, because it belongs to one method or one run: {left}. "
-        "Instead there are --methods, --first-seed, --strength and --loss-option."
+        "Instead there are --methods, --first-seed, --strength and --loss-option"
+        f"{', and --preset ' + own['loss_options']['preset'] if 'preset' in own.get('loss_options', {}) else ''}."
     )
 
 

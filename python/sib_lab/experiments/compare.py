@@ -29,7 +29,18 @@ from ..reporting import page as report
 from ..reporting import results
 from ..reporting.results import RUNS, run_name
 from ..training.config import TrainConfig
-from ..training.runs import CONFIG, Run, RunError, file_hash, is_finished, locked, open_run, read_record
+from ..training.losses import preset_constants
+from ..training.runs import (
+    CONFIG,
+    Run,
+    RunError,
+    file_hash,
+    is_finished,
+    locked,
+    open_run,
+    other_constants,
+    read_record,
+)
 from ..training.train import check, check_unchanged, train
 from .material import Material
 from .measurement import Measurement
@@ -156,9 +167,11 @@ def check_same(config: TrainConfig, folder: Path) -> None:
     was = config.differing(record["config"])
     if file_hash(config.weights) != record.get("weights_sha256"):
         was["weights"] = record["config"].get("weights")
+    was |= other_constants(folder, preset_constants(config))
     if other := ", ".join(f"{name} = {value}" for name, value in was.items() if name != "match"):
         raise RunError(
-            f"The run {folder} was begun with {other}: compare with the same options, into another --out, or --fresh."
+            f"The run {folder} was begun with {other}: go on with the same options, take another --out, or remove the "
+            "run (compare: --fresh)."
         )
 
 

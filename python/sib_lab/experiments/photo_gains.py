@@ -1,7 +1,7 @@
 """What ``sib-lab evidence-photos`` shows: gains over cross-entropy and over the peers, a set a column, with goals."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ GOALS = {
 }
 
 
-def shown(found: dict, goals: Goals, peers: Iterable[str]) -> dict:
+def shown(found: dict, goals: Goals, peers: Sequence[str]) -> dict:
     """Of one set, from the content of its results.json with at least a seed of cross-entropy and of S-IB.
 
     Gains over cross-entropy and leads over the peers are paired by seeds, with 95 % intervals where there are two and
@@ -86,11 +86,14 @@ def shown(found: dict, goals: Goals, peers: Iterable[str]) -> dict:
     numbers = numbers_of(found)
     test = found["data"]["explained"]
     told = {method: _gains(numbers, method, test) for method in TOLD if method in numbers}
+    seeds = _both(numbers, OURS, BASELINE)
     leads = {peer: gains_of_six(numbers, "epg", OURS, peer) for peer in peers if _both(numbers, OURS, peer)}
-    ahead = [name for name in explain.SIX if leads and all(_clearly_above(of[name]) for of in leads.values())]
+    single = len(seeds) == 1
+    ahead = [n for n in explain.SIX if all(_clearly_above(of[n], single) for of in leads.values())]
+    all_there = all(_both(numbers, OURS, peer) == seeds for peer in peers)  # else "every peer" would say too much
     cost = _cost(found)
     return {
-        "seeds": _both(numbers, OURS, BASELINE),
+        "seeds": seeds,
         "goals": {method: dict(goals.of(method)) for method in told} | {"cost": COST, "ahead": AHEAD},
         "gains": {method: as_differences(of) for method, of in told.items()},
         "worst": {method: worst(gains_of_six(numbers, "epg", method, BASELINE)) for method in told},
@@ -101,16 +104,16 @@ def shown(found: dict, goals: Goals, peers: Iterable[str]) -> dict:
             }
             for peer, of in leads.items()
         },
-        "ahead": ahead if leads else None,
+        "ahead": ahead if all_there else None,
         "cost": cost,
         "empty": {method: most_empty(list(of_seeds.values())) for method, of_seeds in numbers.items()},
         "reached": {
-            method: {key: is_reached(of[key], goal) for key, goal in goals.of(method).items()}
+            method: {key: is_reached(of[key], goal, single) for key, goal in goals.of(method).items()}
             for method, of in told.items()
         }
         | {
             "cost": None if cost is None else cost <= COST,
-            "ahead": len(ahead) >= AHEAD if leads else None,
+            "ahead": len(ahead) >= AHEAD if all_there else None,
         },
         "numbers": means_of(numbers),
     }
@@ -132,13 +135,13 @@ def _gains(numbers: Numbers, method: str, test: str) -> dict[str, Difference]:
     return found | {"epg_worst": of_six[worst(of_six)]}
 
 
-def is_reached(value: Difference, goal: float) -> bool:
-    """Whether a gain is as high as its goal and, where that is above 0, clear; of one pair the mean decides."""
-    return value.mean >= goal and (goal <= 0 or _clearly_above(value))
+def is_reached(value: Difference, goal: float, single: bool = False) -> bool:
+    """Whether a gain is as high as its goal and, where that is above 0, clear; of a ``single`` seed the mean does."""
+    return value.mean >= goal and (goal <= 0 or _clearly_above(value, single))
 
 
-def _clearly_above(value: Difference) -> bool:
-    return value.mean > 0 and (value.clear or value.count == 1)
+def _clearly_above(value: Difference, single: bool) -> bool:
+    return value.mean > 0 and (value.clear or single)
 
 
 def _cost(found: dict) -> float | None:

@@ -28,7 +28,7 @@ import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
@@ -43,7 +43,7 @@ from ..reporting import pictures, results
 from ..reporting.page import MAPS
 from ..reporting.results import MEASURED, RUNS, run_name
 from ..training.config import TrainConfig, recipe
-from ..training.runs import is_finished, locked, write_text
+from ..training.runs import file_hash, is_finished, locked, write_text
 from ..training.train import check, check_unchanged
 from . import strengths as curve
 from .compare import begun, check_all, check_same, compare, trained, write_report
@@ -192,7 +192,8 @@ def find(root: Path, sets: Sequence[PhotoSet]) -> dict[str, Path]:
 
 
 def unpacked(found: dict[str, Path], folder: Path, console: Console) -> dict[str, Path]:
-    """The folder of each set: its own, or the one below ``folder`` that its .zip is unpacked into, once.
+    """The folder of each set: its own, or the one below ``folder`` that its .zip is unpacked into; once,
+    as long as the .zip is the same.
 
     Raises:
         DataError: a damaged .zip.
@@ -200,9 +201,14 @@ def unpacked(found: dict[str, Path], folder: Path, console: Console) -> dict[str
     roots = {}
     for name, path in found.items():
         roots[name] = path if path.is_dir() else folder / DATA / name
-        if not roots[name].exists():
+        if path.is_dir():
+            continue
+        of_archive = folder / DATA / f"{name}.sha256"
+        content = file_hash(path)
+        if not roots[name].exists() or not of_archive.exists() or of_archive.read_text().strip() != content:
             console.print(f"Unpacking {path}.", markup=False)
             _unpack(path, roots[name])
+            write_text(of_archive, content + "\n")
     return roots
 
 
@@ -215,6 +221,7 @@ def _unpack(archive: Path, target: Path) -> None:
             content.extractall(partly)
     except zipfile.BadZipFile as error:
         raise DataError(f"{archive} is damaged: it cannot be unpacked.") from error
+    shutil.rmtree(target, ignore_errors=True)  # of another .zip
     os.replace(partly, target)
 
 
@@ -223,15 +230,21 @@ def leave_out_boxes_of_tests(of: PhotoSet, root: Path, folder: Path) -> None:
 
     A test image without a mask would else be measured on its box, and the others on their masks.
     """
-    path = root / BOXES
+    path, without = root / BOXES, folder / DATA / f"{of.name}-{BOXES}"
     if of.data != "folder" or not of.tests_have_masks or not path.exists():
+        without.unlink(missing_ok=True)
         return
     rows, columns = read_table(path)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row for row in rows if not row["file"].startswith("test/"))
-    write_text(folder / DATA / f"{of.name}-{BOXES}", text.getvalue())
+    writer.writerows(row for row in rows if _split_of(row["file"]) != "test")
+    write_text(without, text.getvalue())
+
+
+def _split_of(file: str) -> str:
+    """The first folder of a path in a table, as it is written on any system."""
+    return next(iter(PurePosixPath(file.replace("\\", "/")).parts), "").lower()
 
 
 # ---------------------------------------------------------------------------------------------------- curve
@@ -301,17 +314,22 @@ def choose(asked: Asked) -> dict[str, dict[str, float]]:
             chosen[of.name] = {m: curve.chosen_strength(p, baseline) for m, p in whole.items()}
     shared = {m: s for m, s in chosen.get(SHARED, {}).items() if m in OTHER_PEERS}
     for of in asked.sets:
-        chosen[of.name] = shared | chosen.get(of.name, {})
+        chosen[of.name] = chosen.get(of.name, {}) | shared
     write_text(path, json.dumps(chosen, indent=2) + "\n")
     return chosen
 
 
 def curve_points(asked: Asked, of: PhotoSet) -> dict[str, dict[float | None, curve.Point]]:
-    """What is measured of a set's curve: method -> strength -> point."""
+    """What is measured of a set's curve: method -> strength -> point.
+
+    Raises:
+        RunError: a point belongs to other options.
+    """
     points: dict[str, dict[float | None, curve.Point]] = {}
-    for method, strength in curve_configs(asked, of):
+    for (method, strength), config in curve_configs(asked, of).items():
         run = curve_run(asked.folder, of, method, strength)
         if curve.is_measured(run):
+            check_same(config, run)
             points.setdefault(method, {})[strength] = curve.read_point(run)
     return points
 
@@ -418,8 +436,8 @@ def evidence_photos(
         ValueError: a set that there is not.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    if unknown := [name for name in sets if name not in SETS]:
-        raise ValueError(f"sets must be some of {', '.join(SETS)}, got {', '.join(unknown)}")
+    if (unknown := [name for name in sets if name not in SETS]) or not sets:
+        raise ValueError(f"sets must be some of {', '.join(SETS)}, got {', '.join(unknown) or 'none'}")
     console = console or plain_console()
     chosen = tuple(of for name, of in SETS.items() if name in sets)
     found = find(root, chosen)
@@ -464,7 +482,7 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
 
 def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, float]], console: Console) -> dict:
     """Each set's report, and the summary of those of which there is something to compare; prints them."""
-    summary = {}
+    path, found_now = asked.folder / SUMMARY, {}
     for name, plan in plans.items():
         console.rule(name)
         folder = asked.folder / name
@@ -476,10 +494,12 @@ def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, 
         seeds = [{run["seed"] for run in found["runs"] if run["method"] == method} for method in (BASELINE, OURS)]
         if seeds[0] & seeds[1]:
             about = {key: found[key] for key in ("machine", "versions", "git_commit")}
-            summary[name] = shown(found, GOALS[name], PEERS) | about
+            found_now[name] = shown(found, GOALS[name], PEERS) | about
+    earlier = results.read_json(path) if path.exists() else {}  # sets that are not asked for now
+    summary = {name: (earlier | found_now)[name] for name in SETS if name in earlier | found_now}
     if not summary:
         return summary
-    write_text(asked.folder / SUMMARY, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
     text = markdown(summary, {name: of for name, of in strengths.items() if name in summary})
     write_text(asked.folder / TABLE, text)
     console.rule("together")

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import DataSets, stack
@@ -29,6 +31,7 @@ from ..training.runs import (
     Run,
     TrainingError,
     open_config_data,
+    open_run,
     write_text,
 )
 from ..training.train import train
@@ -99,13 +102,15 @@ def measured_point(config: TrainConfig, folder: Path) -> str:
     start = time.monotonic()
     data = open_held_out(config)
     try:
-        run = train(config, folder, console=Console(quiet=True), quiet=True, data=data)
+        train(config, folder, console=Console(quiet=True), quiet=True, data=data)
     except TrainingError as error:
         if isinstance(error, CheckpointError) or not (folder / CONFIG).exists():
             raise  # it has not begun
         _write(folder, {"accuracy": None, "why": str(error)})
         return f"its training failed, which counts as accuracy 0: {error}"
     trained = time.monotonic()
+    # The last weights: the best would be the best on these very images.
+    run = open_run(folder, best=False, trust=True)
     _write(folder, measured(run, data.validation[HELD_OUT]))
     return f"trained {clock(trained - start)}, measured {clock(time.monotonic() - trained)}"
 
@@ -114,7 +119,7 @@ def measured(run: Run, held: ImageFiles) -> dict:
     """Accuracy on all held-out images and, where objects are known, what POINT holds of the class-activation maps."""
     model = run.model.to(device(run.config))
     found = {"accuracy": measure.accuracy(model, DataLoader(held, BATCH)), "held_out": len(held)}
-    known = held.annotated.nonzero()[:, 0]
+    known = known_alike(held)
     if not len(known):
         return found
     rows = known[limited(held.labels[known].tolist(), IMAGES, seed=0)]
@@ -126,6 +131,12 @@ def measured(run: Run, held: ImageFiles) -> dict:
         key: {name: results.plain(values[key].nanmean().item()) for name, values in of_maps.items()} for key in MEASURES
     }
     return found | {"explained": len(rows)} | of_measures
+
+
+def known_alike(held: ImageFiles) -> Tensor:
+    """The rows whose object is known by a mask, or where there is none by boxes: what differs would not compare."""
+    masks = torch.tensor([sample.mask is not None for sample in held.samples], dtype=torch.bool)
+    return (held.annotated & masks if masks.any() else held.annotated).nonzero()[:, 0]
 
 
 def _write(folder: Path, content: dict) -> None:

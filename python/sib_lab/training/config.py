@@ -263,7 +263,8 @@ OPTIONS_OF = {"sib": ("sib", "centre-mask"), "sib-paper": ("sib-paper",)}
 
 
 def recipe(preset: str = "balanced", data: str = "digits", network: str = "small_cnn", **changes: Any) -> TrainConfig:
-    """The options of a preset for a data set and a network; ``changes`` replace any of them.
+    """The options of a preset for a data set and a network; ``changes`` replace any of them, of
+    ``loss_options`` each that they name.
 
     ``"balanced"``: AdamW, one-cycle learning rate (linear warm-up over 10 %, then a cosine to 0), batch 32, 14 epochs,
     S-IB's balanced preset: what the demo has. Beyond digits and small_cnn a first guess, not tuned.
@@ -285,6 +286,8 @@ def recipe(preset: str = "balanced", data: str = "digits", network: str = "small
     options = {"balanced": _balanced, "fine_tuning": _fine_tuning, "paper": _paper}[preset](data, network)
     if changes.get("method", options["method"]) not in OPTIONS_OF[options["method"]]:
         options.pop("loss_options", None)  # they belong to the preset's own method
+    if "loss_options" in changes:
+        changes["loss_options"] = options.get("loss_options", {}) | dict(changes["loss_options"])
     return TrainConfig(**(options | changes))
 
 

@@ -20,6 +20,7 @@ from . import runs
 from .config import TrainConfig
 from .files import options_as_yaml
 from .logs import Log, TensorBoard, WeightsAndBiases
+from .losses import preset_constants
 from .runs import RunError, step_times
 from .state import best_state_of, state_of
 
@@ -82,6 +83,7 @@ class Keeper:
             record["starts"] = runs.read_record(self.folder).get("starts", [])
         record["starts"].append({"step": trainer.step} | surroundings(self.fabric.device))
         record["weights_sha256"] = trainer.weights_sha256
+        record["constants"] = preset_constants(self.config)
         if self.config.wandb is not None:  # it may refuse: before the old run goes
             self.logs.append(WeightsAndBiases(self.config, self.folder, record["starts"][0]["time"]))
         if anew:

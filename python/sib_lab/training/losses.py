@@ -118,6 +118,12 @@ def make_criterion(
         raise ValueError(f"the method {config.method} cannot take the options {options}: {error}") from error
 
 
+def preset_constants(config: TrainConfig) -> dict[str, Any]:
+    """The constants behind the name of a method's preset, which another version may have otherwise; empty without."""
+    named = {"sib-paper": "paper", "sib": "balanced", "centre-mask": "balanced"}.get(config.method)
+    return dict(PRESETS[config.loss_options.get("preset", named)]) if named else {}
+
+
 def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None) -> TrainingLoss:
     of_step = {name: options.pop(name) for name in STEP_OPTIONS if name in options}
     if config.accumulate > 1:
@@ -346,7 +352,7 @@ class LocalisationLoss(TrainingLoss):
             return self._without_annotation(model, x, y, part)
         logits, maps = (self._gradcam if self.attribution == "gradcam" else self._input_x_gradient)(model, x, y)
         cross_entropy = self.smoothed(logits, y)
-        shows = maps.flatten(1).amax(1) > 0
+        shows = maps.flatten(1).amax(1) > least(maps)
         if normalises:
             maps = normalised(maps)
         if maps.shape[2:] != mask.shape[2:]:
@@ -390,13 +396,19 @@ def background_share(maps: Tensor, mask: Tensor) -> Tensor:
     """sum(map * (1 - M)) / sum(map) of maps [B,1,H,W] >= 0, per sample [B]; 0, without gradient, for a map of zeros."""
     total = maps.flatten(1).sum(1)
     outside = (maps * (1 - mask)).flatten(1).sum(1)
-    return torch.where(total > 0, outside / torch.where(total > 0, total, 1), 0)
+    there = total > least(maps)
+    return torch.where(there, outside / torch.where(there, total, 1), 0)
+
+
+def least(maps: Tensor) -> float:
+    """Maps that are nowhere above it count as zeros: one over its square is still a number, as gradients need."""
+    return torch.finfo(maps.dtype).tiny ** 0.5
 
 
 def normalised(maps: Tensor) -> Tensor:
     """Maps [B,1,H,W] >= 0, each divided by its maximum, which is not detached: in [0,1]; zeros stay zeros."""
     peak = maps.amax((1, 2, 3), keepdim=True)
-    return maps / torch.where(peak > 0, peak, 1)
+    return maps / torch.where(peak > least(maps), peak, 1)
 
 
 def mask_distance(maps: Tensor, mask: Tensor) -> Tensor:

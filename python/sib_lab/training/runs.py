@@ -140,6 +140,12 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def other_constants(folder: Path, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of its loss's preset that the run in a folder was begun with and that are others now: name -> value."""
+    was = read_record(folder).get("constants", constants) if (folder / CONFIG).is_file() else constants
+    return {name: was.get(name) for name in {**was, **constants} if was.get(name) != constants.get(name)}
+
+
 def is_finished(folder: Path) -> bool:
     """Whether the run in a folder is at its end.
 

@@ -14,6 +14,7 @@ from . import runs
 from .check import check
 from .config import TrainConfig
 from .keeper import Keeper
+from .losses import preset_constants
 from .processes import (
     by_torchrun,
     deferred_signals,
@@ -188,6 +189,7 @@ def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> 
         was = stood["config"].get("weights")
         what = "whose content it does not say" if content is None else "of other content"
         differing["weights"] = f"{was}, {what}" if config.weights and was else was
+    differing |= runs.other_constants(folder, preset_constants(config))
     if differing:
         options = ", ".join(f"{name} = {value}" for name, value in differing.items())
         raise CheckpointError(
