@@ -1,7 +1,7 @@
 """Draws photographs, or their objects' outlines alone, with maps of networks that ``sib-lab evidence-photos`` trained.
 
-    python benchmarks/photo_gallery.py runs/evidence-photos/pets3 --out docs/images/photographs.png
-    python benchmarks/photo_gallery.py runs/evidence-photos/{duts30,cub20} --outlines --out docs/images/outlines.png
+    python benchmarks/photo_gallery.py runs/evidence-photos/pets3 --out photographs.png
+    python benchmarks/photo_gallery.py runs/evidence-photos/{duts30,cub20,pets3} --images 4 --outlines --out maps.png
 
 ``--outlines`` is for sets whose licence does not allow to show a photograph elsewhere.
 """
@@ -26,7 +26,12 @@ def columns_of(folder: Path, methods: list[str], images: int) -> list[dict]:
     maps = {m: np.load(folder / RUNS / run_name(m, first) / MEASURED / MAPS) for m in methods}
     known = np.flatnonzero(stored["annotated"])[:images]
     return [
-        {"image": stored["images"][k], "mask": stored["masks"][k], "maps": {m: (maps[m], k) for m in methods}}
+        {
+            "set": folder.name,
+            "image": stored["images"][k],
+            "mask": stored["masks"][k],
+            "maps": {m: (maps[m], k) for m in methods},
+        }
         for k in known
     ]
 
@@ -37,7 +42,7 @@ def figure(columns: list[dict], methods: list[str], explanations: list[str], out
     height = len(rows) + (not outlines)
     chart = Figure(figsize=(1.25 * len(columns) + 1.6, 1.25 * height), facecolor="white")
     grid = chart.subplots(height, len(columns), squeeze=False)
-    chart.subplots_adjust(left=1.6 / chart.get_figwidth(), right=1, bottom=0, top=1, wspace=0.03, hspace=0.03)
+    chart.subplots_adjust(left=1.6 / chart.get_figwidth(), right=1, bottom=0, top=0.95, wspace=0.03, hspace=0.03)
     for place, of in enumerate(columns):
         lines = grid[:, place]
         photograph = pictures.pixels(of["image"])
@@ -53,6 +58,9 @@ def figure(columns: list[dict], methods: list[str], explanations: list[str], out
                 show_over(axes, photograph, values, of["mask"])
     for axes in grid.flat:
         pictures.bare(axes)
+    for place, of in enumerate(columns):
+        if place == 0 or of["set"] != columns[place - 1]["set"]:
+            grid[0, place].set_title(of["set"], loc="left")
     labels = [f"{METHODS[explanation]}\n{NAMES[method]}" for explanation, method in rows]
     for axes, label in zip(grid[:, 0], labels if outlines else ["Photograph", *labels], strict=True):
         axes.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
@@ -79,7 +87,7 @@ def main() -> None:
     methods, explanations = given.methods.split(","), given.explanations.split(",")
     columns = [column for folder in given.sets for column in columns_of(folder, methods, given.images)]
     with matplotlib.rc_context(pictures.STYLE):
-        pictures.save(figure(columns, methods, explanations, given.outlines), given.out, dpi=100)
+        pictures.save(figure(columns, methods, explanations, given.outlines), given.out, dpi=75)
 
 
 if __name__ == "__main__":
