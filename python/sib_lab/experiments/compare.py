@@ -167,11 +167,12 @@ def check_same(config: TrainConfig, folder: Path) -> None:
     was = config.differing(record["config"])
     if file_hash(config.weights) != record.get("weights_sha256"):
         was["weights"] = record["config"].get("weights")
-    was |= other_constants(folder, preset_constants(config))
+    if not was:  # of other options the constants are others, too
+        was = other_constants(folder, preset_constants(config))
     if other := ", ".join(f"{name} = {value}" for name, value in was.items() if name != "match"):
         raise RunError(
-            f"The run {folder} was begun with {other}: go on with the same options, take another --out, or remove the "
-            "run (compare: --fresh)."
+            f"The run {folder} was begun with {other}: compare with the same options, into another --out, or remove "
+            "the run (compare: --fresh)."
         )
 
 

@@ -189,7 +189,8 @@ def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> 
         was = stood["config"].get("weights")
         what = "whose content it does not say" if content is None else "of other content"
         differing["weights"] = f"{was}, {what}" if config.weights and was else was
-    differing |= runs.other_constants(folder, preset_constants(config))
+    if not differing:  # of other options the constants are others, too
+        differing = runs.other_constants(folder, preset_constants(config))
     if differing:
         options = ", ".join(f"{name} = {value}" for name, value in differing.items())
         raise CheckpointError(
