@@ -289,7 +289,7 @@ def test_a_training_without_a_finite_loss_is_a_point_without_accuracy(root, tmp_
     of = asked(root, tmp_path, "duts30", peers=False)
     config = photos.curve_configs(of, of.sets[0])["ce", None]
     monkeypatch.setattr("sib_lab.training.trainer.check_finite", lambda *_: failing(TrainingError("The loss is nan.")))
-    assert "counts as accuracy 0" in curve.measured_point(config, tmp_path / "run")
+    assert "below every accuracy" in curve.measured_point(config, tmp_path / "run")
     point = curve.read_point(tmp_path / "run")
     assert math.isnan(point.accuracy) and math.isnan(point.epg)
 

@@ -495,8 +495,8 @@ def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, 
         if seeds[0] & seeds[1]:
             about = {key: found[key] for key in ("machine", "versions", "git_commit")}
             found_now[name] = shown(found, GOALS[name], PEERS) | about
-    earlier = results.read_json(path) if path.exists() else {}  # sets that are not asked for now
-    summary = {name: (earlier | found_now)[name] for name in SETS if name in earlier | found_now}
+    known = (results.read_json(path) if path.exists() else {}) | found_now  # sets of earlier calls stay
+    summary = {name: known[name] for name in SETS if name in known}
     if not summary:
         return summary
     write_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")

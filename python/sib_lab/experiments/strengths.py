@@ -107,7 +107,7 @@ def measured_point(config: TrainConfig, folder: Path) -> str:
         if isinstance(error, CheckpointError) or not (folder / CONFIG).exists():
             raise  # it has not begun
         _write(folder, {"accuracy": None, "why": str(error)})
-        return f"its training failed, which counts as accuracy 0: {error}"
+        return f"its training failed, which is below every accuracy: {error}"
     trained = time.monotonic()
     # The last weights: the best would be the best on these very images.
     run = open_run(folder, best=False, trust=True)
