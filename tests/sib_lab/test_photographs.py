@@ -126,6 +126,25 @@ def test_the_command_goes_on_after_it_was_killed_and_does_nothing_twice(root, tm
     anew = json.loads((tmp_path / "evidence-photos.json").read_text())
     assert anew["duts30"]["numbers"] == summary["duts30"]["numbers"]
 
+    # What is measured is taken up without the weights, on another machine as well, and no file of it is written again.
+    for path in (*tmp_path.glob("*/runs/*/*.pt"), *tmp_path.glob("*/runs/*/measured/gallery.npz")):
+        path.unlink()
+    stored = {path: path.stat().st_mtime_ns for path in measured.glob("*")}
+    again, done = command()
+    assert again.exit_code == 0 and not done and stored
+    assert {path: path.stat().st_mtime_ns for path in measured.glob("*")} == stored
+    assert json.loads((tmp_path / "evidence-photos.json").read_text())["duts30"]["numbers"] == anew["duts30"]["numbers"]
+    monkeypatch.setattr("sib_lab.experiments.stored.DEFINITIONS", 0)
+    again, done = command()
+    assert again.exit_code == 1 and "6 of 6 trainings failed" in again.stderr and not done
+    monkeypatch.undo()
+    for name, value in PATCHED.items():
+        monkeypatch.setattr(photos, name, value)
+    for path in ("test/cup/0.png", "masks/test/cup/0.png"):
+        (tmp_path / "data" / "duts30" / path).unlink()
+    again, done = command()
+    assert again.exit_code == 1 and "is not what it was" in again.stderr and not done
+
     with locked(tmp_path):
         refused, _ = command()
     assert refused.exit_code == 1 and "Another process is at work" in refused.stderr

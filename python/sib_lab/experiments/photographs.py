@@ -16,7 +16,7 @@ measures on the tests.
 
 Each training is a task of its own, in as many processes as there are cores. Tasks are in such an order that whatever is
 done when time runs out is balanced: all sets of a method before the next method, all methods of a seed before the next
-seed. Each keeps its weights (some 80 MB).
+seed. Each keeps its weights (some 60 MB); what is measured is taken up without them, too.
 """
 
 import csv
@@ -43,7 +43,7 @@ from ..reporting import pictures, results
 from ..reporting.page import MAPS
 from ..reporting.results import MEASURED, RUNS, run_name
 from ..training.config import TrainConfig, recipe
-from ..training.runs import file_hash, is_finished, locked, write_text
+from ..training.runs import LAST, file_hash, is_finished, locked, write_text
 from ..training.train import check, check_unchanged
 from . import strengths as curve
 from .compare import begun, check_all, check_same, compare, trained, write_report
@@ -51,6 +51,7 @@ from .material import Material
 from .measurement import Measurement
 from .photo_gains import BASELINE, GOALS, OURS, curves_figure, markdown, shown
 from .plan import Plan
+from .stored import is_current
 from .strengths import clock
 from .tasks import Task, raise_failures, run_tasks
 
@@ -69,6 +70,7 @@ FEWER_STRENGTHS = (0.1, 0.3, 1.0, 3.0)  #: of the other peers
 CHOSEN, SUMMARY, TABLE, PICTURE = "strengths.json", "evidence-photos.json", "evidence-photos.md", "curves.png"
 DATA, CURVE, BOXES = "data", "curve", "boxes.csv"
 PRESET = "fine_tuning"  #: of the recipe and of S-IB's constants
+ALWAYS = len(explain.METHODS) + 1  #: parts of a measurement beside the accuracy of each test set
 SHARED = "duts30"  #: the set on which the other peers' strengths are chosen
 
 
@@ -365,16 +367,39 @@ def comparison_tasks(asked: Asked, plans: dict[str, Plan]) -> list[Task]:
 
 
 def is_done(plan: Plan, folder: Path, method: str, seed: int) -> bool:
-    """Whether a run is trained and has every part of its measurement; whether they fit it, :func:`compare` sees."""
+    """Whether a run is trained and has every part of its measurement; whether they fit it, :func:`compare` sees.
+
+    Without its weights it has all but the gallery's maps.
+    """
     run = folder / RUNS / run_name(method, seed)
-    parts = [f"{name}.json" for name in (*explain.METHODS, "training")] + [MAPS] * (seed == plan.seeds[0])
-    there = all((run / MEASURED / part).exists() for part in parts) and any((run / MEASURED).glob("accuracy-*.json"))
-    return there and is_finished(run)
+    parts = [*explain.METHODS, "training", *(path.stem for path in (run / MEASURED).glob("accuracy-*.json"))]
+    maps = seed != plan.seeds[0] or not has_weights(run) or (run / MEASURED / MAPS).exists()
+    is_measured = all(is_current(run / MEASURED / f"{part}.json") for part in parts) and len(parts) > ALWAYS
+    return is_measured and maps and is_finished(run)
 
 
-def all_done(plan: Plan, folder: Path) -> bool:
-    """Whether nothing of a comparison is left to train or measure."""
-    return all(is_done(plan, folder, method, seed) for seed in plan.seeds for method in plan.configs)
+def has_weights(run: Path) -> bool:
+    """Whether a run still has those that are measured: the last, as in the curve."""
+    return (run / LAST).exists()
+
+
+def can_be_compared(plan: Plan, folder: Path) -> bool:
+    """Whether nothing of a comparison is left to train or measure, and all weights are there."""
+    runs = [(method, seed) for seed in plan.seeds for method in plan.configs]
+    return all(is_done(plan, folder, *of) and has_weights(folder / RUNS / run_name(*of)) for of in runs)
+
+
+def check_done(plan: Plan, folder: Path, first: Material) -> None:
+    """Before anything is trained:
+
+    Raises:
+        CheckpointError: what is done was done with other data.
+    """
+    for seed in plan.seeds:
+        methods = [method for method in plan.configs if is_done(plan, folder, method, seed)]
+        material = first if seed == first.seed else Material(plan, seed)
+        for method in methods:
+            check_unchanged(folder / RUNS / run_name(method, seed), material.data.identity())
 
 
 def trained_and_measured(plan: Plan, method: str, seed: int, folder: Path) -> str:
@@ -463,7 +488,7 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
     for name, plan in plans.items():
         if left := [results.NAMES[m] for m in PEERS if asked.peers and m not in plan.configs]:
             console.print(f"{name}: without {', '.join(left)}, whose strength is not chosen yet.", markup=False)
-        begun(plan, asked.folder / name, False, console)
+        check_done(plan, asked.folder / name, begun(plan, asked.folder / name, False, console))
     more = comparison_tasks(asked, plans)
     if more:
         console.rule("comparison")
@@ -487,7 +512,8 @@ def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, 
         console.rule(name)
         folder = asked.folder / name
         try:
-            found = compare(plan, folder, console=console) if all_done(plan, folder) else write_report(folder, console)
+            whole = can_be_compared(plan, folder)
+            found = compare(plan, folder, console=console) if whole else write_report(folder, console)
         except results.ReportError:
             console.print("Nothing is measured yet.")
             continue

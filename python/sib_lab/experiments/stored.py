@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,14 @@ class Stored:
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         arrays = arrays | {"key": json.dumps(self.key(name))}
         write_whole(self.folder / name, lambda file: np.savez_compressed(file, **arrays))
+
+
+def is_current(path: Path) -> bool:
+    """Whether a file holds values of the measures as they are defined now; of which network, it does not say."""
+    try:
+        return json.loads(path.read_text())["key"]["definitions"] == DEFINITIONS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _digest(identity: Any) -> str:
