@@ -25,7 +25,7 @@ from sib_lab.experiments import photographs as photos
 from sib_lab.experiments import strengths as curve
 from sib_lab.experiments.tasks import Task, raise_failures, run_tasks
 from sib_lab.explaining.methods import CAMS, SIX
-from sib_lab.training.runs import RunError, TrainingError, locked, write_text
+from sib_lab.training.runs import DivergedError, RunError, TrainingError, locked, write_text
 from typer.testing import CliRunner
 
 PATCHED = {"STRENGTHS": (0.3,), "OTHER_PEERS": (), "PEERS": ("energy-loss",)}
@@ -307,10 +307,14 @@ def test_no_strengths_are_refused():
 def test_a_training_without_a_finite_loss_is_a_point_without_accuracy(root, tmp_path, monkeypatch):
     of = asked(root, tmp_path, "duts30", peers=False)
     config = photos.curve_configs(of, of.sets[0])["ce", None]
-    monkeypatch.setattr("sib_lab.training.trainer.check_finite", lambda *_: failing(TrainingError("The loss is nan.")))
+    monkeypatch.setattr("sib_lab.training.trainer.check_finite", lambda *_: failing(DivergedError("The loss is nan.")))
     assert "below every accuracy" in curve.measured_point(config, tmp_path / "run")
     point = curve.read_point(tmp_path / "run")
     assert math.isnan(point.accuracy) and math.isnan(point.epg)
+    monkeypatch.setattr(curve, "train", lambda *_, **__: failing(TrainingError("It cannot be.")))
+    with pytest.raises(TrainingError, match="cannot be"):  # which says nothing about the strength
+        curve.measured_point(config, tmp_path / "other")
+    assert not curve.is_measured(tmp_path / "other")
 
 
 # ------------------------------------------------------------------------------------------------ the summary

@@ -673,7 +673,7 @@ def test_a_damaged_checkpoint_is_said_in_one_sentence(stopped, data, damage):
         torch.save(state, path)
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"not a checkpoint", "empty": b""}[damage])
-    with pytest.raises(CheckpointError, match=r"start anew with --fresh or in another folder\.$") as error:
+    with pytest.raises(CheckpointError, match=r"remove this run .* with --out\.$") as error:
         run(SMALL, stopped, data)
     assert one_sentence(error) and str(path) in str(error.value)
 

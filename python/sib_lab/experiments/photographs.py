@@ -307,8 +307,7 @@ def choose(asked: Asked) -> dict[str, dict[str, float]]:
 
     A peer that is chosen on one set alone has that strength on all.
     """
-    path = asked.folder / CHOSEN
-    chosen: dict[str, dict[str, float]] = results.read_json(path) if path.exists() else {}
+    chosen = known_strengths(asked)
     for of in asked.sets:
         points = curve_points(asked, of)
         if baseline := points.pop(BASELINE, {}).get(None):
@@ -317,8 +316,14 @@ def choose(asked: Asked) -> dict[str, dict[str, float]]:
     shared = {m: s for m, s in chosen.get(SHARED, {}).items() if m in OTHER_PEERS}
     for of in asked.sets:
         chosen[of.name] = chosen.get(of.name, {}) | shared
-    write_text(path, json.dumps(chosen, indent=2) + "\n")
+    write_text(asked.folder / CHOSEN, json.dumps(chosen, indent=2) + "\n")
     return chosen
+
+
+def known_strengths(asked: Asked) -> dict[str, dict[str, float]]:
+    """What earlier calls chose."""
+    path = asked.folder / CHOSEN
+    return results.read_json(path) if path.exists() else {}
 
 
 def curve_points(asked: Asked, of: PhotoSet) -> dict[str, dict[float | None, curve.Point]]:
@@ -483,7 +488,7 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
         console.rule("curves")
     failures = run_tasks(tasks, jobs, console)
     draw_curves(asked)
-    strengths = choose(asked) if asked.peers else {}
+    strengths = choose(asked) if asked.peers else known_strengths(asked)
     plans = {of.name: plan_of(asked, of, strengths.get(of.name, {})) for of in asked.sets}
     for name, plan in plans.items():
         if left := [results.NAMES[m] for m in PEERS if asked.peers and m not in plan.configs]:

@@ -25,11 +25,9 @@ from ..reporting import results
 from ..training.config import TrainConfig
 from ..training.runs import (
     BEST,
-    CONFIG,
     LAST,
-    CheckpointError,
+    DivergedError,
     Run,
-    TrainingError,
     open_config_data,
     open_run,
     write_text,
@@ -103,9 +101,7 @@ def measured_point(config: TrainConfig, folder: Path) -> str:
     data = open_held_out(config)
     try:
         train(config, folder, console=Console(quiet=True), quiet=True, data=data)
-    except TrainingError as error:
-        if isinstance(error, CheckpointError) or not (folder / CONFIG).exists():
-            raise  # it has not begun
+    except DivergedError as error:
         _write(folder, {"accuracy": None, "why": str(error)})
         return f"its training failed, which is below every accuracy: {error}"
     trained = time.monotonic()

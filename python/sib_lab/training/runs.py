@@ -30,6 +30,9 @@ LOCK = ".lock"
 #: What every checkpoint holds at least.
 STATE = {"config": dict, "classes": list, "size": int, "epoch": int, "model": dict}
 
+#: What to do about a run that does not fit: not every command has --fresh.
+ANEW = "remove this run (train, compare: --fresh), or take another folder with --out"
+
 
 class RunError(Exception):
     """Something about a run that the user must decide; the message is one sentence."""
@@ -37,6 +40,10 @@ class RunError(Exception):
 
 class TrainingError(RunError):
     """A training that cannot start or go on; the message is one sentence."""
+
+
+class DivergedError(TrainingError):
+    """A training whose loss or gradient became infinite or NaN; the message is one sentence."""
 
 
 class CheckpointError(TrainingError):
@@ -170,10 +177,7 @@ def read_identity(folder: Path) -> dict[str, Any]:
     found = _json(path) if path.is_file() else None
     if not found:
         problem = "is damaged" if path.is_file() else "is not there"
-        raise RunError(
-            f"The run in {folder} does not say what data it was trained on ({DATA} {problem}): start anew with --fresh "
-            "or in another folder."
-        )
+        raise RunError(f"The run in {folder} does not say what data it was trained on ({DATA} {problem}): {ANEW}.")
     return found
 
 

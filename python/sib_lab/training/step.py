@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Item
 from .config import TrainConfig
 from .losses import Forward, TrainingLoss
-from .runs import TrainingError
+from .runs import DivergedError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -81,12 +81,12 @@ def agreed(
 def check_finite(values: Mapping[str, float], config: TrainConfig, where: str) -> None:
     """
     Raises:
-        TrainingError: the loss or its gradient is not finite; ``where`` names the step.
+        DivergedError: the loss or its gradient is not finite; ``where`` names the step.
     """
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[name]):
             lower = "a lower learning rate" if config.method == "ce" else "a lower learning rate or strength"
             precise = "" if config.precision == "32-true" else ", or precision 32-true"
-            raise TrainingError(
+            raise DivergedError(
                 f"The {name.replace('_', ' ')} is {values[name]} at {where}: train anew with {lower}{precise}."
             )

@@ -160,13 +160,12 @@ def _go_on(trainer: Trainer, folder: Path, stood: Mapping[str, Any]) -> None:
         if (was.mean, was.std) != (now.mean, now.std):
             raise CheckpointError(
                 f"The network of the run in {folder} was trained on images normalised with mean {was.mean} and std "
-                f"{was.std}, which would be {now.mean} and {now.std} now: start anew with --fresh or in another folder."
+                f"{was.std}, which would be {now.mean} and {now.std} now: {runs.ANEW}."
             )
         load(trainer, stood)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"The checkpoint {folder / runs.LAST} does not fit this training: "
-            "start anew with --fresh or in another folder."
+            f"The checkpoint {folder / runs.LAST} does not fit this training: {runs.ANEW}."
         ) from error
 
 
@@ -176,10 +175,7 @@ def _loaded(path: Path) -> dict[str, Any]:
         runs.history_of(state, path)
         return state
     except RunError as error:
-        raise CheckpointError(
-            f"The checkpoint {path} is damaged or not one of this program: "
-            "start anew with --fresh or in another folder."
-        ) from error
+        raise CheckpointError(f"The checkpoint {path} is damaged or not one of this program: {runs.ANEW}.") from error
 
 
 def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> None:
@@ -193,10 +189,7 @@ def _check_same(config: TrainConfig, stood: Mapping[str, Any], folder: Path) -> 
         differing = runs.other_constants(folder, preset_constants(config))
     if differing:
         options = ", ".join(f"{name} = {value}" for name, value in differing.items())
-        raise CheckpointError(
-            f"The run in {folder} was made with {options}: "
-            "go on with the same options, take another folder, or start anew with --fresh."
-        )
+        raise CheckpointError(f"The run in {folder} was made with {options}: go on with the same options, {runs.ANEW}.")
 
 
 def check_unchanged(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -206,8 +199,7 @@ def check_unchanged(folder: Path, identity: Mapping[str, Any]) -> None:
     """
     if what := changed(runs.read_identity(folder), identity):
         raise CheckpointError(
-            f"The data of the run in {folder} is not what it was ({what}): restore the data, start anew with --fresh, "
-            "or take another folder with --out."
+            f"The data of the run in {folder} is not what it was ({what}): restore the data, {runs.ANEW}."
         )
 
 
