@@ -160,9 +160,9 @@ def test_without_curves_there_is_the_comparison_alone(root, tmp_path, monkeypatc
         for name in (
             "Cross-entropy",
             "S-IB",
+            "Energy loss",
             "S-IB, no annotation",
             "S-IB, 10 % annotated",
-            "Energy loss",
             "S-IB, feature map alone",
         )
     ]
@@ -256,7 +256,7 @@ def test_tests_of_birds_are_measured_on_segmentations_alone(root, tmp_path):
 def test_cross_entropy_is_told_nothing_and_the_other_peers_are_chosen_on_one_set(root, tmp_path, monkeypatch):
     of = asked(root, tmp_path, "duts30", "waterbirds", peers=False)
     plan = photos.plan_of(of, of.sets[1], {})
-    assert list(plan.configs) == ["ce", "sib", "sib-none", "sib-features"] and not plan.best
+    assert list(plan.configs) == ["ce", "sib", "sib-alone", "sib-none", "sib-features"] and not plan.best
     assert {method: config.annotation for method, config in plan.configs.items()} == {
         method: "masks" if method == "ce" else "boxes" for method in plan.configs
     }
@@ -274,7 +274,7 @@ def test_all_sets_of_a_method_come_before_the_next_method_and_all_methods_before
     plans = {one.name: photos.plan_of(of, one, {}) for one in of.sets}
     names = [task.name for task in photos.comparison_tasks(of, plans)]
     assert names[:3] == ["duts30 Cross-entropy seed 0", "waterbirds Cross-entropy seed 0", "duts30 S-IB seed 0"]
-    assert [name[-1] for name in names] == ["0"] * 9 + ["1"] * 9
+    assert [name[-1] for name in names] == ["0"] * 10 + ["1"] * 10
     assert not any("waterbirds S-IB, 10 %" in name for name in names)
 
 
