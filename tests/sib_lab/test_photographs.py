@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 from sib_lab.data import DataError
 from sib_lab.experiments import photo_gains as gains
+from sib_lab.experiments import photo_sets
 from sib_lab.experiments import photographs as photos
 from sib_lab.experiments import strengths as curve
 from sib_lab.experiments.tasks import Task, raise_failures, run_tasks
@@ -62,10 +63,10 @@ def root(tmp_path_factory):
 
 
 def asked(root, folder, *names, peers=True):
-    sets = tuple(photos.SETS[name] for name in names)
-    roots = photos.unpacked(photos.find(root, sets), folder, Console(quiet=True))
+    sets = tuple(photo_sets.SETS[name] for name in names)
+    roots = photo_sets.unpacked(photo_sets.find(root, sets), folder, Console(quiet=True))
     for of in sets:
-        photos.leave_out_boxes_of_tests(of, roots[of.name], folder)
+        photo_sets.leave_out_boxes_of_tests(of, roots[of.name], folder)
     return photos.Asked(sets, roots, folder, photos.SCALES["small"], (0,), peers)
 
 
@@ -172,12 +173,12 @@ def test_what_is_missing_or_unknown_is_named(root, tmp_path):
     from sib_lab.cli.commands import app
 
     with pytest.raises(DataError, match=r"The set pets3 needs .*pets3.zip, or the folder"):
-        photos.find(root, [photos.SETS["pets3"]])
+        photo_sets.find(root, [photo_sets.SETS["pets3"]])
     told = CliRunner().invoke(app, ["evidence-photos", str(root), "--sets", "cub", "--out", str(tmp_path)])
     assert told.exit_code == 1 and told.stderr.startswith("Sets must be some of duts30, cub20, pets3, waterbirds")
     (tmp_path / "pets3.zip").write_bytes(b"no zip")
     with pytest.raises(DataError, match="damaged"):
-        photos.unpacked({"pets3": tmp_path / "pets3.zip"}, tmp_path / "out", Console(quiet=True))
+        photo_sets.unpacked({"pets3": tmp_path / "pets3.zip"}, tmp_path / "out", Console(quiet=True))
     assert not (tmp_path / "out" / "data" / "pets3").exists()
 
 
@@ -229,7 +230,7 @@ def test_another_archive_of_a_set_is_unpacked_anew(tmp_path):
         (tmp_path / name / "a.txt").write_text(name)
         shutil.make_archive(tmp_path / "pets3", "zip", tmp_path / name)
         for _ in range(2):
-            roots = photos.unpacked({"pets3": tmp_path / "pets3.zip"}, tmp_path / "out", Console(quiet=True))
+            roots = photo_sets.unpacked({"pets3": tmp_path / "pets3.zip"}, tmp_path / "out", Console(quiet=True))
         assert (roots["pets3"] / "a.txt").read_text() == name
 
 
@@ -237,11 +238,11 @@ def test_boxes_of_tests_are_left_out_however_their_paths_are_written(tmp_path):
     (tmp_path / "set").mkdir()
     rows = ["train/a/1.jpg", "./test/a/2.jpg", "Test/a/3.jpg", "test\\a\\4.jpg", "testing/a/5.jpg"]
     (tmp_path / "set" / "boxes.csv").write_text("file,x1,y1,x2,y2\n" + "".join(f"{row},0,0,9,9\n" for row in rows))
-    photos.leave_out_boxes_of_tests(photos.SETS["cub20"], tmp_path / "set", tmp_path)
+    photo_sets.leave_out_boxes_of_tests(photo_sets.SETS["cub20"], tmp_path / "set", tmp_path)
     written = tmp_path / "data" / "cub20-boxes.csv"
     assert [line.partition(",")[0] for line in written.read_text().splitlines()] == ["file", rows[0], rows[4]]
     (tmp_path / "set" / "boxes.csv").unlink()
-    photos.leave_out_boxes_of_tests(photos.SETS["cub20"], tmp_path / "set", tmp_path)
+    photo_sets.leave_out_boxes_of_tests(photo_sets.SETS["cub20"], tmp_path / "set", tmp_path)
     assert not written.exists()
 
 
