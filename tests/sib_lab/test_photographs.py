@@ -305,6 +305,14 @@ def test_no_strengths_are_refused():
         curve.chosen_strength({}, curve.Point(0.9))
 
 
+def test_what_a_strength_costs_is_counted_over_the_images_of_all_sets():
+    large = {0.3: curve.Point(0.80, images=300), 1.0: curve.Point(0.79, images=300), 3.0: curve.Point(0.7, images=300)}
+    small = {0.3: curve.Point(0.70, images=100), 1.0: curve.Point(0.60, images=100)}
+    costs = curve.pooled_costs([(large, curve.Point(0.80, images=300)), (small, curve.Point(0.62, images=100))])
+    assert costs == pytest.approx({0.3: 0.08 / 4, 1.0: (-0.01 * 3 - 0.02) / 4}) and curve.pooled_costs([]) == {}
+    assert curve.Point(0.5, images=100).error == pytest.approx(0.05) and math.isnan(curve.Point(0.5).error)
+
+
 def test_a_training_without_a_finite_loss_is_a_point_without_accuracy(root, tmp_path, monkeypatch):
     of = asked(root, tmp_path, "duts30", peers=False)
     config = photos.curve_configs(of, of.sets[0])["ce", None]
@@ -357,10 +365,11 @@ def test_gains_leads_and_costs_are_paired_and_have_goals():
         "cost": True,
         "ahead": True,
     }
-    text = gains.markdown({"duts30": found}, {"duts30": {"energy-loss": 0.3}})
+    text = gains.markdown({"duts30": found}, {"duts30": {"energy-loss": 0.3}}, {0.3: 0.002, 1.0: -0.0094})
     assert "| EPG, mean of the three CAMs | +0.300 ± 0.000; +0.12: reached |" in text
     assert "| no annotation: EPG, mean of the three CAMs | +0.050 ± 0.000; above 0: reached |" in text
     assert "| Energy loss, duts30 | +0.100 ± 0.000* |" in text and "| duts30 | 0.3 |" in text
+    assert "| S-IB's strength | 0.3 | 1 |" in text and "| +0.002 | −0.009 |" in text
     assert json.dumps(found, allow_nan=False)
 
 
@@ -384,7 +393,7 @@ def test_of_one_training_the_mean_decides_and_is_said_to():
     assert found["gains"]["sib"]["epg"]["half_width"] is None and found["reached"]["sib"]["epg"]
     assert found["reached"]["ahead"] and json.dumps(found, allow_nan=False)
     assert "Of one training each, without an interval, and reached by the mean: pets3." in gains.markdown(
-        {"pets3": found}, {}
+        {"pets3": found}, {}, {}
     )
 
 
@@ -395,7 +404,7 @@ def test_a_set_without_peers_or_step_times_leaves_their_goals_open():
     found = gains.shown(results, gains.GOALS["cub20"], ["energy-loss"])
     assert found["cost"] is None and found["ahead"] is None
     assert found["reached"]["cost"] is None and found["reached"]["ahead"] is None
-    assert gains.markdown({"cub20": found}, {})
+    assert gains.markdown({"cub20": found}, {}, {})
 
 
 # -------------------------------------------------------------------------------------------------- the tasks

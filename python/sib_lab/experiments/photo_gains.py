@@ -162,9 +162,11 @@ def _cost(found: dict) -> float | None:
 # --------------------------------------------------------------------------------------------------- people
 
 
-def markdown(summary: dict[str, dict], strengths: Mapping[str, Mapping[str, float]]) -> str:
-    """The summary for people: a line a goal and a column a set, then the leads over the peers, empty maps, and the
-    strengths that were chosen."""
+def markdown(
+    summary: dict[str, dict], strengths: Mapping[str, Mapping[str, float]], costs: Mapping[float, float]
+) -> str:
+    """The summary for people: a line a goal and a column a set, then the leads over the peers, empty maps, the
+    strengths that were chosen, set -> peer -> strength, and what S-IB's strengths cost in accuracy."""
     six = [explain.METHODS[m] for m in explain.SIX]
     rows = [
         [f"{name}: {of_measure}" if method != OURS else of_measure, *cells]
@@ -194,6 +196,10 @@ def markdown(summary: dict[str, dict], strengths: Mapping[str, Mapping[str, floa
         peers = dict.fromkeys(peer for of in strengths.values() for peer in of)
         rows = [[name, *(f"{of[peer]:g}" if peer in of else "" for peer in peers)] for name, of in strengths.items()]
         lines += ["", *table(["strength chosen on held-out images", *(results.NAMES[peer] for peer in peers)], rows)]
+    if costs:
+        row = [f"{cost:+.3f}".replace("-", results.MINUS) for cost in costs.values()]
+        head = ["S-IB's strength", *(f"{strength:g}" for strength in costs)]
+        lines += ["", *table(head, [["accuracy over cross-entropy, held-out images of i.i.d. sets", *row]])]
     return "\n".join([*lines, "", *_notes(summary), ""])
 
 
@@ -234,7 +240,7 @@ def _ahead_cell(of: dict) -> str:
 
 def curves_figure(points: Mapping[str, Mapping[str, Mapping[float | None, Point]]]) -> Figure:
     """Accuracy on held-out images against EPG and against IoU, a column a set: lines of S-IB and the energy loss over
-    their strengths, cross-entropy as a cross, other methods as small points.
+    their strengths, cross-entropy as a cross with its standard error, other methods as small points.
 
     Args:
         points: set -> method -> strength (cross-entropy: None) -> point.
@@ -264,6 +270,7 @@ def _draw(axes, method: str, of: Mapping[float | None, Point], measure: str, col
     name = results.NAMES[method]
     if method == BASELINE:
         axes.plot(x, y, "x", color=pictures.INK, markersize=9, markeredgewidth=2, label=name)
+        axes.errorbar(x, y, [of[None].error] * len(x), color=pictures.FAINT, capsize=3, linestyle="none", zorder=1)
     elif method in (OURS, "energy-loss"):
         axes.plot(x, y, "o-", color=colour, markersize=5, linewidth=1.2, label=name)
         for strength, *place in at:

@@ -28,6 +28,7 @@ class PhotoSet:
     data: str = "folder"  #: a key of :data:`sib_lab.data.SETS`
     annotation: str = "masks"  #: what the losses see of the objects
     tests_have_masks: bool = True  #: its tests are measured on masks alone; boxes of test images are left out
+    is_shifted: bool = False  #: its tests are not of the kind that it is trained on
     variants: tuple[str, ...] = ("sib-none", "sib-few", "sib-features")
 
 
@@ -44,6 +45,7 @@ SETS = {
             data="waterbirds",
             annotation="boxes",
             tests_have_masks=False,
+            is_shifted=True,
             variants=("sib-none", "sib-alone", "sib-features"),
         ),
     )

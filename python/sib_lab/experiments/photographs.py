@@ -227,6 +227,13 @@ def curve_points(asked: Asked, of: PhotoSet) -> dict[str, dict[float | None, cur
     return points
 
 
+def costs_of_strength(asked: Asked) -> dict[float, float]:
+    """What S-IB's strengths cost in accuracy, over the held-out images of all sets that are not shifted and whose
+    curves are there; empty where there are none."""
+    points = [curve_points(asked, of) for of in asked.sets if not of.is_shifted]
+    return curve.pooled_costs([(of[OURS], of[BASELINE][None]) for of in points if OURS in of and BASELINE in of])
+
+
 # ----------------------------------------------------------------------------------------------- comparison
 
 
@@ -417,7 +424,8 @@ def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, 
     if not summary:
         return summary
     write_text(path, json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    text = markdown(summary, {name: of for name, of in strengths.items() if name in summary})
+    chosen = {name: of for name, of in strengths.items() if name in summary}
+    text = markdown(summary, chosen, costs_of_strength(asked))
     write_text(asked.folder / TABLE, text)
     console.rule("together")
     console.print(text, markup=False)

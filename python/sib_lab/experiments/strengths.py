@@ -7,7 +7,7 @@ removed then.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,12 @@ class Point:
     epg: float = math.nan  #: in [0,1], as the others the mean of the three class-activation maps
     iou: float = math.nan
     empty: float = math.nan  #: share of the maps
+    images: int = 0  #: of the accuracy
+
+    @property
+    def error(self) -> float:
+        """Standard error of the accuracy, of its images alone; NaN where their number is not known."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.images) if self.images else math.nan
 
 
 def held_out(data: DataSets) -> DataSets:
@@ -154,7 +160,7 @@ def read_point(folder: Path) -> Point:
     with results.reading(folder / POINT):
         content = results.read_json(folder / POINT)
         means = {key: results.tensor(list(content[key].values())).mean().item() for key in MEASURES if key in content}
-        return Point(results.tensor([content["accuracy"]]).item(), **means)
+        return Point(results.tensor([content["accuracy"]]).item(), **means, images=content.get("held_out", 0))
 
 
 def chosen_strength(points: Mapping[float, Point], baseline: Point) -> float:
@@ -173,6 +179,20 @@ def chosen_strength(points: Mapping[float, Point], baseline: Point) -> float:
     if near:
         return max(near, key=lambda strength: _or_least(points[strength].epg))
     return max(strengths, key=lambda strength: _or_least(points[strength].accuracy))
+
+
+def pooled_costs(curves: Sequence[tuple[Mapping[float, Point], Point]]) -> dict[float, float]:
+    """Of the strengths that all sets have, the accuracy of all held-out images together less cross-entropy's.
+
+    Args:
+        curves: of each set, strength -> point, and cross-entropy's.
+    """
+    shared = set.intersection(*(set(points) for points, _ in curves)) if curves else set()
+    images = sum(baseline.images for _, baseline in curves)
+    return {
+        strength: sum((points[strength].accuracy - of.accuracy) * of.images for points, of in curves) / images
+        for strength in sorted(shared)
+    }
 
 
 def _or_least(value: float) -> float:
