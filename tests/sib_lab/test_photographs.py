@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from sib_lab.experiments import photographs as photos
 from sib_lab.experiments import strengths as curve
 from sib_lab.experiments.tasks import Task, raise_failures, run_tasks
 from sib_lab.explaining.methods import CAMS, SIX
+from sib_lab.training.losses import preset_constants
 from sib_lab.training.runs import DivergedError, RunError, TrainingError, locked, write_text
 from typer.testing import CliRunner
 
@@ -135,9 +136,11 @@ def test_the_command_goes_on_after_it_was_killed_and_does_nothing_twice(root, tm
     assert again.exit_code == 0 and not done and stored
     assert {path: path.stat().st_mtime_ns for path in measured.glob("*")} == stored
     assert json.loads((tmp_path / "evidence-photos.json").read_text())["duts30"]["numbers"] == anew["duts30"]["numbers"]
+    before = (tmp_path / "evidence-photos.json").read_bytes()
     monkeypatch.setattr("sib_lab.experiments.stored.DEFINITIONS", 0)
     again, done = command()
-    assert again.exit_code == 1 and "6 of 6 trainings failed" in again.stderr and not done
+    assert again.exit_code == 1 and "has no weights any more" in again.stderr and not done
+    assert (tmp_path / "evidence-photos.json").read_bytes() == before
     monkeypatch.undo()
     for name, value in PATCHED.items():
         monkeypatch.setattr(photos, name, value)
@@ -167,6 +170,30 @@ def test_without_curves_there_is_the_comparison_alone(root, tmp_path, monkeypatc
             "S-IB, feature map alone",
         )
     ]
+
+
+def test_runs_of_a_set_with_boxes_may_be_moved(root, tmp_path):
+    of = asked(root, tmp_path / "one", "cub20", peers=False)
+    config = photos.curve_configs(of, of.sets[0])["sib", 1.0]
+    moved = asked(root, tmp_path / "two", "cub20", peers=False)
+    other = photos.curve_configs(moved, moved.sets[0])["sib", 1.0]
+    assert config.data_options != other.data_options and not other.differing(asdict(config))
+    assert replace(other, data_options={"x": 1}).differing(asdict(config)).keys() == {"data_options"}
+
+
+def test_what_strengths_cost_is_asked_of_sets_without_a_shift(root, tmp_path):
+    of = asked(root, tmp_path, "duts30", "waterbirds", peers=False)
+    assert photos.costs_of_strength(of) == ([], {})
+    for one, right in zip(of.sets, (0.9, 0.1), strict=True):
+        for (method, strength), config in photos.curve_configs(of, one).items():
+            run = photos.curve_run(tmp_path, one, method, strength)
+            write_text(
+                run / "config.json", json.dumps({"config": asdict(config), "constants": preset_constants(config)})
+            )
+            accuracy = right - (0.1 if strength == 3 else 0)
+            write_text(run / "point.json", json.dumps({"accuracy": accuracy, "held_out": 50}))
+    sets, costs = photos.costs_of_strength(of)
+    assert sets == ["duts30"] and costs == pytest.approx({0.03: 0, 0.1: 0, 0.3: 0, 1.0: 0, 3.0: -0.1})
 
 
 def test_what_is_missing_or_unknown_is_named(root, tmp_path):
@@ -322,8 +349,7 @@ def test_a_training_without_a_finite_loss_is_a_point_without_accuracy(root, tmp_
     assert math.isnan(point.accuracy) and math.isnan(point.epg)
     monkeypatch.setattr(curve, "train", lambda *_, **__: failing(TrainingError("It cannot be.")))
     with pytest.raises(TrainingError, match="cannot be"):  # which says nothing about the strength
-        curve.measured_point(config, tmp_path / "other")
-    assert not curve.is_measured(tmp_path / "other")
+        curve.measured_point(config, tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ the summary
@@ -365,11 +391,13 @@ def test_gains_leads_and_costs_are_paired_and_have_goals():
         "cost": True,
         "ahead": True,
     }
-    text = gains.markdown({"duts30": found}, {"duts30": {"energy-loss": 0.3}}, {0.3: 0.002, 1.0: -0.0094})
+    costs = (["duts30"], {0.3: 0.002, 1.0: -0.0094, 3.0: math.nan})
+    text = gains.markdown({"duts30": found}, {"duts30": {"energy-loss": 0.3}}, costs)
     assert "| EPG, mean of the three CAMs | +0.300 ± 0.000; +0.12: reached |" in text
     assert "| no annotation: EPG, mean of the three CAMs | +0.050 ± 0.000; above 0: reached |" in text
     assert "| Energy loss, duts30 | +0.100 ± 0.000* |" in text and "| duts30 | 0.3 |" in text
-    assert "| S-IB's strength | 0.3 | 1 |" in text and "| +0.002 | −0.009 |" in text
+    assert "| S-IB's strength | 0.3 | 1 | 3 |" in text
+    assert "held-out images of duts30 | +0.002 | \N{MINUS SIGN}0.009 | diverged |" in text
     assert json.dumps(found, allow_nan=False)
 
 
@@ -393,7 +421,7 @@ def test_of_one_training_the_mean_decides_and_is_said_to():
     assert found["gains"]["sib"]["epg"]["half_width"] is None and found["reached"]["sib"]["epg"]
     assert found["reached"]["ahead"] and json.dumps(found, allow_nan=False)
     assert "Of one training each, without an interval, and reached by the mean: pets3." in gains.markdown(
-        {"pets3": found}, {}, {}
+        {"pets3": found}, {}, ([], {})
     )
 
 
@@ -404,7 +432,7 @@ def test_a_set_without_peers_or_step_times_leaves_their_goals_open():
     found = gains.shown(results, gains.GOALS["cub20"], ["energy-loss"])
     assert found["cost"] is None and found["ahead"] is None
     assert found["reached"]["cost"] is None and found["reached"]["ahead"] is None
-    assert gains.markdown({"cub20": found}, {}, {})
+    assert gains.markdown({"cub20": found}, {}, ([], {}))
 
 
 # -------------------------------------------------------------------------------------------------- the tasks

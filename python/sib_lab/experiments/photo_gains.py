@@ -163,10 +163,12 @@ def _cost(found: dict) -> float | None:
 
 
 def markdown(
-    summary: dict[str, dict], strengths: Mapping[str, Mapping[str, float]], costs: Mapping[float, float]
+    summary: dict[str, dict],
+    strengths: Mapping[str, Mapping[str, float]],
+    costs: tuple[Sequence[str], Mapping[float, float]],
 ) -> str:
     """The summary for people: a line a goal and a column a set, then the leads over the peers, empty maps, the
-    strengths that were chosen, set -> peer -> strength, and what S-IB's strengths cost in accuracy."""
+    strengths that were chosen, set -> peer -> strength, and what S-IB's strengths cost in accuracy on which sets."""
     six = [explain.METHODS[m] for m in explain.SIX]
     rows = [
         [f"{name}: {of_measure}" if method != OURS else of_measure, *cells]
@@ -196,11 +198,16 @@ def markdown(
         peers = dict.fromkeys(peer for of in strengths.values() for peer in of)
         rows = [[name, *(f"{of[peer]:g}" if peer in of else "" for peer in peers)] for name, of in strengths.items()]
         lines += ["", *table(["strength chosen on held-out images", *(results.NAMES[peer] for peer in peers)], rows)]
-    if costs:
-        row = [f"{cost:+.3f}".replace("-", results.MINUS) for cost in costs.values()]
-        head = ["S-IB's strength", *(f"{strength:g}" for strength in costs)]
-        lines += ["", *table(head, [["accuracy over cross-entropy, held-out images of i.i.d. sets", *row]])]
+    sets, of_strengths = costs
+    if of_strengths:
+        row = [_cost_of(cost) for cost in of_strengths.values()]
+        head = ["S-IB's strength", *(f"{strength:g}" for strength in of_strengths)]
+        lines += ["", *table(head, [[f"accuracy over cross-entropy, held-out images of {', '.join(sets)}", *row]])]
     return "\n".join([*lines, "", *_notes(summary), ""])
+
+
+def _cost_of(difference: float) -> str:
+    return f"{difference:+.3f}".replace("-", results.MINUS) if math.isfinite(difference) else "diverged"
 
 
 def _notes(summary: dict[str, dict]) -> list[str]:

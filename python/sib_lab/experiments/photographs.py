@@ -36,7 +36,7 @@ from ..reporting import pictures, results
 from ..reporting.page import MAPS
 from ..reporting.results import MEASURED, RUNS, run_name
 from ..training.config import TrainConfig, recipe
-from ..training.runs import LAST, is_finished, locked, write_text
+from ..training.runs import LAST, RunError, is_finished, locked, write_text
 from ..training.train import check, check_unchanged
 from . import strengths as curve
 from .compare import begun, check_all, check_same, compare, trained, write_report
@@ -227,11 +227,12 @@ def curve_points(asked: Asked, of: PhotoSet) -> dict[str, dict[float | None, cur
     return points
 
 
-def costs_of_strength(asked: Asked) -> dict[float, float]:
+def costs_of_strength(asked: Asked) -> tuple[list[str], dict[float, float]]:
     """What S-IB's strengths cost in accuracy, over the held-out images of all sets that are not shifted and whose
-    curves are there; empty where there are none."""
-    points = [curve_points(asked, of) for of in asked.sets if not of.is_shifted]
-    return curve.pooled_costs([(of[OURS], of[BASELINE][None]) for of in points if OURS in of and BASELINE in of])
+    curves are there; the sets, and strength -> accuracy over cross-entropy's."""
+    points = {of.name: curve_points(asked, of) for of in asked.sets if not of.is_shifted}
+    known = {name: of for name, of in points.items() if OURS in of and BASELINE in of and of[BASELINE][None].images}
+    return list(known), curve.pooled_costs([(of[OURS], of[BASELINE][None]) for of in known.values()])
 
 
 # ----------------------------------------------------------------------------------------------- comparison
@@ -265,14 +266,12 @@ def comparison_tasks(asked: Asked, plans: dict[str, Plan]) -> list[Task]:
 
 
 def is_done(plan: Plan, folder: Path, method: str, seed: int) -> bool:
-    """Whether a run is trained and has every part of its measurement; whether they fit it, :func:`compare` sees.
-
-    Without its weights it has all but the gallery's maps.
-    """
+    """Whether a run is trained and has every part of its measurement, as they are defined and asked for now; without
+    its weights all but the gallery's maps. Whether they are those of its weights, :func:`compare` sees."""
     run = folder / RUNS / run_name(method, seed)
     parts = [*explain.METHODS, "training", *(path.stem for path in (run / MEASURED).glob("accuracy-*.json"))]
     maps = seed != plan.seeds[0] or not has_weights(run) or (run / MEASURED / MAPS).exists()
-    is_measured = all(is_current(run / MEASURED / f"{part}.json") for part in parts) and len(parts) > ALWAYS
+    is_measured = all(is_current(run / MEASURED / f"{part}.json", plan) for part in parts) and len(parts) > ALWAYS
     return is_measured and maps and is_finished(run)
 
 
@@ -287,17 +286,24 @@ def can_be_compared(plan: Plan, folder: Path) -> bool:
     return all(is_done(plan, folder, *of) and has_weights(folder / RUNS / run_name(*of)) for of in runs)
 
 
-def check_done(plan: Plan, folder: Path, first: Material) -> None:
-    """Before anything is trained:
+def check_done(plan: Plan, folder: Path) -> None:
+    """Before anything is trained or written:
 
     Raises:
         CheckpointError: what is done was done with other data.
+        RunError: a finished run has neither its weights nor all of its measurement.
     """
     for seed in plan.seeds:
-        methods = [method for method in plan.configs if is_done(plan, folder, method, seed)]
-        material = first if seed == first.seed else Material(plan, seed)
-        for method in methods:
-            check_unchanged(folder / RUNS / run_name(method, seed), material.data.identity())
+        material = Material(plan, seed)  # which opens nothing that is not asked for
+        for method in plan.configs:
+            run = folder / RUNS / run_name(method, seed)
+            if is_done(plan, folder, method, seed):
+                check_unchanged(run, material.data.identity())
+            elif is_finished(run) and not has_weights(run):
+                raise RunError(
+                    f"The run {run} has no weights any more, and its measurement is not whole or not of this version: "
+                    "remove it to train it again."
+                )
 
 
 def trained_and_measured(plan: Plan, method: str, seed: int, folder: Path) -> str:
@@ -377,6 +383,7 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
     if tasks:  # what cannot be compared is not trained for
         for of in asked.sets:
             plan = plan_of(asked, of, {})
+            check_done(plan, asked.folder / of.name)
             check_all(plan, Material(plan, asked.seeds[0]), asked.folder / of.name, fresh=False)
         console.rule("curves")
     failures = run_tasks(tasks, jobs, console)
@@ -386,7 +393,8 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
     for name, plan in plans.items():
         if left := [results.NAMES[m] for m in PEERS if asked.peers and m not in plan.configs]:
             console.print(f"{name}: without {', '.join(left)}, whose strength is not chosen yet.", markup=False)
-        check_done(plan, asked.folder / name, begun(plan, asked.folder / name, False, console))
+        check_done(plan, asked.folder / name)
+        begun(plan, asked.folder / name, False, console)
     more = comparison_tasks(asked, plans)
     if more:
         console.rule("comparison")

@@ -63,10 +63,12 @@ class Stored:
         write_whole(self.folder / name, lambda file: np.savez_compressed(file, **arrays))
 
 
-def is_current(path: Path) -> bool:
-    """Whether a file holds values of the measures as they are defined now; of which network, it does not say."""
+def is_current(path: Path, plan: Plan) -> bool:
+    """Whether a file holds values as they are defined and asked for now; of which network and data, it does not say."""
+    now = {"definitions": DEFINITIONS, "images": plan.images, "layer": plan.layer}
     try:
-        return json.loads(path.read_text())["key"]["definitions"] == DEFINITIONS
+        key = json.loads(path.read_text())["key"]
+        return "definitions" in key and all(key[name] == now[name] for name in now.keys() & key.keys())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -143,7 +143,7 @@ def known_alike(held: ImageFiles) -> Tensor:
 
 def _write(folder: Path, content: dict) -> None:
     write_text(folder / POINT, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    for name in (LAST, BEST):  # some 80 MB a run that nobody opens again
+    for name in (LAST, BEST):  # some 60 MB a run that nobody opens again
         (folder / name).unlink(missing_ok=True)
 
 
@@ -185,7 +185,10 @@ def pooled_costs(curves: Sequence[tuple[Mapping[float, Point], Point]]) -> dict[
     """Of the strengths that all sets have, the accuracy of all held-out images together less cross-entropy's.
 
     Args:
-        curves: of each set, strength -> point, and cross-entropy's.
+        curves: of each set, strength -> point, and cross-entropy's, which is finite.
+
+    Returns:
+        strength -> difference, NaN where a training diverged; empty without curves.
     """
     shared = set.intersection(*(set(points) for points, _ in curves)) if curves else set()
     images = sum(baseline.images for _, baseline in curves)

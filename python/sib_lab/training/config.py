@@ -185,14 +185,12 @@ class TrainConfig:
     def differing(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The options that decide numbers and that ``saved`` (a config as a dict) has otherwise, with its values.
 
-        What ``saved`` lacks was no option yet when it was saved: its default.
+        What ``saved`` lacks was no option yet when it was saved: its default. Where a table of boxes lies decides
+        nothing: the data's identity has what it says.
         """
         was = asdict(TrainConfig()) | dict(saved)
-        return {
-            f.name: was[f.name]
-            for f in fields(self)
-            if not f.metadata.get("of_the_machine") and _plain(was[f.name]) != _plain(getattr(self, f.name))
-        }
+        decide = [f.name for f in fields(self) if not f.metadata.get("of_the_machine")]
+        return {name: was[name] for name in decide if _deciding(was[name]) != _deciding(getattr(self, name))}
 
 
 @cache
@@ -233,6 +231,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def _deciding(value: Any) -> Any:
+    """What of an option's value decides numbers."""
+    value = _plain(value)
+    return {key: item for key, item in value.items() if key != "boxes"} if isinstance(value, dict) else value
 
 
 # ----------------------------------------------------------------------------------------------- recipes
