@@ -172,7 +172,9 @@ def other(data):
 def test_other_data_is_refused_when_a_run_goes_on_and_when_it_is_taken(data, other, finished, tmp_path, monkeypatch):
     stopped_at(5, SMALL, tmp_path / "run", data, monkeypatch)
     for folder in (tmp_path / "run", finished):
-        with pytest.raises(CheckpointError, match=r"is not what it was \(.+\): restore the data, start anew") as error:
+        with pytest.raises(
+            CheckpointError, match=r"is not what it was \(.+\): restore the data, remove this run"
+        ) as error:
             run(SMALL, folder, other)
         assert one_sentence(error) and str(folder) in str(error.value)
     assert run(SMALL, tmp_path / "run", data).finished
