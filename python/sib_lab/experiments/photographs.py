@@ -266,8 +266,8 @@ def comparison_tasks(asked: Asked, plans: dict[str, Plan]) -> list[Task]:
 
 
 def is_done(plan: Plan, folder: Path, method: str, seed: int) -> bool:
-    """Whether a run is trained and has every part of its measurement, as they are defined and asked for now; without
-    its weights all but the gallery's maps. Whether they are those of its weights, :func:`compare` sees."""
+    """Whether a run is trained and has every part of its measurement, by today's definitions and ``plan``; without its
+    weights all but the gallery's maps. Whether they are those of its weights, :func:`compare` sees."""
     run = folder / RUNS / run_name(method, seed)
     parts = [*explain.METHODS, "training", *(path.stem for path in (run / MEASURED).glob("accuracy-*.json"))]
     maps = seed != plan.seeds[0] or not has_weights(run) or (run / MEASURED / MAPS).exists()

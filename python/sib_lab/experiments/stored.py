@@ -64,7 +64,7 @@ class Stored:
 
 
 def is_current(path: Path, plan: Plan) -> bool:
-    """Whether a file holds values as they are defined and asked for now; of which network and data, it does not say."""
+    """Whether a file holds values by today's definitions and ``plan``; of which network and data, it does not say."""
     now = {"definitions": DEFINITIONS, "images": plan.images, "layer": plan.layer}
     try:
         key = json.loads(path.read_text())["key"]
