@@ -435,6 +435,20 @@ def test_a_set_without_peers_or_step_times_leaves_their_goals_open():
     assert gains.markdown({"cub20": found}, {}, ([], {}))
 
 
+def test_step_times_of_two_machines_are_not_compared():
+    results = made_up(**METHODS)
+    for run in results["runs"]:
+        starts = [{"system": "Linux", "device": "a processor", "threads": 1}]
+        if (run["method"], run["seed"]) == ("sib", 0):
+            run["mean_seconds_per_step"], starts = 99.0, [*starts, {**starts[0], "device": "another processor"}]
+        run["record"] = {"starts": starts}
+    assert gains.shown(results, gains.GOALS["duts30"], [])["cost"] == pytest.approx(1.2)  # of seeds 1 and 2
+    for run in results["runs"]:
+        run["record"] = {"starts": [{"system": run["method"], "device": "a processor", "threads": 1}]}
+    found = gains.shown(results, gains.GOALS["duts30"], [])
+    assert found["cost"] is None and found["reached"]["cost"] is None
+
+
 # -------------------------------------------------------------------------------------------------- the tasks
 
 

@@ -146,17 +146,22 @@ def _clearly_above(value: Difference, single: bool) -> bool:
 
 def _cost(found: dict) -> float | None:
     """How many times cross-entropy's time an S-IB step takes, with what only every few steps do: the mean over seeds of
-    the ratio of mean times; None: not known."""
-    times = {
-        method: {run["seed"]: run.get("mean_seconds_per_step") for run in found["runs"] if run["method"] == method}
-        for method in (OURS, BASELINE)
-    }
-    ratios = [
-        seconds / times[BASELINE][seed]
-        for seed, seconds in times[OURS].items()
-        if seconds and times[BASELINE].get(seed)
-    ]
+    the ratio of mean times; None: not known. A seed whose two runs were not timed on one machine does not count."""
+    runs = {(run["method"], run["seed"]): run for run in found["runs"]}
+    ratios = []
+    for (method, seed), run in runs.items():
+        baseline = runs.get((BASELINE, seed))
+        if method != OURS or baseline is None or len(_machines(run) | _machines(baseline)) > 1:
+            continue
+        if (seconds := run.get("mean_seconds_per_step")) and (plain := baseline.get("mean_seconds_per_step")):
+            ratios.append(seconds / plain)
     return sum(ratios) / len(ratios) if ratios else None
+
+
+def _machines(run: dict) -> set[tuple]:
+    """Where a run was trained, from its start and after each stop; without what old records do not have."""
+    starts = run.get("record", {}).get("starts", [])
+    return {tuple(start.get(key) for key in ("system", "device", "threads")) for start in starts}
 
 
 # --------------------------------------------------------------------------------------------------- people

@@ -15,7 +15,7 @@ from ..reporting import results
 from ..reporting.page import IMAGES
 from ..reporting.results import COMPARISON
 from ..training.config import METHODS, TrainConfig
-from ..training.keeper import surroundings
+from ..training.keeper import processor, surroundings
 from ..training.making import NEED_MASKS
 from ..training.runs import (
     write_text,
@@ -98,14 +98,3 @@ def machine() -> dict:
     if torch.cuda.is_available():
         found["GPU"] = torch.cuda.get_device_name()
     return found
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
