@@ -261,7 +261,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             x: the images [B,C,H,W] that went into the model, floating point; where the input has terms,
                 ``x.requires_grad_()`` called before.
             mask: the foreground, if known: soft in [0,1] or boolean, [B,1,H,W] or [B,H,W]; or boxes [B,4]
-                (x1, y1, x2, y2 in pixels); or a sequence of B items [H,W], [1,H,W] or [4], None where unknown.
+                (x1, y1, x2, y2 in pixels); or a sequence of B items [H,W], [1,H,W], [4] or [N,4] (several boxes: their
+                union), None where unknown. torchvision's ``Mask`` and ``BoundingBoxes``, too, which say their format;
+                a stack of them (``default_collate``) is a plain tensor that does not.
             annotated: bool [B]: which samples' ``mask`` counts; the others get the self-made mask.
             features: what the logits were computed from on the way from ``x`` and gets terms of its own: a feature map
                 [B,C,h,w] or [B,h,w,C] or tokens [B,T,D] of a grid, or several of them by name. Best the one that

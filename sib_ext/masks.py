@@ -1,5 +1,6 @@
 """Foreground masks M [B,1,H,W]: made from the VJP, or given by the user (soft, boolean, boxes, per-sample missing)."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -107,12 +108,15 @@ MASKS = {
 def boxes_to_mask(boxes: Tensor, height: int, width: int, check_values: bool = False) -> Tensor:
     """Boxes [B,4] (x1, y1, x2, y2 in pixels, x2 and y2 excluded) -> mask [B,1,H,W], 1 inside.
 
-    A pixel cut by a box's edge gets the share of it that is covered.
+    A pixel cut by a box's edge gets the share of it that is covered. torchvision's ``BoundingBoxes`` are read in the
+    format that they name.
 
     Raises:
         ValueError: not [B,4], a box outside the image, or x2 <= x1 or y2 <= y1 (checked on a GPU only
-            with ``check_values``, because that waits for it).
+            with ``check_values``, because that waits for it); ``BoundingBoxes`` that are rotated or of another size of
+            image.
     """
+    boxes = _plain("boxes", boxes, height, width)
     _check_box_shape(boxes)
     if check_values or boxes.device.type == "cpu":
         _check_box_values(boxes, height, width)
@@ -124,6 +128,30 @@ def boxes_to_mask(boxes: Tensor, height: int, width: int, check_values: bool = F
 
     x1, y1, x2, y2 = boxes.unbind(1)
     return (coverage(y1, y2, height)[:, :, None] * coverage(x1, x2, width)[:, None, :]).unsqueeze(1)
+
+
+def _plain(name: str, mask: Tensor, height: int, width: int) -> Tensor:
+    """torchvision's masks and boxes as plain tensors, boxes as corners: in a plain tensor no format is known."""
+    tv = sys.modules.get("torchvision.tv_tensors")  # who has one, has imported it
+    if tv is None or not isinstance(mask, tv.TVTensor):
+        return mask
+    plain = mask.as_subclass(Tensor)
+    if isinstance(mask, tv.Mask):
+        return plain
+    if not isinstance(mask, tv.BoundingBoxes):
+        raise ValueError(f"{name} must be a mask or boxes, got a torchvision {type(mask).__name__}")
+    if mask.format.name not in ("XYXY", "XYWH", "CXCYWH"):
+        raise ValueError(f"{name} must be upright boxes, got BoundingBoxes of the format {mask.format.name}")
+    if tuple(mask.canvas_size) != (height, width):
+        raise ValueError(
+            f"{name} has BoundingBoxes of images of {mask.canvas_size[0]} x {mask.canvas_size[1]}, but the images are "
+            f"{height} x {width}: transform boxes together with their images"
+        )
+    from torchvision.transforms.v2.functional import convert_bounding_box_format
+
+    # Integers would lose half a pixel of a centre.
+    wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
+    return convert_bounding_box_format(wide, old_format=mask.format, new_format=tv.BoundingBoxFormat.XYXY)
 
 
 def _check_box_shape(boxes: Tensor) -> None:
@@ -149,8 +177,9 @@ def given_mask(
     """What the user gave as ``mask`` and ``annotated`` -> (M [B,1,H,W], annotated [B] bool or None for "every sample").
 
     Takes a soft or boolean mask [B,H,W] or [B,1,H,W], boxes [B,4], or a sequence of B items, each a mask [H,W] or
-    [1,H,W], a box [4], or None where the sample has no annotation. What stands in rows without annotation is not
-    looked at. M is None when no sample has an annotation.
+    [1,H,W], a box [4], several boxes [N,4] (their union), or None where the sample has no annotation; torchvision's
+    ``Mask`` and ``BoundingBoxes``, too, and these in the format that they name. What stands in rows without annotation
+    is not looked at. M is None when no sample has an annotation.
     """
     if annotated is not None:
         check_tensor("annotated", annotated, "a boolean tensor [B]")
@@ -177,11 +206,23 @@ def _given_item(item: Tensor | None, x: Tensor, check_values: bool) -> Tensor:
     if item is None:
         return x.new_zeros(1, 1, *x.shape[2:], dtype=reference.accumulation_dtype(x.dtype))
     check_tensor("mask", item, "a tensor or None for each sample")
+    item = _plain("mask", item, *x.shape[2:])
+    if item.dim() == 2 and item.shape[1] == 4 and item.shape != x.shape[2:]:
+        return _union(item, x, check_values)
     return _given_tensor(item[None], x, None, check_values)
+
+
+def _union(boxes: Tensor, x: Tensor, check_values: bool) -> Tensor:
+    """Of boxes [N,4] of one image: a pixel counts as the box that covers most of it does."""
+    if not len(boxes):
+        raise ValueError("mask has a sample with no boxes, [0,4]: give None where it is not known what to look at")
+    images = x.expand(len(boxes), *x.shape[1:])
+    return _given_tensor(boxes, images, None, check_values).amax(0, keepdim=True)
 
 
 def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_values: bool) -> Tensor:
     batch, _, height, width = x.shape
+    mask = _plain("mask", mask, height, width)
     if mask.is_complex():
         raise ValueError(f"mask must be boolean, integer or floating point, got {describe(mask)}")
     if mask.device != x.device:

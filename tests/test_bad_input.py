@@ -278,8 +278,29 @@ MASKS = [
     ("a bad item", ["mask must be a tensor or None", "str"], [GOOD[0], None, "all", None]),
     ("a bad value in an item", [r"mask must lie in \[0,1\]"], [None, None, 2 * GOOD[2] + 1, None]),
     ("a bad size in an item", ["mask must be", r"\[1, 1, 9, 9\]"], [None, GOOD[0][..., :9], None, None]),
+    ("no boxes in an item", [r"no boxes, \[0,4\]", "give None"], [None, torch.zeros(0, 4), None, None]),
     ("a number", ["mask must be"], 0.5),
 ]
+
+
+def _torchvision_box(tv, name="XYXY", canvas=(9, 11), numbers=(0, 0, 2, 2)):
+    return tv.BoundingBoxes(torch.tensor([numbers]), format=name, canvas_size=canvas)
+
+
+TV_TENSORS = [
+    (["BoundingBoxes of images of 9 x 10", "9 x 11", "together"], lambda tv: _torchvision_box(tv, canvas=(9, 10))),
+    (["upright boxes", "XYWHR"], lambda tv: _torchvision_box(tv, "XYWHR", numbers=(0.0, 0.0, 2.0, 2.0, 30.0))),
+    (["a mask or boxes", "torchvision Image"], lambda tv: tv.Image(GOOD[0])),
+    (["box 0 is", "9 x 11 image"], lambda tv: _torchvision_box(tv, "XYWH", numbers=(9, 0, 3, 2))),
+]
+
+
+@pytest.mark.parametrize("words, make", TV_TENSORS, ids=["canvas", "rotated", "image", "outside"])
+def test_torchvision_tensors_that_do_not_fit_are_refused(words, make, problem):
+    tv = pytest.importorskip("torchvision.tv_tensors", reason="torchvision is not installed")
+    check(ValueError, words, lambda: loss(problem, mask=[None, make(tv), None, None]))
+    if "torchvision Image" not in words[-1]:
+        check(ValueError, words, sib.boxes_to_mask, make(tv), 9, 11)
 
 
 @pytest.mark.parametrize("words, mask", [pytest.param(*case[1:], id=case[0]) for case in MASKS])

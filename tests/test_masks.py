@@ -207,6 +207,54 @@ def test_every_form_of_a_given_mask_becomes_the_same_b1hw(given, expected):
     torch.testing.assert_close(mask, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_several_boxes_of_a_sample_are_their_union():
+    boxes = torch.tensor([[0.0, 0.0, 2.5, 2.0], [1.0, 1.0, 4.0, 3.0]])
+    mask, annotated = given_mask([boxes, None, boxes[:1]], IMAGES)
+    covered = torch.zeros(5, 6)
+    covered[:2, :2], covered[:2, 2] = 1, 0.5
+    assert torch.equal(mask[2, 0], covered)
+    covered[1:3, 1:4] = 1
+    assert torch.equal(mask[0, 0], covered) and annotated.tolist() == [True, False, True]
+
+
+def test_an_image_as_wide_as_a_box_has_numbers_takes_a_mask():
+    mask, _ = given_mask([torch.eye(4)], torch.zeros(1, 3, 4, 4))
+    assert torch.equal(mask[0, 0], torch.eye(4))
+
+
+CENTRES = torch.tensor([[1.5, 1.0, 3.0, 2.0], [3.75, 3.0, 4.5, 4.0], [2.5, 3.25, 1.0, 2.5]])  # of BOXES
+
+
+@pytest.mark.parametrize("wrapped", ["batch", "list", "alone"])
+@pytest.mark.parametrize("name", ["XYXY", "XYWH", "CXCYWH"])
+def test_torchvision_boxes_are_read_in_their_format(name, wrapped):
+    tv = pytest.importorskip("torchvision.tv_tensors", reason="torchvision is not installed")
+    numbers = {"XYXY": BOXES, "XYWH": torch.cat([BOXES[:, :2], CENTRES[:, 2:]], 1), "CXCYWH": CENTRES}[name]
+    boxes = tv.BoundingBoxes(numbers, format=name, canvas_size=(5, 6))
+    if wrapped == "alone":
+        assert torch.equal(sib.boxes_to_mask(boxes, 5, 6), OF_BOXES)
+        return
+    given = boxes if wrapped == "batch" else [tv.wrap(row[None], like=boxes) for row in numbers]
+    mask, annotated = given_mask(given, IMAGES)
+    assert torch.equal(mask, OF_BOXES) and annotated is None and type(mask) is torch.Tensor
+    known = torch.tensor([True, False, True])
+    mask, annotated = given_mask(given, IMAGES, known)
+    assert torch.equal(mask[known], OF_BOXES[known]) and torch.equal(annotated, known)
+
+
+def test_torchvision_boxes_of_integers_keep_the_half_pixels_of_their_centres():
+    tv = pytest.importorskip("torchvision.tv_tensors", reason="torchvision is not installed")
+    boxes = tv.BoundingBoxes(torch.tensor([[3, 3, 3, 3]]), format="CXCYWH", canvas_size=(5, 6))
+    assert torch.equal(sib.boxes_to_mask(boxes, 5, 6), sib.boxes_to_mask(torch.tensor([[1.5, 1.5, 4.5, 4.5]]), 5, 6))
+
+
+def test_torchvision_masks_are_masks():
+    tv = pytest.importorskip("torchvision.tv_tensors", reason="torchvision is not installed")
+    for given in (tv.Mask(SOFT), tv.Mask(SOFT[:, 0]), [tv.Mask(row) for row in SOFT]):
+        mask, _ = given_mask(given, IMAGES)
+        assert torch.equal(mask, SOFT) and type(mask) is torch.Tensor
+
+
 def test_none_in_a_list_marks_a_sample_without_annotation():
     mask, annotated = given_mask([None, SOFT[1], None], IMAGES)
     assert annotated.tolist() == [False, True, False]
