@@ -145,19 +145,37 @@ class JoinedBatch:
         """The mean over the ranks of a number each."""
         return value if self.group is None else self.sum(value) / len(self.sizes)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the joined batch of this rank's values [n], or of their mean, a scalar; differentiable."""
+    def mean(self, values: Tensor, counts: Tensor | None = None) -> Tensor:
+        """The mean over the joined batch of this rank's values [n,...], or of their mean, a scalar; differentiable.
+
+        ``counts``: bool [n], which samples count; None: all. Where none does, 0.
+        """
+        if counts is not None:
+            counts = counts.to(values.dtype)
+            total = torch.stack([(values.reshape(len(values), -1).mean(1) * counts).sum(), counts.sum()])
+            total, count = self.sum(total).unbind()
+            return total / count.clamp_min(1)
         mean = values.mean()
         return mean if self.group is None else self.sum(mean * (self.sizes[dist.get_rank(self.group)] / self.size))
 
     def cross_entropy(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None = None, label_smoothing: float = 0.0
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
     ) -> Tensor:
-        """``F.cross_entropy`` of the joined batch, class weights' normalisation included."""
-        total = F.cross_entropy(logits, target, weight=weight, label_smoothing=label_smoothing, reduction="sum")
+        """``F.cross_entropy`` of the joined batch, the normalisation by class weights and ignored labels included."""
+        total = F.cross_entropy(
+            logits, target, weight=weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+        )
         wide = accumulation_dtype(logits.dtype)
-        weighted = weight is not None and not target.is_floating_point()
-        return self.sum(total.to(wide)) / (self.sum(weight[target].sum(dtype=wide)) if weighted else self.size)
+        if target.is_floating_point():
+            return self.sum(total.to(wide)) / self.size
+        counts = target != ignore_index
+        share = counts.to(wide) if weight is None else weight[torch.where(counts, target, 0)].to(wide) * counts
+        return self.sum(total.to(wide)) / self.sum(share.sum())
 
     def collect(self, rows: Tensor) -> Tensor:
         """Every rank's rows, [n,...] -> [B,...], without a gradient; batches that differ travel padded."""

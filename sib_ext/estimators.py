@@ -60,7 +60,12 @@ def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> T
 def relative_noise(vjp: Tensor, kappa: float) -> Tensor:
     """sigma^2 = kappa * mean_b Var(R), detached: makes :func:`background_gaussian` free of scale."""
     check_positive("kappa", kappa)
-    return kappa * vjp.detach().flatten(1).to(torch.promote_types(vjp.dtype, torch.float32)).var(1).mean() + TINY
+    return kappa * variances(vjp.detach()).mean() + TINY
+
+
+def variances(vjp: Tensor) -> Tensor:
+    """Var(R) of each sample, [B], unbiased."""
+    return vjp.flatten(1).to(torch.promote_types(vjp.dtype, torch.float32)).var(1)
 
 
 # --------------------------------------------------------------------------------------------- foreground

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,14 +13,24 @@ from .information import Information
 SMOOTHING = 0.98  #: of the running means, a step
 LOOK = 100  #: steps between two looks, each of which waits for a GPU
 PATIENCE = 500  #: steps before a network counts as one that does not learn
-STUCK = 0.9  #: of log K, the cross-entropy of guessing among K classes: above it nothing has been learned
-LOST = 0.25  #: of log K: a rise of the cross-entropy above its lowest by so much is a loss
+STUCK = 0.9  #: of guessing's loss (of K classes log K): above it nothing has been learned
+LOST = 0.25  #: of guessing's loss: a rise of the cross-entropy above its lowest by so much is a loss
 EMPTY = 0.05  #: of the samples: above it maps that are zero everywhere are no accident
 FALL = 0.1  #: the share by which the terms must have fallen: else it is not they that are being learned instead
 
 
 class CollapseWarning(UserWarning):
     """The S-IB terms fall at the expense of the classification, or of maps that are zero everywhere."""
+
+
+def guessing_labels(frequency: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> float:
+    """The binary cross-entropy of guessing each of K labels by its frequency [K]; the weights as in
+    ``nn.BCEWithLogitsLoss``."""
+    positive = frequency if pos_weight is None else pos_weight * frequency
+    guess = positive / (positive + 1 - frequency)  # the best there is; of a label that never occurs 0
+    each = torch.special.entr(guess) + torch.special.entr(1 - guess)
+    each = each * (positive + 1 - frequency)
+    return float((each if weight is None else weight * each).mean())
 
 
 class CollapseGuard:
@@ -33,11 +44,18 @@ class CollapseGuard:
     def __init__(self):
         self.steps = 0
         self.means: Tensor | None = None  #: cross-entropy, terms of the input and of the features, share of empty maps
+        self.frequency: Tensor | None = None  #: of each label, where an image has several
         self.first_terms = self.lowest = self.terms_at_lowest = math.inf
         self.warned = self.warned_of_empty = False
 
-    def watch(self, cross_entropy: Tensor, found: Information, classes: int) -> None:
-        """Once a training step that has terms."""
+    def count(self, labels: Tensor) -> None:
+        """The labels [B,K] of a training step."""
+        if not torch.compiler.is_compiling():
+            now = labels.detach().float().mean(0)
+            self.frequency = now if self.frequency is None else torch.lerp(now, self.frequency.to(now), SMOOTHING)
+
+    def watch(self, cross_entropy: Tensor, found: Information, guessing: Callable[[], float]) -> None:
+        """Once a training step that has terms; ``guessing``: what its loss would be of guessing, NaN: not known."""
         if (self.warned and self.warned_of_empty) or torch.compiler.is_compiling():
             return
         empty = torch.stack(list(found.empty.values())).amax() / len(found.mask)
@@ -57,7 +75,7 @@ class CollapseGuard:
         if self.steps % LOOK == 0 and not capturing:
             cross_entropy, of_input, of_features, empty = self.means.tolist()
             terms = [value for value in (of_input, of_features) if not math.isnan(value)]
-            self._look_at_terms(cross_entropy, sum(terms), math.log(max(classes, 2)))
+            self._look_at_terms(cross_entropy, sum(terms), guessing())
             self._look_at_maps(empty)
 
     def _look_at_maps(self, empty: float) -> None:
@@ -73,7 +91,7 @@ class CollapseGuard:
         )
 
     def _look_at_terms(self, cross_entropy: float, terms: float, guessing: float) -> None:
-        if self.warned or math.isnan(cross_entropy):
+        if self.warned or math.isnan(cross_entropy + guessing):
             return
         if math.isinf(self.first_terms):
             self.first_terms = terms

@@ -37,6 +37,7 @@ def information(
     x: Tensor,
     given: Tensor | None,
     annotated: Tensor | None,
+    counts: Tensor | None,
     joined: JoinedBatch,
     features: Mapping[str, Tensor],
 ) -> Information:
@@ -46,6 +47,7 @@ def information(
         loss: a :class:`sib_ext.SpatialIBLoss`, for its options.
         R: the VJP of x [B,C,H,W]; None: the input has no terms.
         given, annotated: as :func:`sib_ext.masks.given_mask` returns them.
+        counts: bool [B]: which samples have terms; None: all.
         features: name -> class activation [B,1,h,w] of a feature map (:func:`sib_ext.functional.class_activation`),
             at least one where R is None; its terms are those in the mask brought to its size.
 
@@ -59,15 +61,15 @@ def information(
         )
     with without_autocast(x.device.type):
         M = _mask(loss, R, x, features, given, annotated)
-        weights = _sample_weights(loss, x, given, annotated, joined)
+        weights = _sample_weights(loss, x, given, annotated, counts, joined)
         places = {}
         if R is not None:
             of_both = loss.input_background, loss.input_foreground
-            places[INPUT] = _at(loss, R, x, M, weights, joined, *of_both, loss.foreground)
+            places[INPUT] = _at(loss, R, x, M, weights, counts, joined, *of_both, loss.foreground)
         for name, field in features.items():
             mask = F.adaptive_avg_pool2d(M, field.shape[2:])
             of_both = loss.feature_background, loss.feature_foreground
-            places[name] = _at(loss, field, field.detach(), mask, weights, joined, *of_both, "log_capacity")
+            places[name] = _at(loss, field, field.detach(), mask, weights, counts, joined, *of_both, "log_capacity")
     of_features = [place.loss for name, place in places.items() if name != INPUT]
     return Information(
         places[INPUT].loss if INPUT in places else None,
@@ -93,6 +95,7 @@ def _at(
     x: Tensor,
     mask: Tensor,
     weights: Tensor,
+    counts: Tensor | None,
     joined: JoinedBatch,
     of_background: float,
     of_foreground: float,
@@ -108,7 +111,7 @@ def _at(
     parts = []
     f = TRANSFORMS[loss.transform]
     if of_background > 0:
-        values = _background(loss, field, moments, joined)
+        values = _background(loss, field, moments, counts, joined)
         background = joined.sum((weights * values).sum())
         parts.append(of_background * f(background))
     if of_foreground > 0:
@@ -116,46 +119,63 @@ def _at(
             both = (gram_vjp, gram_input) if local else joined.grams(field, x, mask, moments)
             foreground = estimators.FOREGROUND[estimator](*both)
         else:
-            values = _foreground(loss, estimator, field, mask, moments, joined)
+            values = _foreground(loss, estimator, field, mask, moments, counts, joined)
             foreground = joined.sum((weights * values).sum())
         parts.append(of_foreground * f(-foreground))
     empty = (moments[:, 7:9].detach().sum(1) == 0).sum()  # of |field|
     return _Place(background, foreground, empty, sum(parts[1:], start=parts[0]))
 
 
-def _background(loss: nn.Module, field: Tensor, moments: Tensor, joined: JoinedBatch) -> Tensor:
+def _background(loss: nn.Module, field: Tensor, moments: Tensor, counts: Tensor | None, joined: JoinedBatch) -> Tensor:
     """[B]"""
     noise = {}
     if loss.background == "gaussian":
-        noise["noise"] = joined.mean(estimators.relative_noise(field, loss.kappa))
+        mean = joined.mean(estimators.variances(field.detach()), counts)
+        noise["noise"] = loss.kappa * mean + estimators.TINY
     return estimators.BACKGROUND[loss.background](moments, field[0].numel(), **noise)
 
 
 def _foreground(
-    loss: nn.Module, estimator: str, field: Tensor, mask: Tensor, moments: Tensor, joined: JoinedBatch
+    loss: nn.Module,
+    estimator: str,
+    field: Tensor,
+    mask: Tensor,
+    moments: Tensor,
+    counts: Tensor | None,
+    joined: JoinedBatch,
 ) -> Tensor:
     """[B]"""
     if estimator == "gaussian":
         return estimators.foreground_gaussian(moments, field[0].numel())
     strength = estimators.magnitude(field)
-    return estimators.foreground_log_capacity(strength, mask, joined.mean(strength), loss.kappa)
+    return estimators.foreground_log_capacity(strength, mask, joined.mean(strength, counts), loss.kappa)
 
 
 def _sample_weights(
-    loss: nn.Module, x: Tensor, given: Tensor | None, annotated: Tensor | None, joined: JoinedBatch
+    loss: nn.Module,
+    x: Tensor,
+    given: Tensor | None,
+    annotated: Tensor | None,
+    counted: Tensor | None,
+    joined: JoinedBatch,
 ) -> Tensor:
-    """[B], with a sum of 1 over the joined batch: samples without an annotation share self_made_share of it."""
+    """[B], with a sum of 1 over the joined batch: samples without an annotation share self_made_share of it; those that
+    are not counted have 0, and where none is, all."""
     dtype = accumulation_dtype(x.dtype)
     known = x.new_full((len(x),), float(given is not None), dtype=dtype)
     if annotated is not None:
         known = known * annotated.to(dtype)
-    counts = joined.sum(torch.stack([known.sum(), (1 - known).sum()]))
+    others = 1 - known
+    if counted is not None:
+        known, others = known * counted.to(dtype), others * counted.to(dtype)
+    counts = joined.sum(torch.stack([known.sum(), others.sum()]))
     of_known, of_others = (counts > 0).to(dtype).unbind()
     of_known, of_others = (1 - loss.self_made_share) * of_known, loss.self_made_share * of_others
     # Of one kind alone: all of it, unless samples without an annotation are to have none.
-    total = of_known + of_others if loss.self_made_share > 0 else 1
+    total = of_known + of_others if loss.self_made_share > 0 else torch.ones_like(of_known)
+    total = torch.where(total > 0, total, 1)
     each = torch.stack([of_known, of_others]) / (total * counts.clamp_min(1))
-    return known * each[0] + (1 - known) * each[1]
+    return known * each[0] + others * each[1]
 
 
 def _mask(

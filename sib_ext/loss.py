@@ -1,6 +1,7 @@
 """SpatialIBLoss: cross-entropy plus the two spatial information terms, as a drop-in for nn.CrossEntropyLoss."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -8,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import distributed, estimators, masks, seeds
+from . import class_masks, distributed, estimators, labels, masks, seeds
 from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
-from .guard import CollapseGuard
+from .guard import CollapseGuard, guessing_labels
 from .information import TRANSFORMS, Information, information
 from .layers import class_activation_of
 from .ops.density_mask import PADDINGS
+from .reference import accumulation_dtype
 
 PRESETS = {
     # arXiv 2511.09239 with every constant of the authors' scripts.
@@ -59,6 +61,8 @@ PRESETS = {
 PRESETS["fine_tuning"] = PRESETS["balanced"] | {"input_background": 3.0, "jitter": 0.0}
 
 
+TASKS = ("multiclass", "multilabel")
+NEVER = torch.iinfo(torch.int64).min  #: a label that there is not, in the place of an ignore_index
 WEIGHTS = ("input_background", "input_foreground", "feature_background", "feature_foreground")
 
 
@@ -70,7 +74,7 @@ class SIBTerms(NamedTuple):
     """
 
     loss: Tensor  #: scalar: cross_entropy + the sum over places of weight * f(background) + weight * f(-foreground)
-    cross_entropy: Tensor  #: scalar
+    cross_entropy: Tensor  #: scalar; of several labels the binary one; or what ``base`` gives
     background: Mapping[str, Tensor] = MappingProxyType({})  #: place -> I_background, scalar
     foreground: Mapping[str, Tensor] = MappingProxyType({})  #: place -> I_foreground, scalar
     #: place -> how many samples of this process's batch have a map that is zero everywhere: |R|, or a class activation
@@ -90,7 +94,15 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         preset: ``"balanced"`` (scale-free, bounded terms), ``"fine_tuning"`` (the same with the weights for a network
             that starts from trained weights) or ``"paper"`` (the published loss with its constants). Every argument
             below that is None takes the preset's value.
-        weight, label_smoothing: as in ``nn.CrossEntropyLoss``.
+        weight, label_smoothing: as in ``nn.CrossEntropyLoss``; they weigh the cross-entropy, and no term.
+        ignore_index: None, or the label of samples that are left out of the cross-entropy, and of the terms where the
+            seed is of the label. None: such a label is an error, as any that is out of range.
+        task: ``"multiclass"``: one label an image. ``"multilabel"``: several, with binary cross-entropy; each call
+            looks at one label of each image, drawn anew, and at its mask (:func:`sib_ext.labels.drawn`), and images
+            without a label have no terms. It takes the seeds ``"target_logit"`` and ``"random_logit"``.
+        pos_weight: [K], of ``"multilabel"``, as in ``nn.BCEWithLogitsLoss``; as is ``weight`` [K] then.
+        base: None, or a classification loss in the place of the cross-entropy, (logits [B,K], target) -> a scalar, the
+            mean over the batch, or [B]. With a ``process_group`` ranks' scalars are weighted by their batches' sizes.
         seed: s(z): ``"probability_energy"`` (published), ``"target_logit"``, ``"target_log_prob"``, ``"logit_sum"``,
             ``"random_logit"``.
         mask: how M is made when none is given: ``"density"`` (published), ``"hard_density"``, ``"mean_sigmoid"``,
@@ -137,6 +149,10 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         *,
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        task: str = "multiclass",
+        pos_weight: Tensor | None = None,
+        base: Callable[[Tensor, Tensor], Tensor] | None = None,
         seed: str | None = None,
         mask: str | None = None,
         mask_source: str | None = None,
@@ -161,6 +177,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         process_group=None,
         projection: int | None = None,
     ):
+        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
+            if value is not None:
+                check_tensor(name, value, "a tensor [K]")
         super().__init__(weight=weight, label_smoothing=label_smoothing)
         check_choice("preset", preset, tuple(PRESETS))
         constants = PRESETS[preset]
@@ -188,9 +207,45 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         self.kappa = kappa
         self.impl, self.check_values = impl, check_values
         self.process_group, self.projection = process_group, projection
+        self.ignore_index, self.task, self.base = ignore_index, task, base
+        self.register_buffer("pos_weight", pos_weight)
         self.guard, self._classes = CollapseGuard(), 0
+        self._check_classification()
         self._check_options(area)
         distributed.check_process_group(process_group, projection)
+
+    def _check_classification(self) -> None:
+        check_choice("task", self.task, TASKS)
+        if self.base is not None and not callable(self.base):
+            raise ValueError(f"base must be None or a function of logits and target, got {self.base!r}")
+        for name in ("weight", "pos_weight"):
+            value = getattr(self, name)
+            if value is not None and (value.dim() != 1 or not bool((value.isfinite() & (value >= 0)).all())):
+                raise ValueError(f"{name} must be finite numbers >= 0, one a class [K], got {describe(value)}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be a number from 0 to 1, got {self.label_smoothing!r}")
+        if self.ignore_index is not None and type(self.ignore_index) is not int:
+            raise ValueError(f"ignore_index must be None or an integer, got {self.ignore_index!r}")
+        unused = {
+            "weight": self.base is not None and self.weight is not None,
+            "pos_weight": (self.base is not None or not self.is_multilabel) and self.pos_weight is not None,
+            "label_smoothing": (self.base is not None or self.is_multilabel) and self.label_smoothing != 0,
+            "ignore_index": (self.base is not None or self.is_multilabel) and self.ignore_index is not None,
+        }
+        for name in (name for name, given in unused.items() if given):
+            where = "with a base loss" if self.base is not None else f"for task={self.task!r}"
+            raise ValueError(f"{name} has no meaning {where}: leave it out")
+        if self.is_multilabel and self.seed not in labels.SEEDS:
+            raise ValueError(
+                f"seed={self.seed!r} has no meaning for task='multilabel', whose images look at one label each: take "
+                "seed='random_logit' or 'target_logit'"
+            )
+        leaves_out = self.is_multilabel or (self.ignore_index is not None and self.seed in seeds.OF_LABELS)
+        if leaves_out and self.input_foreground > 0 and self.foreground in estimators.OF_GRAMS:
+            raise ValueError(
+                f"foreground={self.foreground!r} compares all samples of a batch, and some have no label: take "
+                "foreground='log_capacity' or 'gaussian', or input_foreground=0"
+            )
 
     def _check_options(self, area: float | None) -> None:
         for name, choices in (
@@ -228,16 +283,44 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             f"transform={self.transform!r}"
         )
 
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.task == "multilabel"
+
     def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The cross-entropy part alone, e.g. for a validation loss under ``torch.no_grad``."""
-        return F.cross_entropy(logits, target, weight=self.weight, label_smoothing=self.label_smoothing)
+        """The cross-entropy part alone (the ``base`` loss where there is one), a scalar, e.g. for a validation loss
+        under ``torch.no_grad``."""
+        if self.base is not None or self.is_multilabel:
+            return self._of_samples(logits, target).mean()
+        return F.cross_entropy(logits, target, ignore_index=self._ignored, **self._of_classes)
+
+    @property
+    def _ignored(self) -> int:
+        return NEVER if self.ignore_index is None else self.ignore_index
+
+    @property
+    def _of_classes(self) -> dict:
+        return {"weight": self.weight, "label_smoothing": self.label_smoothing}
+
+    def _of_samples(self, logits: Tensor, target: Tensor) -> Tensor:
+        """[B], or the mean over the batch, of a loss that is a mean over samples."""
+        if self.base is None:
+            target = target.to(logits.dtype)
+            weights = {"weight": self.weight, "pos_weight": self.pos_weight}
+            return F.binary_cross_entropy_with_logits(logits, target, reduction="none", **weights).mean(1)
+        value = self.base(logits, target)
+        if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]) or not value.is_floating_point():
+            got = describe(value) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"base must return a floating-point scalar or [{len(logits)}], got {got}")
+        return value
 
     def forward(
         self,
         logits: Tensor,
         target: Tensor,
         x: Tensor,
-        mask: Tensor | Sequence[Tensor | None] | None = None,
+        mask: Tensor | Sequence | None = None,
         annotated: Tensor | None = None,
         features: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
@@ -249,7 +332,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         logits: Tensor,
         target: Tensor,
         x: Tensor,
-        mask: Tensor | Sequence[Tensor | None] | None = None,
+        mask: Tensor | Sequence | None = None,
         annotated: Tensor | None = None,
         features: Tensor | Mapping[str, Tensor] | None = None,
     ) -> SIBTerms:
@@ -257,14 +340,19 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
         Args:
             logits: z [B,K], computed from ``x`` with gradients on.
-            target: class indices [B] in [0, K), or class probabilities [B,K].
+            target: class indices [B] in [0, K), or class probabilities [B,K]; for ``task="multilabel"`` labels [B,K] in
+                [0,1] (boolean, integers or floating point), present from 0.5 on.
             x: the images [B,C,H,W] that went into the model, floating point; where the input has terms,
                 ``x.requires_grad_()`` called before.
             mask: the foreground, if known: soft in [0,1] or boolean, [B,1,H,W] or [B,H,W]; or boxes [B,4]
                 (x1, y1, x2, y2 in pixels); or a sequence of B items [H,W], [1,H,W], [4] or [N,4] (several boxes: their
                 union), None where unknown. torchvision's ``Mask`` and ``BoundingBoxes``, too, which say their format;
-                a stack of them (``default_collate``) is a plain tensor that does not.
-            annotated: bool [B]: which samples' ``mask`` counts; the others get the self-made mask.
+                a stack of them (``default_collate``) is a plain tensor that does not. Items of a sequence may also be
+                mappings of class indices to such things: the mask of the class that the sample's terms look at counts,
+                and where it has none it is unknown. With several labels also a tensor [B,K,H,W]; a mask of a whole
+                sample stands for all of its labels.
+            annotated: bool [B], with a mask [B,K,H,W] also [B,K]: whose ``mask`` counts; the others get the self-made
+                mask.
             features: what the logits were computed from on the way from ``x`` and gets terms of its own: a feature map
                 [B,C,h,w] or [B,h,w,C] or tokens [B,T,D] of a grid, or several of them by name. Best the one that
                 class-activation maps look at (:class:`sib_ext.SIBStep` finds it). None: the input's terms alone.
@@ -280,13 +368,14 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         inputs = (x, *features.values()) if self.has_input_terms else tuple(features.values())
         if self.has_terms:
             seeds.check_graph(logits, x if self.has_input_terms else None, features)
-        given, annotated = self.given(mask, x, annotated)
+        look = self.look(target)
+        given, annotated = self.given(mask, x, annotated, look)
         joined = self.joined(x)
         cross_entropy = self.joined_cross_entropy(logits, target, joined)
         if not self.has_terms:
             return SIBTerms(cross_entropy, cross_entropy)
         with distributed.twice_differentiable(logits, inputs):
-            found = seeds.vjps(seeds.scalar(logits, target, self.seed), inputs)
+            found = seeds.vjps(seeds.scalar(logits, look.target, self.scalar_seed), inputs)
         R = None
         if self.has_input_terms:
             R, *found = found
@@ -295,7 +384,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             name: class_activation_of(name, A, R_A, x.shape[2:])
             for (name, A), R_A in zip(features.items(), found, strict=True)
         }
-        return self.together(self.information(R, x, given, annotated, joined, fields), cross_entropy)
+        return self.together(self.information(R, x, given, annotated, look, joined, fields), cross_entropy, target)
 
     def _named(self, features: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """``features`` of a call by name, as far as they have a term; checked."""
@@ -338,10 +427,12 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         """Whether there is anything but cross-entropy."""
         return self.has_input_terms or self.has_feature_terms
 
-    def together(self, found: Information, cross_entropy: Tensor, every: int = 1) -> SIBTerms:
+    def together(self, found: Information, cross_entropy: Tensor, target: Tensor, every: int = 1) -> SIBTerms:
         """The parts of a training step's loss; ``every`` multiplies the terms of the input."""
         if self.training:
-            self.guard.watch(cross_entropy, found, self._classes)
+            if self.is_multilabel:
+                self.guard.count(target)
+            self.guard.watch(cross_entropy, found, self._guessing)
         loss = cross_entropy
         if found.input is not None:
             loss = loss.to(found.input.dtype) + every * found.input
@@ -349,10 +440,42 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             loss = loss.to(found.features.dtype) + found.features
         return SIBTerms(loss, cross_entropy, *found[2:])
 
+    def _guessing(self) -> float:
+        """The loss of a network that guesses by how often there is what; NaN: of a ``base`` loss it is not known."""
+        if self.base is not None:
+            return math.nan
+        if self.is_multilabel:
+            return guessing_labels(self.guard.frequency, self.weight, self.pos_weight)
+        return math.log(max(self._classes, 2))
+
+    @property
+    def scalar_seed(self) -> str:
+        """The seed as engines take it, of :attr:`sib_ext.labels.Look.target`: what is drawn is drawn already."""
+        return "target_logit" if self.is_multilabel else self.seed
+
+    def look(self, target: Tensor) -> labels.Look:
+        """What the terms of a step look at in each image; drawn anew every call where an image has several labels."""
+        if self.is_multilabel:
+            self._check_labels(target)
+            return labels.drawn(target, self.seed)
+        check_tensor("target", target, "a tensor")
+        if self.ignore_index is None or target.is_floating_point():
+            return labels.of_one_label(target)
+        looks = self.check_values or target.device.type == "cpu"
+        if looks and self.process_group is None and bool((target == self.ignore_index).all()):
+            raise ValueError(
+                f"target is ignore_index={self.ignore_index} for every sample, and there is no loss of none: leave "
+                "the batch out"
+            )
+        return labels.without_ignored(target, self.ignore_index, self.seed in seeds.OF_LABELS)
+
     def given(
-        self, mask: Tensor | Sequence[Tensor | None] | None, x: Tensor, annotated: Tensor | None
+        self, mask: Tensor | Sequence | None, x: Tensor, annotated: Tensor | None, look: labels.Look
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``mask`` and ``annotated`` of a call, checked: :func:`sib_ext.masks.given_mask`."""
+        """``mask`` and ``annotated`` of a call, checked: :func:`sib_ext.masks.given_mask`, or that of
+        :mod:`sib_ext.class_masks`."""
+        if mask is not None and class_masks.is_of_classes(mask, look):
+            return class_masks.given_mask(mask, x, look, annotated, self.check_values)
         if mask is not None:
             return masks.given_mask(mask, x, annotated, self.check_values)
         if annotated is not None:
@@ -370,7 +493,10 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         """The cross-entropy of the joined batch."""
         if joined.group is None:
             return self.cross_entropy(logits, target)
-        return joined.cross_entropy(logits, target, self.weight, self.label_smoothing)
+        if self.base is not None or self.is_multilabel:
+            values = self._of_samples(logits, target)
+            return joined.mean(values.to(accumulation_dtype(values.dtype)))
+        return joined.cross_entropy(logits, target, ignore_index=self._ignored, **self._of_classes)
 
     def information(
         self,
@@ -378,11 +504,12 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         x: Tensor,
         given: Tensor | None,
         annotated: Tensor | None,
+        look: labels.Look,
         joined: distributed.JoinedBatch,
         features: Mapping[str, Tensor],
     ) -> Information:
         """:func:`sib_ext.information.information` with this loss's options."""
-        return information(self, R, x, given, annotated, joined, features)
+        return information(self, R, x, given, annotated, look.counts, joined, features)
 
     def check_inputs(self, logits: Tensor, target: Tensor, x: Tensor) -> None:
         for name, value in (("logits", logits), ("target", target), ("x", x)):
@@ -408,6 +535,14 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
     def _check_target(self, target: Tensor, logits: Tensor) -> None:
         batch, classes = logits.shape
         self._classes = classes
+        for name in ("weight", "pos_weight"):
+            if (value := getattr(self, name)) is not None and len(value) != classes:
+                raise ValueError(f"{name} has {len(value)} values for {classes} logits: give one a class")
+        if self.is_multilabel:
+            self._check_labels(target)
+            if target.shape != logits.shape:
+                raise ValueError(f"target has labels, so it must be [{batch},{classes}], got {describe(target)}")
+            return
         if target.is_floating_point():
             if target.shape != logits.shape:
                 raise ValueError(
@@ -420,6 +555,23 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
                 f"got {describe(target)}"
             )
         if self.check_values or target.device.type == "cpu":
-            least, most = (int(v) for v in target.aminmax())
-            if least < 0 or most >= classes:
-                raise ValueError(f"target must lie in [0,{classes - 1}] for {classes} logits, got {least} to {most}")
+            self._check_indices(target, classes)
+
+    def _check_indices(self, target: Tensor, classes: int) -> None:
+        if self.ignore_index is not None:
+            target = target[target != self.ignore_index]
+            if not len(target):
+                return
+        least, most = (int(v) for v in target.aminmax())
+        if least < 0 or most >= classes:
+            raise ValueError(f"target must lie in [0,{classes - 1}] for {classes} logits, got {least} to {most}")
+
+    def _check_labels(self, target: Tensor) -> None:
+        """Of several labels an image; their number, the logits tell."""
+        check_tensor("target", target, "a tensor [B,K]")
+        if target.dim() != 2 or target.is_complex():
+            raise ValueError(f"target must be labels [B,K] in [0,1] for task='multilabel', got {describe(target)}")
+        if (self.check_values or target.device.type == "cpu") and target.numel() and target.dtype != torch.bool:
+            least, most = (float(v) for v in target.detach().aminmax())
+            if not (least >= 0 and most <= 1):
+                raise ValueError(f"target must lie in [0,1] for task='multilabel', got {least:g} to {most:g}")

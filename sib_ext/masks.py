@@ -1,7 +1,7 @@
 """Foreground masks M [B,1,H,W]: made from the VJP, or given by the user (soft, boolean, boxes, per-sample missing)."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -195,14 +195,15 @@ def given_mask(
         raise ValueError(f"mask has {len(mask)} items for a batch of {x.shape[0]}: give one (or None) per sample")
     if all(item is None for item in mask):
         return None, None
-    rows = [_given_item(item, x[:1], check_values) for item in mask]
+    rows = [given_item(item, x[:1], check_values) for item in mask]
     if any(item is None for item in mask):
         known = torch.tensor([item is not None for item in mask], device=x.device)
         annotated = known if annotated is None else annotated & known
     return torch.cat(rows), annotated
 
 
-def _given_item(item: Tensor | None, x: Tensor, check_values: bool) -> Tensor:
+def given_item(item: Tensor | None, x: Tensor, check_values: bool) -> Tensor:
+    """One sample's mask or boxes, as in :func:`given_mask` -> [1,1,H,W]; of None zeros. ``x``: its image [1,C,H,W]."""
     if item is None:
         return x.new_zeros(1, 1, *x.shape[2:], dtype=reference.accumulation_dtype(x.dtype))
     check_tensor("mask", item, "a tensor or None for each sample")
@@ -242,6 +243,11 @@ def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_value
     mask = mask.reshape(batch, 1, height, width)
     if annotated is not None:
         mask = torch.where(annotated[:, None, None, None], mask, torch.zeros_like(mask))
+    return check_range(mask, x, check_values)
+
+
+def check_range(mask: Tensor, x: Tensor, check_values: bool) -> Tensor:
+    """The mask as wide as the statistics of ``x``; its values are checked on a CPU, else only with ``check_values``."""
     if (check_values or mask.device.type == "cpu") and mask.dtype != torch.bool:
         least, most = (float(v) for v in mask.detach().aminmax())
         if not (least >= 0 and most <= 1):
@@ -249,3 +255,52 @@ def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_value
                 f"mask must lie in [0,1], got values from {least:g} to {most:g}: divide by 255, or compare"
             )
     return mask.to(reference.accumulation_dtype(x.dtype))
+
+
+# ------------------------------------------------------------------------------------------------ mixed
+
+#: A sample that has so much of one without annotation has none.
+UNKNOWN = 2**-7
+
+
+def mixed(
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    target: Tensor,
+    mask: Tensor | Sequence[Tensor | None],
+    annotated: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A batch whose samples are mixed (CutMix, MixUp), its masks as its images.
+
+    CutMix pastes the masks as it pastes the pixels; MixUp adds them with the weights of the images. A sample that is
+    mixed with one without annotation has none.
+
+    Args:
+        mix: (images [B,N,H,W], target) -> the same mixed, every channel alike, as torchvision's ``v2.CutMix`` and
+            ``v2.MixUp`` and timm's ``Mixup`` do. The masks go with the images as further channels.
+        x: images [B,C,H,W], floating point.
+        target: as ``mix`` takes it.
+        mask, annotated: as in :meth:`sib_ext.SpatialIBLoss.terms`; or masks a class [B,K,H,W].
+
+    Returns:
+        x, target, mask [B,1,H,W] or [B,K,H,W], annotated bool [B]; the last two None where no sample has a mask.
+
+    Raises:
+        ValueError: masks that do not fit, or a ``mix`` that changes the images' number, size or channels.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+        given, known = check_range(_plain("mask", mask, *x.shape[2:]), x, False), annotated
+    else:
+        given, known = given_mask(mask, x, annotated)
+    if given is None:
+        return *mix(x, target), None, None
+    known = torch.ones(len(x), dtype=torch.bool, device=x.device) if known is None else known
+    flags = known.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+    both = torch.cat([x, given.to(x.dtype), flags], 1)
+    shape = both.shape
+    both, target = mix(both, target)
+    if not isinstance(both, Tensor) or both.shape != shape:
+        got = describe(both) if isinstance(both, Tensor) else type(both).__name__
+        raise ValueError(f"mix must return images of the shape that it is given, {list(shape)}, got {got}")
+    x, given, flags = both.split([x.shape[1], given.shape[1], 1], 1)
+    return x, target, given.clamp(0, 1), flags.amin((1, 2, 3)) > 1 - UNKNOWN

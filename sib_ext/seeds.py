@@ -55,6 +55,8 @@ def random_logit(logits: Tensor, target: Tensor) -> Tensor:
     return (logits * torch.where(labelled[:, None], of_target.to(logits), of_any.to(logits))).sum()
 
 
+#: Seeds that look at the label.
+OF_LABELS = ("target_logit", "target_log_prob", "random_logit")
 SEEDS = {f.__name__: f for f in (probability_energy, target_logit, target_log_prob, logit_sum, random_logit)}
 
 

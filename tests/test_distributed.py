@@ -47,6 +47,11 @@ OF_FEATURES = {
     "background": "magnitude_ratio",
 }
 
+
+def cross_entropies(logits, target):
+    return nn.functional.cross_entropy(logits, target, reduction="none")
+
+
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
@@ -142,6 +147,42 @@ def assert_same_step(ranks, expected, tolerance):
 def test_two_processes_equal_one_on_the_joined_batch(on_ranks, options, sizes):
     ranks = on_ranks(ddp_step_in_group, sizes, options, torch.float64)
     assert_same_step(ranks, joined_step(sizes, options, torch.float64), 1e-12)
+
+
+IGNORED = -7
+SINGLE = {"seed": "target_logit", "foreground": "log_capacity", "input_foreground": 1.0}
+TARGETS = {
+    "several labels, weighted": SINGLE | {"task": "multilabel", "pos_weight": torch.tensor([3.0, 1.0, 0.5]).double()},
+    "ignored labels": SINGLE | {"ignore_index": IGNORED},
+    "ignored labels, weighted": SINGLE | {"ignore_index": IGNORED, "weight": torch.tensor([0.2, 1.0, 5.0]).double()},
+    "base, one value a sample": SINGLE | {"base": cross_entropies},
+    "base, a mean": SINGLE | {"base": nn.CrossEntropyLoss(label_smoothing=0.2)},
+}
+
+
+def targets_of(options, y):
+    """One label an image at most: ranks draw apart from one another."""
+    if "task" in options:
+        return nn.functional.one_hot(y, 3) * (torch.arange(len(y)) % 4 > 0)[:, None]
+    return torch.where(torch.arange(len(y)) % 4 > 0, y, IGNORED) if "ignore_index" in options else y
+
+
+def ddp_step_with_targets(rank, sizes, options):
+    problem = problem_of(sizes)
+    problem = problem._replace(y=targets_of(options, problem.y))
+    model, (x, y) = DistributedDataParallel(problem.model), part(problem, sizes, rank)
+    terms = loss_of(options, process_group="world").terms(model(x), y, x)
+    terms.loss.backward()
+    return {name: value.detach() for name, value in scalars_of(terms).items()}, [p.grad for p in problem.parameters]
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 2)], ids=["equal batches", "unequal batches"])
+@pytest.mark.parametrize("options", TARGETS.values(), ids=TARGETS)
+def test_losses_and_labels_of_other_kinds_are_joined(on_ranks, options, sizes):
+    problem = problem_of(sizes)
+    terms = loss_of(options).terms(problem.logits(), targets_of(options, problem.y), problem.x)
+    truth = terms, gradients(terms.loss, problem.parameters)
+    assert_same_step(on_ranks(ddp_step_with_targets, sizes, options), truth, 1e-11)
 
 
 def ddp_step_in_group(rank, sizes, options, dtype, mask=None, more=None):

@@ -29,7 +29,7 @@ def watched(cross_entropies, terms):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for cross_entropy, term in zip(cross_entropies, terms, strict=True):
-            guard.watch(torch.tensor(cross_entropy), found(torch.tensor(term)), 8)
+            guard.watch(torch.tensor(cross_entropy), found(torch.tensor(term)), lambda: GUESSING)
     return [str(w.message) for w in caught if w.category is CollapseWarning]
 
 
@@ -73,7 +73,7 @@ def warnings_of(guard, steps):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for cross_entropy, terms in steps:
-            guard.watch(torch.tensor(cross_entropy), terms, 8)
+            guard.watch(torch.tensor(cross_entropy), terms, lambda: GUESSING)
     return [str(w.message) for w in caught if w.category is CollapseWarning]
 
 

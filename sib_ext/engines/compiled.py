@@ -57,7 +57,7 @@ class Compiled:
         self.__init__(**state)
 
     def __call__(self, task: Task, x: Tensor, target: Tensor) -> VJPs:
-        if self._of != (of := (task.model, task.criterion.seed, task.output)):
+        if self._of != (of := (task.model, task.criterion.scalar_seed, task.output)):
             self._forget()
             self._of, self._graph = of, _compiled(task, self._backend)
         key = _key(task.model, x, target)
@@ -172,7 +172,7 @@ def _compiled(task: Task, backend: Callable) -> Callable:
 
     The derivative in x is inside, because what torch.compile has compiled cannot be differentiated twice.
     """
-    model, output, seed = task.model, task.output, seeds.SEEDS[task.criterion.seed]
+    model, output, seed = task.model, task.output, seeds.SEEDS[task.criterion.scalar_seed]
 
     def run(trained, frozen, buffers, x, target):
         def s(x):

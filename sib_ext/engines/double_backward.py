@@ -34,7 +34,7 @@ def vjps(task: Task, x: Tensor, target: Tensor, create_graph: bool = True) -> VJ
     if not logits.requires_grad:
         raise RuntimeError(f"the model's logits do not require grad: none of its layers is differentiable in x{CUT}")
     inputs = (leaf, *features) if task.of_input else features
-    s = seeds.scalar(logits, target, task.criterion.seed)
+    s = seeds.scalar(logits, target, task.criterion.scalar_seed)
     # What is recomputed on the way counted when it was computed.
     recomputing = kept(running_statistics(task.model).values()) if fused.recomputes else contextlib.nullcontext()
     with distributed.twice_differentiable(logits, inputs), recomputing:

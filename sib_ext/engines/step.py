@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import distributed
 from ..checks import check_choice, check_positive, describe
+from ..labels import Look
 from ..layers import check_places, class_activation_of, last_feature_map
 from ..loss import PRESETS, SIBTerms, SpatialIBLoss
 from ..passes import in_place_of, is_compiled, unwrapped
@@ -198,30 +199,37 @@ class SIBStep:
                 "SIBStep needs gradients, but they are switched off here (torch.no_grad or inference_mode): "
                 "for a validation loss use criterion.cross_entropy(model(x), target)"
             )
-        given, annotated = self.criterion.given(mask, x, annotated)
+        look = self.criterion.look(target)
+        given, annotated = self.criterion.given(mask, x, annotated, look)
         x = x.detach()
         of_input = self.criterion.has_input_terms and self.steps % self.every == 0
-        terms = self._terms(x, target, given, annotated, of_input)
+        terms = self._terms(x, target, look, given, annotated, of_input)
         self.steps += 1  # a step that failed, and was caught, is still due
         return terms
 
     def _terms(
-        self, x: Tensor, target: Tensor, given: Tensor | None, annotated: Tensor | None, of_input: bool
+        self,
+        x: Tensor,
+        target: Tensor,
+        look: Look,
+        given: Tensor | None,
+        annotated: Tensor | None,
+        of_input: bool,
     ) -> SIBTerms:
         if of_input and self.jitter:
             x = _jittered(x, self.jitter)
         task = self._task(x, of_input)
         if not of_input and not task.layers:
-            cross_entropy = self._cross_entropy(self._plain_logits(task, x, target), target, x)
+            cross_entropy = self._cross_entropy(self._plain_logits(task, x, look.target), target, x)
             return SIBTerms(cross_entropy, cross_entropy)
         joined = self.criterion.joined(x)
-        found = in_place_of(self.model, lambda x: self._vjps(task, x, target), x)
+        found = in_place_of(self.model, lambda x: self._vjps(task, x, look.target), x)
         features = {
             name: class_activation_of(name, A, R_A, x.shape[2:])
             for name, A, R_A in zip(task.layers, found.features, found.of_features, strict=True)
         }
-        terms = self.criterion.information(found.of_x, x, given, annotated, joined, features)
-        return self.criterion.together(terms, self._cross_entropy(found.logits, target, x), self.every)
+        terms = self.criterion.information(found.of_x, x, given, annotated, look, joined, features)
+        return self.criterion.together(terms, self._cross_entropy(found.logits, target, x), target, self.every)
 
     def _plain_logits(self, task: Task, x: Tensor, target: Tensor) -> Tensor:
         if not self.microbatch:

@@ -60,6 +60,7 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
     """Loss and gradients by the definition; a batch in parts of ``size``, as BatchNorm sees them."""
     criterion = copy.deepcopy(criterion)
     criterion.impl = "reference"
+    look = criterion.look(y)
     parts = [part.clone().requires_grad_() for part in x.split(size)]
     logits, features = [], {name: [] for name in layers}
     with sdpa_kernel(SDPBackend.MATH):
@@ -68,8 +69,8 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
                 logits.append(logits_of(model(part.clone()), output))
             for name in layers:
                 features[name].append(found[name])
-        labels = y.split(size)
-        s = sum(_seeded(z, t, criterion.seed) for z, t in zip(logits, labels, strict=True))
+        labels = look.target.split(size)
+        s = sum(_seeded(z, t, criterion) for z, t in zip(logits, labels, strict=True))
         inputs = [*parts, *(f for name in layers for f in features[name])]
         vjps = torch.autograd.grad(s, inputs, create_graph=True)
         R, rest = torch.cat(vjps[: len(parts)]), list(vjps[len(parts) :])
@@ -78,8 +79,9 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
             of_layer = torch.cat(rest[i * len(parts) : (i + 1) * len(parts)])
             fields[name] = class_activation_of(name, torch.cat(features[name]), of_layer, x.shape[2:])
         joined = criterion.joined(x)
-        terms = criterion.information(R if criterion.has_input_terms else None, x, mask, None, joined, fields)
-        loss = F.cross_entropy(torch.cat(logits), y)
+        R = R if criterion.has_input_terms else None
+        terms = criterion.information(R, x, _mask_of(mask, look), None, look, joined, fields)
+        loss = _classified(criterion, torch.cat(logits), y)
         if terms.input is not None:
             loss = loss + every * terms.input
         if terms.features is not None:
@@ -88,9 +90,28 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
     return loss.detach(), flat(model)
 
 
-def _seeded(logits: Tensor, target: Tensor, name: str) -> Tensor:
-    assert name == "target_logit"
+def _seeded(logits: Tensor, target: Tensor, criterion) -> Tensor:
+    if criterion.task == "multilabel":
+        return (logits * target).sum()
+    assert criterion.seed == "target_logit"
     return logits.gather(1, target[:, None]).sum()
+
+
+def _classified(criterion, logits: Tensor, y: Tensor) -> Tensor:
+    if criterion.task != "multilabel":
+        return F.cross_entropy(logits, y)
+    return -torch.where(y > 0.5, F.logsigmoid(logits), F.logsigmoid(-logits)).mean()
+
+
+def _mask_of(mask: Tensor, look) -> Tensor:
+    """Of masks [B,K,H,W], sample by sample, what is looked at."""
+    if mask.shape[1] == 1:
+        return mask
+    rows = []
+    for of_classes, label, present, of_all in zip(mask, look.label, look.present, look.of_all, strict=True):
+        together = [of_classes[k] for k in range(len(of_classes)) if present[k]] or [torch.zeros_like(of_classes[0])]
+        rows.append(torch.stack(together).amax(0) if of_all else of_classes[label])
+    return torch.stack(rows)[:, None]
 
 
 class Hooks:
@@ -190,10 +211,11 @@ def check_step(
     plain = model_of()
     of_plain = Hooks(plain)
     seed()
+    criterion.look(y)  # which draws where an image has several labels
     parts = [logits_of(plain(part.clone()), step.output) for part in x.split(size)]
     if step.microbatch:  # what is run again in backward counts once, also where a checkpoint counts it twice
         same_buffers(model, plain, "after the step")
-    F.cross_entropy(torch.cat(parts), y).backward()
+    _classified(criterion, torch.cat(parts), y).backward()
     of_plain.removed()
     after = noise()
     if not step.microbatch:

@@ -15,6 +15,7 @@ from .networks import IMAGES, NETWORKS, Network, Tokens, Wrapped, as_mapping, ho
 from .step_check import check_step, error, flat
 from .test_double_backward import truth_of
 from .test_every_step import batch as images
+from .test_every_step import batch_of_labels, of_labels
 from .test_step import batch, gradient, loss_of, step_of  # noqa: F401
 
 
@@ -46,6 +47,15 @@ def test_a_compiled_step_is_right_and_a_good_guest(network, eager_compile, threa
         warnings.filterwarnings("error", message="the compiled engine steps aside")
         step = check_step(NETWORKS[network], *images(), engine="compiled", noisy=network == "dropout")
     assert step.engine == "compiled"
+
+
+@pytest.mark.parametrize("seed", ["target_logit", "random_logit"])
+def test_a_compiled_step_with_several_labels_an_image_is_right(seed, eager_compile, threads):
+    threads(1)
+    options = {"engine": "compiled", "noisy": True}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the compiled engine steps aside")
+        check_step(NETWORKS["GroupNorm"], *batch_of_labels(), (), of_labels(seed), **options)
 
 
 @pytest.mark.parametrize("network", REFUSED)

@@ -82,6 +82,46 @@ def test_with_other_objectives(criterion, options, threads):
     check_step(functools.partial(Network, norm=per_sample), *batch(), criterion=criterion, **options)
 
 
+def batch_of_labels(by_class=True):
+    """One image has no label; masks of every class, or of the whole sample."""
+    x, y, mask = batch()
+    generator = torch.Generator().manual_seed(6)
+    labels = torch.rand(IMAGES, CLASSES, generator=generator) < 0.5
+    labels[torch.arange(IMAGES), y] = True
+    labels[2] = False
+    each = torch.zeros(IMAGES, CLASSES, SIDE, SIDE)
+    for k in range(CLASSES):
+        each[:, k, k : k + 5, 2 + k : 8 + k] = 1
+    return x, labels, each if by_class else mask
+
+
+def of_labels(seed, **options):
+    terms = {"input_background": 5.0, "input_foreground": 1.0, "foreground": "log_capacity"}
+    return SpatialIBLoss(task="multilabel", seed=seed, **terms | options)
+
+
+@pytest.mark.parametrize("by_class", [True, False], ids=["masks a class", "a mask a sample"])
+@pytest.mark.parametrize("options", [{}, {"microbatch": 2}, {"every": 2}], ids=str)
+@pytest.mark.parametrize("seed", ["target_logit", "random_logit"])
+def test_with_several_labels_an_image(seed, options, by_class, threads):
+    threads(1)
+    network = functools.partial(Network, norm=per_sample)
+    # Its draws are of the process's generator.
+    check_step(network, *batch_of_labels(by_class), "auto", of_labels(seed), noisy=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 4}], ids=str)
+@pytest.mark.parametrize("network", ["BatchNorm", "transformer", "dropout", "checkpoints"])
+def test_with_several_labels_an_image_in_other_networks(network, options, threads):
+    threads(1)
+    weights = {"input_background": 0.0, "input_foreground": 0.0, "feature_background": 5.0}
+    of_input = check_step(NETWORKS[network], *batch_of_labels(), (), of_labels("random_logit"), noisy=True, **options)
+    assert not of_input.layers
+    check_step(
+        NETWORKS[network], *batch_of_labels(), "auto", of_labels("random_logit", **weights), noisy=True, **options
+    )
+
+
 @pytest.mark.parametrize("network", ["BatchNorm", "transformer", "checkpoints", "weight norm"])
 @pytest.mark.parametrize("options", [{}, {"microbatch": 2}], ids=str)
 def test_in_float32(network, options, threads):
