@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from sib_ext import fused_layers, reference, use_impl
+from sib_ext import SpatialIBLoss, fused_layers, reference, use_impl
 from sib_ext.ops import dispatch
 from sib_ext.ops.batch_norm_backward import batch_norm_backward
 
 from .. import test_norm_double_backward as norm
 from ..compare import assert_near, overload, relative_error
-from ..engines.networks import NETWORKS, Network, per_sample
+from ..engines.networks import CLASSES, NETWORKS, Network, per_sample
 from ..engines.step_check import check_step, error
 from ..engines.test_double_backward import truth_of
 from ..engines.test_step import gradient, loss_of, step_of
@@ -149,11 +149,26 @@ def test_a_float16_training_with_a_scaler_goes_down(batch):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_step_waits_for_nothing(batch):
+OF_INPUT = {"foreground": "log_capacity", "input_foreground": 1.0}
+CRITERIA = {
+    "one label": loss_of,
+    "several labels": lambda: SpatialIBLoss(task="multilabel", **OF_INPUT),
+    "ignored labels": lambda: SpatialIBLoss(ignore_index=-7, **OF_INPUT),
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_step_waits_for_nothing(name, batch):
     """Neither forward nor backward of the exact engine synchronises with the host."""
     model = Network(nn.ReLU).cuda()
-    step = step_of(model, loss_of(), ("body",))
+    step = step_of(model, CRITERIA[name](), ("body",))
     x, y, mask = on_gpu(batch)
+    if name == "several labels":
+        y = torch.rand(len(x), CLASSES, device="cuda") < 0.5
+        mask = mask.expand(-1, CLASSES, -1, -1).contiguous()
+    if name == "ignored labels":
+        y = y.clone()
+        y[0] = -7
     step(x, y, mask).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
