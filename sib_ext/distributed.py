@@ -170,12 +170,14 @@ class JoinedBatch:
         total = F.cross_entropy(
             logits, target, weight=weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
         )
-        wide = accumulation_dtype(logits.dtype)
-        if target.is_floating_point():
-            return self.sum(total.to(wide)) / self.size
-        counts = target != ignore_index
-        share = counts.to(wide) if weight is None else weight[torch.where(counts, target, 0)].to(wide) * counts
-        return self.sum(total.to(wide)) / self.sum(share.sum())
+        share = torch.ones(len(target), device=logits.device)
+        if not target.is_floating_point():
+            counts = target != ignore_index
+            share = counts if weight is None else weight[torch.where(counts, target, 0)] * counts
+        # In one exchange, of one size whatever a rank's targets are.
+        both = torch.stack([total, share.sum().to(total.dtype)]).to(accumulation_dtype(logits.dtype))
+        total, share = self.sum(both).unbind()
+        return total / share
 
     def collect(self, rows: Tensor) -> Tensor:
         """Every rank's rows, [n,...] -> [B,...], without a gradient; batches that differ travel padded."""

@@ -57,10 +57,14 @@ def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> T
     return 0.5 * torch.log1p(background_variance(moments, count) / noise)
 
 
-def relative_noise(vjp: Tensor, kappa: float) -> Tensor:
-    """sigma^2 = kappa * mean_b Var(R), detached: makes :func:`background_gaussian` free of scale."""
+def relative_noise(vjp: Tensor, kappa: float, mean: Tensor | None = None) -> Tensor:
+    """sigma^2 = kappa * mean_b Var(R), detached: makes :func:`background_gaussian` free of scale.
+
+    ``mean``: of :func:`variances` over the samples that count, a scalar; None: over all.
+    """
     check_positive("kappa", kappa)
-    return kappa * variances(vjp.detach()).mean() + TINY
+    mean = variances(vjp).mean() if mean is None else mean
+    return kappa * mean.detach() + TINY
 
 
 def variances(vjp: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from .estimators import (
     normalised_gram,
     relative_noise,
 )
-from .masks import boxes_to_mask, hard_density_mask, mean_sigmoid_mask, mixed, top_p_mask
+from .masks import boxes_to_mask, hard_density_mask, mean_sigmoid_mask, top_p_mask
+from .mixing import mixed
 from .ops import auto_window, density_mask, masked_statistics
 from .seeds import logit_sum, probability_energy, random_logit, target_log_prob, target_logit, vjp
 

@@ -52,7 +52,9 @@ class CollapseGuard:
         """The labels [B,K] of a training step."""
         if not torch.compiler.is_compiling():
             now = labels.detach().float().mean(0)
-            self.frequency = now if self.frequency is None else torch.lerp(now, self.frequency.to(now), SMOOTHING)
+            before = self.frequency
+            others = before is None or before.shape != now.shape
+            self.frequency = now if others else torch.lerp(now, before.to(now), SMOOTHING)
 
     def watch(self, cross_entropy: Tensor, found: Information, guessing: Callable[[], float]) -> None:
         """Once a training step that has terms; ``guessing``: what its loss would be of guessing, NaN: not known."""

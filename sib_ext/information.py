@@ -122,7 +122,8 @@ def _at(
             values = _foreground(loss, estimator, field, mask, moments, counts, joined)
             foreground = joined.sum((weights * values).sum())
         parts.append(of_foreground * f(-foreground))
-    empty = (moments[:, 7:9].detach().sum(1) == 0).sum()  # of |field|
+    empty = moments[:, 7:9].detach().sum(1) == 0  # of |field|
+    empty = (empty if counts is None else empty & counts).sum()
     return _Place(background, foreground, empty, sum(parts[1:], start=parts[0]))
 
 
@@ -131,7 +132,7 @@ def _background(loss: nn.Module, field: Tensor, moments: Tensor, counts: Tensor 
     noise = {}
     if loss.background == "gaussian":
         mean = joined.mean(estimators.variances(field.detach()), counts)
-        noise["noise"] = loss.kappa * mean + estimators.TINY
+        noise["noise"] = estimators.relative_noise(field, loss.kappa, mean)
     return estimators.BACKGROUND[loss.background](moments, field[0].numel(), **noise)
 
 

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: A label of a multi-label target is present from here on.
-PRESENT = 0.5
+#: A label of several is looked at from PRESENT on, and not there below ABSENT; between them (of a mixed image, say) it
+#: is there, and not looked at.
+PRESENT, ABSENT = 0.5, 0.1
+IGNORED = -3  #: in the place of a class: none is known
 
 #: The seeds that choose a logit of an image of several labels.
-SEEDS = ("target_logit", "random_logit")
+MULTILABEL_SEEDS = ("target_logit", "random_logit")
 
 
 class Look(NamedTuple):
@@ -18,7 +20,7 @@ class Look(NamedTuple):
 
     target: Tensor  #: what the seed takes: class indices [B], or each logit's weight [B,K]
     label: Tensor | None = None  #: int64 [B]: the class whose mask counts; None: no single one
-    present: Tensor | None = None  #: bool [B,K]: the labels; None: one an image
+    present: Tensor | None = None  #: bool [B,K]: what is there; None: one label an image
     of_all: Tensor | None = None  #: bool [B]: the masks of all labels count together, as the logit is of another class
     counts: Tensor | None = None  #: bool [B]: which samples have terms; None: all
 
@@ -29,25 +31,28 @@ def of_one_label(target: Tensor) -> Look:
 
 
 def without_ignored(target: Tensor, ignore_index: int, needs_label: bool) -> Look:
-    """Of class indices [B]. A seed that ``needs_label`` has no terms for samples of ``ignore_index``."""
+    """Of class indices [B], or probabilities [B,K]. Samples of ``ignore_index`` have no terms of a seed that
+    ``needs_label``."""
+    if target.is_floating_point():  # which knows no ignored label, and exchanges as much with other ranks
+        return Look(target, counts=target.new_ones(len(target), dtype=torch.bool) if needs_label else None)
     known = target != ignore_index
-    target = torch.where(known, target, 0)
-    return Look(target, target, counts=known if needs_label else None)
+    seen = torch.where(known, target, 0)
+    return Look(seen, torch.where(known, target, IGNORED), counts=known if needs_label else None)
 
 
 def drawn(target: Tensor, seed: str) -> Look:
-    """Of several labels an image, [B,K] in [0,1] (present from PRESENT on): each image looks at one of them, drawn
-    anew every call.
+    """Of several labels an image, [B,K] in [0,1]: each image looks at one of them, from PRESENT on, drawn anew every
+    call.
 
     ``"target_logit"``: at its logit. ``"random_logit"``: half of the time at its logit, else at that of a class that is
     not there, whose evidence should lie on the objects, too: the masks of all labels count. An image without labels has
     no object, and no terms.
     """
-    present = target >= PRESENT
+    sure, present = target >= PRESENT, target >= ABSENT
     keys = torch.rand(target.shape, device=target.device)
-    label = keys.masked_fill(~present, -1).argmax(1)
+    label = keys.masked_fill(~sure, -1).argmax(1)
     other = keys.masked_fill(present, -1).argmax(1)
-    has, lacks = present.any(1), ~present.all(1)
+    has, lacks = sure.any(1), ~present.all(1)
     of_other = ~has
     if seed == "random_logit":
         of_other = of_other | (lacks & (torch.rand(len(target), device=target.device) < 0.5))

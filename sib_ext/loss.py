@@ -102,7 +102,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             without a label have no terms. It takes the seeds ``"target_logit"`` and ``"random_logit"``.
         pos_weight: [K], of ``"multilabel"``, as in ``nn.BCEWithLogitsLoss``; as is ``weight`` [K] then.
         base: None, or a classification loss in the place of the cross-entropy, (logits [B,K], target) -> a scalar, the
-            mean over the batch, or [B]. With a ``process_group`` ranks' scalars are weighted by their batches' sizes.
+            mean over the batch, or [B]; several labels come to it in the logits' type. With a ``process_group`` ranks'
+            scalars are weighted by their batches' sizes. A module's parameters are this loss's, not the model's.
         seed: s(z): ``"probability_energy"`` (published), ``"target_logit"``, ``"target_log_prob"``, ``"logit_sum"``,
             ``"random_logit"``.
         mask: how M is made when none is given: ``"density"`` (published), ``"hard_density"``, ``"mean_sigmoid"``,
@@ -216,8 +217,10 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
     def _check_classification(self) -> None:
         check_choice("task", self.task, TASKS)
-        if self.base is not None and not callable(self.base):
-            raise ValueError(f"base must be None or a function of logits and target, got {self.base!r}")
+        if self.base is not None and (not callable(self.base) or isinstance(self.base, type)):
+            raise ValueError(
+                f"base must be None or a function of logits and target, such as a module, got {self.base!r}"
+            )
         for name in ("weight", "pos_weight"):
             value = getattr(self, name)
             if value is not None and (value.dim() != 1 or not bool((value.isfinite() & (value >= 0)).all())):
@@ -235,11 +238,15 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         for name in (name for name, given in unused.items() if given):
             where = "with a base loss" if self.base is not None else f"for task={self.task!r}"
             raise ValueError(f"{name} has no meaning {where}: leave it out")
-        if self.is_multilabel and self.seed not in labels.SEEDS:
+        if self.is_multilabel and self.seed not in labels.MULTILABEL_SEEDS:
             raise ValueError(
                 f"seed={self.seed!r} has no meaning for task='multilabel', whose images look at one label each: take "
                 "seed='random_logit' or 'target_logit'"
             )
+        self._check_grams()
+
+    def _check_grams(self) -> None:
+        """Before every step again: the weights may change in a training."""
         leaves_out = self.is_multilabel or (self.ignore_index is not None and self.seed in seeds.OF_LABELS)
         if leaves_out and self.input_foreground > 0 and self.foreground in estimators.OF_GRAMS:
             raise ValueError(
@@ -277,7 +284,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
     def extra_repr(self) -> str:
         return (
-            f"preset={self.preset!r}, seed={self.seed!r}, mask={self.mask!r} of {self.mask_source!r}, "
+            f"preset={self.preset!r}, task={self.task!r}, base={self.base!r}, ignore_index={self.ignore_index!r}, "
+            f"seed={self.seed!r}, mask={self.mask!r} of {self.mask_source!r}, "
             f"background={self.background!r} ({self.input_background:g} input, {self.feature_background:g} features), "
             f"foreground={self.foreground!r} ({self.input_foreground:g} input, {self.feature_foreground:g} features), "
             f"transform={self.transform!r}"
@@ -293,26 +301,27 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         under ``torch.no_grad``."""
         if self.base is not None or self.is_multilabel:
             return self._of_samples(logits, target).mean()
-        return F.cross_entropy(logits, target, ignore_index=self._ignored, **self._of_classes)
+        return F.cross_entropy(logits, target, **self._of_classes(target))
 
-    @property
-    def _ignored(self) -> int:
-        return NEVER if self.ignore_index is None else self.ignore_index
-
-    @property
-    def _of_classes(self) -> dict:
-        return {"weight": self.weight, "label_smoothing": self.label_smoothing}
+    def _of_classes(self, target: Tensor) -> dict:
+        ignores = self.ignore_index is not None and not target.is_floating_point()
+        of_classes = {"weight": self.weight, "label_smoothing": self.label_smoothing}
+        return of_classes | {"ignore_index": self.ignore_index if ignores else NEVER}
 
     def _of_samples(self, logits: Tensor, target: Tensor) -> Tensor:
         """[B], or the mean over the batch, of a loss that is a mean over samples."""
-        if self.base is None:
+        if self.is_multilabel:
+            self._check_labels(target)
             target = target.to(logits.dtype)
+        if self.base is None:
             weights = {"weight": self.weight, "pos_weight": self.pos_weight}
             return F.binary_cross_entropy_with_logits(logits, target, reduction="none", **weights).mean(1)
         value = self.base(logits, target)
         if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]) or not value.is_floating_point():
             got = describe(value) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"base must return a floating-point scalar or [{len(logits)}], got {got}")
+        if torch.is_grad_enabled() and logits.requires_grad and not value.requires_grad:
+            raise ValueError("base returned a value without a gradient: it must not detach the logits")
         return value
 
     def forward(
@@ -368,7 +377,8 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         inputs = (x, *features.values()) if self.has_input_terms else tuple(features.values())
         if self.has_terms:
             seeds.check_graph(logits, x if self.has_input_terms else None, features)
-        look = self.look(target)
+        look = self.look(target, x)
+        self.check_classes_of(mask)
         given, annotated = self.given(mask, x, annotated, look)
         joined = self.joined(x)
         cross_entropy = self.joined_cross_entropy(logits, target, joined)
@@ -453,13 +463,13 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         """The seed as engines take it, of :attr:`sib_ext.labels.Look.target`: what is drawn is drawn already."""
         return "target_logit" if self.is_multilabel else self.seed
 
-    def look(self, target: Tensor) -> labels.Look:
+    def look(self, target: Tensor, x: Tensor) -> labels.Look:
         """What the terms of a step look at in each image; drawn anew every call where an image has several labels."""
+        self._check_shape(target, len(x))
         if self.is_multilabel:
             self._check_labels(target)
             return labels.drawn(target, self.seed)
-        check_tensor("target", target, "a tensor")
-        if self.ignore_index is None or target.is_floating_point():
+        if self.ignore_index is None:
             return labels.of_one_label(target)
         looks = self.check_values or target.device.type == "cpu"
         if looks and self.process_group is None and bool((target == self.ignore_index).all()):
@@ -475,15 +485,20 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         """``mask`` and ``annotated`` of a call, checked: :func:`sib_ext.masks.given_mask`, or that of
         :mod:`sib_ext.class_masks`."""
         if mask is not None and class_masks.is_of_classes(mask, look):
-            return class_masks.given_mask(mask, x, look, annotated, self.check_values)
+            return class_masks.of_look(mask, x, look, annotated, self.check_values)
         if mask is not None:
             return masks.given_mask(mask, x, annotated, self.check_values)
         if annotated is not None:
             raise ValueError("annotated was given without mask: pass mask=... too")
         return None, None
 
+    def check_classes_of(self, mask) -> None:
+        """Masks a class name classes that there are, once the logits have told how many."""
+        class_masks.check_classes(mask, self._classes)
+
     def joined(self, x: Tensor) -> distributed.JoinedBatch:
         """The batch whose statistics count: that of the process group, or x alone; large enough for the foreground."""
+        self._check_grams()
         joined = distributed.JoinedBatch(x, self.process_group, self.projection)
         if self.input_foreground > 0:
             estimators.check_batch(self.foreground, joined.size)
@@ -496,7 +511,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         if self.base is not None or self.is_multilabel:
             values = self._of_samples(logits, target)
             return joined.mean(values.to(accumulation_dtype(values.dtype)))
-        return joined.cross_entropy(logits, target, ignore_index=self._ignored, **self._of_classes)
+        return joined.cross_entropy(logits, target, **self._of_classes(target))
 
     def information(
         self,
@@ -538,24 +553,33 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         for name in ("weight", "pos_weight"):
             if (value := getattr(self, name)) is not None and len(value) != classes:
                 raise ValueError(f"{name} has {len(value)} values for {classes} logits: give one a class")
+        self._check_shape(target, batch, classes)
         if self.is_multilabel:
             self._check_labels(target)
-            if target.shape != logits.shape:
-                raise ValueError(f"target has labels, so it must be [{batch},{classes}], got {describe(target)}")
-            return
-        if target.is_floating_point():
-            if target.shape != logits.shape:
-                raise ValueError(
-                    f"target has class probabilities, so it must be [{batch},{classes}], got {describe(target)}"
-                )
-            return
-        if target.dtype != torch.int64 or target.shape != (batch,):
-            raise ValueError(
-                f"target must be class indices, int64 [{batch}], or class probabilities [{batch},{classes}], "
-                f"got {describe(target)}"
-            )
-        if self.check_values or target.device.type == "cpu":
+        elif not target.is_floating_point() and (self.check_values or target.device.type == "cpu"):
             self._check_indices(target, classes)
+
+    def _check_shape(self, target: Tensor, batch: int, classes: int | None = None) -> None:
+        """``classes``: once the logits have told."""
+        check_tensor("target", target, "a tensor")
+        size = "K" if classes is None else classes
+        matrix = target.dim() == 2 and len(target) == batch and classes in (None, target.shape[1])
+        if self.is_multilabel:
+            if not matrix or target.is_complex():
+                raise ValueError(
+                    f"target must be labels [{batch},{size}] in [0,1] for task='multilabel', got {describe(target)}"
+                )
+        elif target.is_floating_point():
+            if not matrix:
+                raise ValueError(
+                    f"target has class probabilities, so it must be [{batch},{size}], got {describe(target)}"
+                )
+        elif target.dtype != torch.int64 or target.shape != (batch,):
+            several = "; of several labels an image give the loss task='multilabel'" if matrix else ""
+            raise ValueError(
+                f"target must be class indices, int64 [{batch}], or class probabilities [{batch},{size}], "
+                f"got {describe(target)}{several}"
+            )
 
     def _check_indices(self, target: Tensor, classes: int) -> None:
         if self.ignore_index is not None:
@@ -567,10 +591,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             raise ValueError(f"target must lie in [0,{classes - 1}] for {classes} logits, got {least} to {most}")
 
     def _check_labels(self, target: Tensor) -> None:
-        """Of several labels an image; their number, the logits tell."""
-        check_tensor("target", target, "a tensor [B,K]")
-        if target.dim() != 2 or target.is_complex():
-            raise ValueError(f"target must be labels [B,K] in [0,1] for task='multilabel', got {describe(target)}")
+        """Of several labels an image."""
         if (self.check_values or target.device.type == "cpu") and target.numel() and target.dtype != torch.bool:
             least, most = (float(v) for v in target.detach().aminmax())
             if not (least >= 0 and most <= 1):

@@ -1,7 +1,8 @@
 """Foreground masks M [B,1,H,W]: made from the VJP, or given by the user (soft, boolean, boxes, per-sample missing)."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ def boxes_to_mask(boxes: Tensor, height: int, width: int, check_values: bool = F
             with ``check_values``, because that waits for it); ``BoundingBoxes`` that are rotated or of another size of
             image.
     """
-    boxes = _plain("boxes", boxes, height, width)
+    boxes = plain("boxes", boxes, height, width)
     _check_box_shape(boxes)
     if check_values or boxes.device.type == "cpu":
         _check_box_values(boxes, height, width)
@@ -130,7 +131,7 @@ def boxes_to_mask(boxes: Tensor, height: int, width: int, check_values: bool = F
     return (coverage(y1, y2, height)[:, :, None] * coverage(x1, x2, width)[:, None, :]).unsqueeze(1)
 
 
-def _plain(name: str, mask: Tensor, height: int, width: int) -> Tensor:
+def plain(name: str, mask: Tensor, height: int, width: int) -> Tensor:
     """torchvision's masks and boxes as plain tensors, boxes as corners: in a plain tensor no format is known."""
     tv = sys.modules.get("torchvision.tv_tensors")  # who has one, has imported it
     if tv is None or not isinstance(mask, tv.TVTensor):
@@ -176,10 +177,10 @@ def given_mask(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the user gave as ``mask`` and ``annotated`` -> (M [B,1,H,W], annotated [B] bool or None for "every sample").
 
-    Takes a soft or boolean mask [B,H,W] or [B,1,H,W], boxes [B,4], or a sequence of B items, each a mask [H,W] or
-    [1,H,W], a box [4], several boxes [N,4] (their union), or None where the sample has no annotation; torchvision's
-    ``Mask`` and ``BoundingBoxes``, too, and these in the format that they name. What stands in rows without annotation
-    is not looked at. M is None when no sample has an annotation.
+    Takes a soft or boolean mask [B,H,W] or [B,1,H,W], boxes [B,4], or a sequence of B items, each a mask [H,W], a
+    box [4], several masks [N,H,W] or boxes [N,4] (their union), or None where the sample has no annotation;
+    torchvision's ``Mask`` and ``BoundingBoxes``, too, and these in the format that they name. What stands in rows
+    without annotation is not looked at. M is None when no sample has an annotation.
     """
     if annotated is not None:
         check_tensor("annotated", annotated, "a boolean tensor [B]")
@@ -195,11 +196,24 @@ def given_mask(
         raise ValueError(f"mask has {len(mask)} items for a batch of {x.shape[0]}: give one (or None) per sample")
     if all(item is None for item in mask):
         return None, None
-    rows = [given_item(item, x[:1], check_values) for item in mask]
+    rows = []
+    for sample, item in enumerate(mask):
+        with sample_named(sample):
+            rows.append(given_item(item, x[:1], check_values))
     if any(item is None for item in mask):
         known = torch.tensor([item is not None for item in mask], device=x.device)
         annotated = known if annotated is None else annotated & known
     return torch.cat(rows), annotated
+
+
+@contextmanager
+def sample_named(sample: int, of_class: int | None = None) -> Iterator[None]:
+    """Inside, an error says of which sample of a sequence it is."""
+    try:
+        yield
+    except ValueError as error:
+        which = f"sample {sample}" if of_class is None else f"sample {sample}, class {of_class}"
+        raise ValueError(f"{error} ({which})") from None
 
 
 def given_item(item: Tensor | None, x: Tensor, check_values: bool) -> Tensor:
@@ -207,23 +221,22 @@ def given_item(item: Tensor | None, x: Tensor, check_values: bool) -> Tensor:
     if item is None:
         return x.new_zeros(1, 1, *x.shape[2:], dtype=reference.accumulation_dtype(x.dtype))
     check_tensor("mask", item, "a tensor or None for each sample")
-    item = _plain("mask", item, *x.shape[2:])
-    if item.dim() == 2 and item.shape[1] == 4 and item.shape != x.shape[2:]:
-        return _union(item, x, check_values)
-    return _given_tensor(item[None], x, None, check_values)
-
-
-def _union(boxes: Tensor, x: Tensor, check_values: bool) -> Tensor:
-    """Of boxes [N,4] of one image: a pixel counts as the box that covers most of it does."""
-    if not len(boxes):
-        raise ValueError("mask has a sample with no boxes, [0,4]: give None where it is not known what to look at")
-    images = x.expand(len(boxes), *x.shape[1:])
-    return _given_tensor(boxes, images, None, check_values).amax(0, keepdim=True)
+    item = plain("mask", item, *x.shape[2:])
+    are_boxes = item.dim() == 2 and item.shape[1] == 4 and item.shape != x.shape[2:]
+    if not are_boxes and (item.dim() != 3 or item.shape[1:] != x.shape[2:]):
+        return _given_tensor(item[None], x, None, check_values)
+    if not len(item):
+        raise ValueError(
+            f"mask has no {'boxes' if are_boxes else 'masks'}, {list(item.shape)}: give None where it is not known "
+            "what to look at"
+        )
+    images = x.expand(len(item), *x.shape[1:])  # united: a pixel counts as in the one that covers most of it
+    return _given_tensor(item, images, None, check_values).amax(0, keepdim=True)
 
 
 def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_values: bool) -> Tensor:
     batch, _, height, width = x.shape
-    mask = _plain("mask", mask, height, width)
+    mask = plain("mask", mask, height, width)
     if mask.is_complex():
         raise ValueError(f"mask must be boolean, integer or floating point, got {describe(mask)}")
     if mask.device != x.device:
@@ -238,12 +251,20 @@ def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_value
     if mask.shape not in ((batch, height, width), (batch, 1, height, width)):
         raise ValueError(
             f"mask must be [{batch},1,{height},{width}], [{batch},{height},{width}] or boxes [{batch},4] to fit x, "
-            f"got {describe(mask)}: resize it together with the images"
+            f"got {describe(mask)}: {_advice(mask, x)}"
         )
     mask = mask.reshape(batch, 1, height, width)
     if annotated is not None:
         mask = torch.where(annotated[:, None, None, None], mask, torch.zeros_like(mask))
     return check_range(mask, x, check_values)
+
+
+def _advice(mask: Tensor, x: Tensor) -> str:
+    if mask.dim() == 4 and mask.shape[1] > 1 and mask.shape[2:] == x.shape[2:]:
+        return (
+            "masks a class as a tensor are for task='multilabel'; with one label an image give mappings, {class: mask}"
+        )
+    return "resize it together with the images"
 
 
 def check_range(mask: Tensor, x: Tensor, check_values: bool) -> Tensor:
@@ -255,52 +276,3 @@ def check_range(mask: Tensor, x: Tensor, check_values: bool) -> Tensor:
                 f"mask must lie in [0,1], got values from {least:g} to {most:g}: divide by 255, or compare"
             )
     return mask.to(reference.accumulation_dtype(x.dtype))
-
-
-# ------------------------------------------------------------------------------------------------ mixed
-
-#: A sample that has so much of one without annotation has none.
-UNKNOWN = 2**-7
-
-
-def mixed(
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    target: Tensor,
-    mask: Tensor | Sequence[Tensor | None],
-    annotated: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """A batch whose samples are mixed (CutMix, MixUp), its masks as its images.
-
-    CutMix pastes the masks as it pastes the pixels; MixUp adds them with the weights of the images. A sample that is
-    mixed with one without annotation has none.
-
-    Args:
-        mix: (images [B,N,H,W], target) -> the same mixed, every channel alike, as torchvision's ``v2.CutMix`` and
-            ``v2.MixUp`` and timm's ``Mixup`` do. The masks go with the images as further channels.
-        x: images [B,C,H,W], floating point.
-        target: as ``mix`` takes it.
-        mask, annotated: as in :meth:`sib_ext.SpatialIBLoss.terms`; or masks a class [B,K,H,W].
-
-    Returns:
-        x, target, mask [B,1,H,W] or [B,K,H,W], annotated bool [B]; the last two None where no sample has a mask.
-
-    Raises:
-        ValueError: masks that do not fit, or a ``mix`` that changes the images' number, size or channels.
-    """
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
-        given, known = check_range(_plain("mask", mask, *x.shape[2:]), x, False), annotated
-    else:
-        given, known = given_mask(mask, x, annotated)
-    if given is None:
-        return *mix(x, target), None, None
-    known = torch.ones(len(x), dtype=torch.bool, device=x.device) if known is None else known
-    flags = known.to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
-    both = torch.cat([x, given.to(x.dtype), flags], 1)
-    shape = both.shape
-    both, target = mix(both, target)
-    if not isinstance(both, Tensor) or both.shape != shape:
-        got = describe(both) if isinstance(both, Tensor) else type(both).__name__
-        raise ValueError(f"mix must return images of the shape that it is given, {list(shape)}, got {got}")
-    x, given, flags = both.split([x.shape[1], given.shape[1], 1], 1)
-    return x, target, given.clamp(0, 1), flags.amin((1, 2, 3)) > 1 - UNKNOWN

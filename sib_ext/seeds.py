@@ -48,9 +48,10 @@ def random_logit(logits: Tensor, target: Tensor) -> Tensor:
     A term on the label's logit alone leaves evidence against the other classes a way in through the background. Draws
     come from torch's generator of the logits' device.
     """
-    classes = logits.shape[1]
-    of_target = target if target.is_floating_point() else F.one_hot(target, classes)
-    of_any = F.one_hot(torch.randint(classes, logits.shape[:1], device=logits.device), classes)
+    # Not one_hot, which torch.compile cannot trace here.
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    of_target = target if target.is_floating_point() else target[:, None] == classes
+    of_any = torch.randint(logits.shape[1], (len(logits), 1), device=logits.device) == classes
     labelled = torch.rand(logits.shape[:1], device=logits.device) < 0.5
     return (logits * torch.where(labelled[:, None], of_target.to(logits), of_any.to(logits))).sum()
 

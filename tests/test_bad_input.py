@@ -278,7 +278,8 @@ MASKS = [
     ("a bad item", ["mask must be a tensor or None", "str"], [GOOD[0], None, "all", None]),
     ("a bad value in an item", [r"mask must lie in \[0,1\]"], [None, None, 2 * GOOD[2] + 1, None]),
     ("a bad size in an item", ["mask must be", r"\[1, 1, 9, 9\]"], [None, GOOD[0][..., :9], None, None]),
-    ("no boxes in an item", [r"no boxes, \[0,4\]", "give None"], [None, torch.zeros(0, 4), None, None]),
+    ("no boxes in an item", [r"no boxes, \[0, 4\]", "give None", "sample 1"], [None, torch.zeros(0, 4), None, None]),
+    ("no masks in an item", [r"no masks, \[0, 9, 11\]", "give None"], [None, torch.zeros(0, 9, 11), None, None]),
     ("a number", ["mask must be"], 0.5),
 ]
 

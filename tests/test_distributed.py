@@ -167,6 +167,25 @@ def targets_of(options, y):
     return torch.where(torch.arange(len(y)) % 4 > 0, y, IGNORED) if "ignore_index" in options else y
 
 
+def step_with_mixed_targets(rank, options):
+    """As after a CutMix that each rank draws for itself: probabilities on the first, class indices on the second."""
+    problem = problem_of((4, 4))
+    x, y = part(problem, (4, 4), rank)
+    target = nn.functional.one_hot(y, 3).double() if rank == 0 else y
+    model = DistributedDataParallel(problem.model)
+    terms = loss_of(options, process_group="world").terms(model(x), target, x)
+    terms.loss.backward()
+    return {name: value.detach() for name, value in scalars_of(terms).items()}, [p.grad for p in problem.parameters]
+
+
+@pytest.mark.parametrize("options", [SINGLE, SINGLE | {"ignore_index": IGNORED}], ids=["plain", "ignored labels"])
+def test_ranks_may_have_targets_of_different_kinds(on_ranks, options):
+    problem = problem_of((4, 4))
+    terms = loss_of(options).terms(problem.logits(), problem.y, problem.x)
+    truth = terms, gradients(terms.loss, problem.parameters)
+    assert_same_step(on_ranks(step_with_mixed_targets, options), truth, 1e-11)
+
+
 def ddp_step_with_targets(rank, sizes, options):
     problem = problem_of(sizes)
     problem = problem._replace(y=targets_of(options, problem.y))

@@ -75,6 +75,13 @@ def test_a_soft_label_is_there_from_one_half_on():
     assert look.label[0] == 1 and look.counts.tolist() == [True, False]
 
 
+def test_what_a_mixed_image_has_little_of_is_neither_looked_at_nor_absent():
+    target = torch.tensor([[0.7, 0.3, 0.0]])
+    looks = [labels.drawn(target, "random_logit") for _ in range(60)]
+    assert {look.target.argmax().item() for look in looks} == {0, 2}
+    assert all(look.present.tolist() == [[True, True, False]] for look in looks)  # both objects are foreground
+
+
 def test_draws_are_repeated_with_the_generator(problem):
     criterion = of_labels(seed="random_logit")
     losses = []
@@ -105,7 +112,7 @@ def elementary(problem, target, look, M, known, kappa=1.0, share=0.5):
     return bce + (weights * background).sum() - 0.5 * (weights * foreground).sum()
 
 
-@pytest.mark.parametrize("seed", labels.SEEDS)
+@pytest.mark.parametrize("seed", labels.MULTILABEL_SEEDS)
 def test_the_loss_is_the_stated_sum_and_so_is_its_gradient(seed, problem, implementation):
     torch.manual_seed(3)
     look = labels.drawn(LABELS, seed)
@@ -118,7 +125,7 @@ def test_the_loss_is_the_stated_sum_and_so_is_its_gradient(seed, problem, implem
         assert_near(found, expected, 1e-8)
 
 
-@pytest.mark.parametrize("seed", labels.SEEDS)
+@pytest.mark.parametrize("seed", labels.MULTILABEL_SEEDS)
 def test_gradients_equal_finite_differences(seed, problem, implementation):
     """Some masks are self-made, and move."""
     some = [{0: MASKS[0, 0]}, {1: MASKS[1, 1]}, None, {0: MASKS[3, 0], 2: MASKS[3, 2]}, MASKS[4, 0]]
@@ -251,13 +258,14 @@ def test_torchvision_boxes_of_a_class_are_read_in_their_format():
 
 
 REFUSED = [
-    (r"sample 1 names the class 3: name class indices below 3", [None, {3: BOX}, None, None, None]),
+    (r"sample 1 names the class 3: name class indices from 0 to 2", [None, {3: BOX}, None, None, None]),
     (r"sample 0 names the class 'cat'", [{"cat": BOX}, None, None, None, None]),
     (r"sample 0 names the class -1", [{-1: BOX}, None, None, None, None]),
     (r"sample 0 names the class True", [{True: BOX}, None, None, None, None]),
     (r"mask has 2 items for a batch of 5", [{0: BOX}, None]),
     (r"mask must be a tensor or None", [{0: "all"}, None, None, None, None]),
-    (r"box 0 is", [{0: 9 * BOX}, None, None, None, None]),
+    (r"box 0 is .*\(sample 3, class 2\)", [None, None, None, {0: BOX, 2: 9 * BOX}, None]),
+    (r"box 0 is .*\(sample 1\)", [{0: BOX}, 9 * BOX, None, None, None]),
     (r"mask must be \[5,3,9,11\] on cpu, one a class, got .*\[5, 4, 9, 11\]", torch.zeros(5, 4, 9, 11)),
     (r"mask must be \[5,3,9,11\]", torch.zeros(5, 3, 9, 9)),
     (r"mask must lie in \[0,1\]", 2 * MASKS + 1),
@@ -284,6 +292,28 @@ def test_masks_a_class_need_a_label(problem):
         SpatialIBLoss()(problem.logits(), soft, problem.x, [{0: BOX}] * 5)
 
 
+def test_a_class_that_no_logit_is_of_is_refused_with_one_label_an_image_too(problem):
+    masks = [{7: BOX}] * 5
+    for call in (
+        lambda c: c(problem.logits(), problem.y, problem.x, masks),
+        lambda c: SIBStep(problem.model, c, ())(problem.x, problem.y, masks),
+    ):
+        with pytest.raises(ValueError, match="sample 0 names the class 7: name class indices from 0 to 2"):
+            call(SpatialIBLoss(**OF_INPUT))
+
+
+def test_masks_a_class_as_a_tensor_are_refused_with_one_label_an_image(problem):
+    with pytest.raises(ValueError, match=r"for task='multilabel'; with one label an image give mappings"):
+        SpatialIBLoss(**OF_INPUT)(problem.logits(), problem.y, problem.x, MASKS)
+
+
+def test_images_of_torchvision_are_no_masks_a_class():
+    tv = pytest.importorskip("torchvision.tv_tensors", reason="torchvision is not installed")
+    with pytest.raises(ValueError, match="mask must be a mask or boxes, got a torchvision Image"):
+        chosen(tv.Image(MASKS), look_at([0] * 5))
+    assert torch.equal(chosen(tv.Mask(MASKS), look_at([0] * 5))[0], MASKS[:, :1])
+
+
 # ------------------------------------------------------------------------------------ options that do not fit
 
 OPTIONS = [
@@ -295,6 +325,7 @@ OPTIONS = [
     ("weight has no meaning with a base loss", {"base": F.cross_entropy, "weight": torch.ones(3)}),
     ("ignore_index has no meaning with a base loss", {"base": F.cross_entropy, "ignore_index": -1}),
     ("base must be None or a function", {"base": "focal"}),
+    ("base must be None or a function .* such as a module", {"base": torch.nn.CrossEntropyLoss}),
     ("weight must be finite numbers >= 0", {"weight": torch.tensor([1.0, -1.0])}),
     ("pos_weight must be finite numbers >= 0", {"task": "multilabel", "pos_weight": torch.tensor([1.0, math.inf])}),
     ("weight must be a tensor", {"weight": [1.0, 2.0]}),
@@ -312,12 +343,34 @@ def test_options_that_do_not_fit_are_refused(words, options):
 
 
 TARGETS = [
-    (r"target must be labels \[B,K\] in \[0,1\]", torch.zeros(5, dtype=torch.int64)),
+    (r"target must be labels \[5,.\] in \[0,1\] for", torch.zeros(5, dtype=torch.int64)),
+    (r"target must be labels \[5,.\] in \[0,1\] for", torch.zeros(4, 3)),
     (r"target must lie in \[0,1\] for task='multilabel', got 0 to 2", 2 * LABELS),
     (r"target must lie in \[0,1\]", torch.full((5, 3), math.nan)),
-    (r"target has labels, so it must be \[5,3\], got .*\[5, 4\]", torch.zeros(5, 4)),
+    (r"target must be labels \[5,3\] in \[0,1\] .*got .*\[5, 4\]", torch.zeros(5, 4)),
     (r"target must be a tensor", [[0, 1, 0]] * 5),
 ]
+
+
+def test_weights_that_change_in_a_training_are_checked_again(problem):
+    criterion = of_labels(foreground="hsic", input_foreground=0.0)
+    criterion.input_foreground = 1.0
+    with pytest.raises(ValueError, match="foreground='hsic' compares all samples"):
+        criterion(problem.logits(), LABELS, problem.x)
+
+
+def test_labels_are_checked_in_the_validation_loss_too(problem):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"target must lie in \[0,1\]"):
+        of_labels().cross_entropy(problem.logits(), 255 * LABELS)
+
+
+def test_labels_for_a_loss_of_one_are_refused_with_what_to_do(problem):
+    for call in (
+        lambda c: c(problem.logits(), LABELS, problem.x),
+        lambda c: SIBStep(problem.model, c, ())(problem.x, LABELS, [{0: BOX}] * 5),
+    ):
+        with pytest.raises(ValueError, match="target must be class indices.*give the loss task='multilabel'"):
+            call(SpatialIBLoss())
 
 
 @pytest.mark.parametrize("words, target", TARGETS)
@@ -367,6 +420,26 @@ def test_a_seed_without_a_label_keeps_the_terms_of_ignored_samples(problem):
     )
     assert_near(terms.background["input"], all_known.background["input"], 1e-12)
     assert_near(terms.cross_entropy, F.cross_entropy(problem.logits()[1:], y[1:]), 1e-12)
+
+
+def test_of_ignored_samples_no_mask_a_class_is_taken(problem):
+    """Whatever the seed: the terms of those that need no label stay, with self-made masks."""
+    y = torch.tensor([0, IGNORED, 2, 1, 1])
+    options = {"seed": "logit_sum", "ignore_index": IGNORED, "mask_source": "vjp", **OF_INPUT}
+    of_first, of_none = (
+        SpatialIBLoss(**options)(problem.logits(), y, problem.x, [{0: MASKS[0, 0]}, item, None, None, None])
+        for item in ({0: BOX, 1: BOX, 2: BOX}, None)
+    )
+    assert torch.equal(of_first, of_none)
+
+
+def test_probabilities_know_no_ignored_label(problem):
+    soft = torch.rand(5, 3).double().softmax(1)
+    for ignored in (IGNORED, 255):
+        criterion = SpatialIBLoss(ignore_index=ignored, seed="target_logit", **OF_INPUT)
+        plain = SpatialIBLoss(seed="target_logit", **OF_INPUT)
+        found, truth = (c(problem.logits(), soft, problem.x, MASKS[:, :1]) for c in (criterion, plain))
+        assert_near(found, truth, 1e-12)
 
 
 def test_a_step_leaves_ignored_samples_out_too(problem):
@@ -424,9 +497,10 @@ def test_a_loss_of_ones_own_stands_in_the_place_of_the_cross_entropy(of_batch, p
 
 
 def test_a_loss_of_ones_own_takes_several_labels_too(problem):
-    base = torch.nn.MultiLabelSoftMarginLoss()
-    terms = of_labels(base=base).terms(problem.logits(), LABELS.double(), problem.x, MASKS)
-    assert_near(terms.cross_entropy, base(problem.logits(), LABELS.double()), 1e-12)
+    for base in (torch.nn.MultiLabelSoftMarginLoss(), torch.nn.BCEWithLogitsLoss()):
+        for target in (LABELS, LABELS > 0, LABELS.double()):
+            terms = of_labels(base=base).terms(problem.logits(), target, problem.x, MASKS)
+            assert_near(terms.cross_entropy, base(problem.logits(), LABELS.double()), 1e-12)
 
 
 def test_a_loss_of_timms_own_will_do(problem):
@@ -442,10 +516,15 @@ def test_a_loss_of_timms_own_will_do(problem):
 
 @pytest.mark.parametrize(
     "returned, words",
-    [(lambda z, y: z, r"scalar or \[5\], got .*\[5, 3\]"), (lambda z, y: 1.0, "got float"), (lambda z, y: y, "int64")],
+    [
+        (lambda z, y: focal(z.detach(), y), "it must not detach"),
+        (lambda z, y: z, r"scalar or \[5\], got .*\[5, 3\]"),
+        (lambda z, y: 1.0, "got float"),
+        (lambda z, y: y, "int64"),
+    ],
 )
 def test_a_loss_of_ones_own_that_returns_something_else_is_refused(returned, words, problem):
-    with pytest.raises(ValueError, match=f"base must return a floating-point {words}|base must .*{words}"):
+    with pytest.raises(ValueError, match=f"base .*{words}"):
         SpatialIBLoss(base=returned)(problem.logits(), problem.y, problem.x)
 
 
@@ -472,6 +551,18 @@ def test_the_guard_counts_labels_and_knows_no_guess_of_a_loss_of_ones_own(proble
     assert criterion._guessing() == guessing_labels(LABELS.float().mean(0), None, None)
     assert math.isnan(SpatialIBLoss(base=focal)._guessing())
     assert copy.deepcopy(criterion).guard.steps == 3
+    of_two = tiny_problem(norm="group", classes=2)
+    criterion(of_two.logits(), LABELS[:, :2], of_two.x)  # another network starts anew
+    torch.testing.assert_close(criterion.guard.frequency, LABELS[:, :2].float().mean(0))
+
+
+def test_maps_of_images_without_terms_do_not_count_as_empty(problem):
+    logits = problem.logits()
+    counts = torch.tensor([True, False, False, True, True])
+    y = torch.where(counts, problem.y, IGNORED)
+    logits = logits * counts[:, None]  # of ignored images no VJP is left
+    terms = SpatialIBLoss(ignore_index=IGNORED, seed="target_logit", **OF_INPUT).terms(logits, y, problem.x)
+    assert int(terms.empty["input"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------- mixed
@@ -502,6 +593,64 @@ def test_masks_of_classes_and_batches_without_masks_can_be_mixed(problem):
     assert torch.equal(mask, halves(MASKS, problem.y)[0]) and known.all()
     mixed_x, _, mask, known = sib.mixed(halves, x, problem.y, [None] * 5)
     assert torch.equal(mixed_x, halves(x, problem.y)[0]) and mask is None and known is None
+
+
+def test_masks_by_class_are_mixed_as_those_of_the_target(problem):
+    x, items = problem.x.detach(), [{int(k): MASKS[i, 0], (int(k) + 1) % 3: BOX} for i, k in enumerate(problem.y)]
+    items[3] = {(int(problem.y[3]) + 1) % 3: BOX}
+    *_, mask, known = sib.mixed(halves, x, problem.y, items)
+    assert known.tolist() == [True, True, True, False, False]
+    torch.testing.assert_close(mask[known], halves(MASKS[:, :1], problem.y)[0][known])
+
+
+def halves_of_labels(x, target):
+    return halves(x, target.argmax(1))[0], torch.maximum(target, target.roll(1, 0))
+
+
+def test_masks_by_class_of_several_labels_become_masks_a_class(problem):
+    x = problem.x.detach()
+    items = [{k: MASKS[i, k] for k in range(3) if (i, k) != (3, 2)} for i in range(4)] + [MASKS[4, 0]]
+    _, target, mask, known = sib.mixed(halves_of_labels, x, LABELS, items)
+    whole = torch.cat([MASKS[:4], MASKS[4:, :1].expand(-1, 3, -1, -1)])
+    truth, _ = halves_of_labels(whole, LABELS)
+    expected = torch.ones(5, 3, dtype=torch.bool)
+    expected[3, 2] = expected[4, 2] = False
+    assert torch.equal(known, expected)
+    torch.testing.assert_close(mask[known], truth[known])
+    x = x.requires_grad_()
+    assert of_labels()(problem.model(x), target, x, mask, known).isfinite()
+
+
+@pytest.mark.parametrize("of_classes", [False, True], ids=["[B]", "[B,K]"])
+def test_flags_are_mixed_too(of_classes, problem):
+    flags = torch.tensor([True, True, False, True, True])
+    flags = flags[:, None] & torch.tensor([True, False, True]) if of_classes else flags
+    wild = torch.where(flags.reshape(5, -1, 1, 1), MASKS, torch.nan)
+    *_, mask, known = sib.mixed(halves, problem.x.detach(), problem.y, wild, flags)
+    assert torch.equal(known, flags & flags.roll(1, 0)) and mask.isfinite().all()
+
+
+def test_mixed_images_keep_their_layout(problem):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = problem.x.detach().contiguous(memory_format=layout)
+        mixed_x, *_ = sib.mixed(halves, x, problem.y, MASKS[:, 0])
+        assert mixed_x.is_contiguous(memory_format=layout) and mixed_x.stride() == x.stride()
+
+
+NOT_MIXED = [
+    ("x must be floating point", lambda x: (x.to(torch.uint8), MASKS[:, 0], None)),
+    ("annotated must be a boolean tensor", lambda x: (x, MASKS, torch.arange(5))),
+    ("annotated must be a boolean tensor", lambda x: (x, MASKS, torch.ones(4, dtype=torch.bool))),
+    (r"mask must be \[5,3,9,11\]", lambda x: (x, MASKS[..., :9], None)),
+    (r"mask must lie in \[0,1\]", lambda x: (x, 2 * MASKS, None)),
+]
+
+
+@pytest.mark.parametrize("words, arguments", NOT_MIXED)
+def test_what_cannot_be_mixed_is_refused(words, arguments, problem):
+    x, *masks = arguments(problem.x.detach())
+    with pytest.raises(ValueError, match=words):
+        sib.mixed(halves, x, problem.y, *masks)
 
 
 def test_a_mix_that_changes_the_shape_is_refused(problem):

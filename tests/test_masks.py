@@ -217,6 +217,12 @@ def test_several_boxes_of_a_sample_are_their_union():
     assert torch.equal(mask[0, 0], covered) and annotated.tolist() == [True, False, True]
 
 
+def test_several_masks_of_a_sample_are_their_union():
+    mask, _ = given_mask([SOFT[:, 0], HARD[:2, 0], SOFT[2]], IMAGES)
+    assert torch.equal(mask[0, 0], SOFT[:, 0].amax(0)) and torch.equal(mask[2], SOFT[2])
+    assert torch.equal(mask[1, 0], (HARD[0, 0] | HARD[1, 0]).float())
+
+
 def test_an_image_as_wide_as_a_box_has_numbers_takes_a_mask():
     mask, _ = given_mask([torch.eye(4)], torch.zeros(1, 3, 4, 4))
     assert torch.equal(mask[0, 0], torch.eye(4))

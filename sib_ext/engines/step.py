@@ -199,11 +199,12 @@ class SIBStep:
                 "SIBStep needs gradients, but they are switched off here (torch.no_grad or inference_mode): "
                 "for a validation loss use criterion.cross_entropy(model(x), target)"
             )
-        look = self.criterion.look(target)
+        look = self.criterion.look(target, x)
         given, annotated = self.criterion.given(mask, x, annotated, look)
         x = x.detach()
         of_input = self.criterion.has_input_terms and self.steps % self.every == 0
         terms = self._terms(x, target, look, given, annotated, of_input)
+        self.criterion.check_classes_of(mask)  # the logits tell how many there are
         self.steps += 1  # a step that failed, and was caught, is still due
         return terms
 

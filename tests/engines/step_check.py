@@ -60,7 +60,7 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
     """Loss and gradients by the definition; a batch in parts of ``size``, as BatchNorm sees them."""
     criterion = copy.deepcopy(criterion)
     criterion.impl = "reference"
-    look = criterion.look(y)
+    look = criterion.look(y, x)
     parts = [part.clone().requires_grad_() for part in x.split(size)]
     logits, features = [], {name: [] for name in layers}
     with sdpa_kernel(SDPBackend.MATH):
@@ -211,7 +211,7 @@ def check_step(
     plain = model_of()
     of_plain = Hooks(plain)
     seed()
-    criterion.look(y)  # which draws where an image has several labels
+    criterion.look(y, x)  # which draws where an image has several labels
     parts = [logits_of(plain(part.clone()), step.output) for part in x.split(size)]
     if step.microbatch:  # what is run again in backward counts once, also where a checkpoint counts it twice
         same_buffers(model, plain, "after the step")

@@ -49,6 +49,18 @@ def test_a_compiled_step_is_right_and_a_good_guest(network, eager_compile, threa
     assert step.engine == "compiled"
 
 
+def test_a_random_logit_is_compiled(batch, eager_compile):  # noqa: F811
+    x, y, _ = batch
+    step = step_of(Network(norm=per_sample), loss_of(seed="random_logit"), engine="compiled")
+    torch.manual_seed(1)
+    found = gradient(step.model, step(x, y))
+    assert step.engine == "compiled" and not step._vjps.left_to_the_exact
+    exact = step_of(copy.deepcopy(step.model), loss_of(seed="random_logit"))
+    exact.model.zero_grad()
+    torch.manual_seed(1)
+    assert error(found, gradient(exact.model, exact(x, y))) < 1e-4
+
+
 @pytest.mark.parametrize("seed", ["target_logit", "random_logit"])
 def test_a_compiled_step_with_several_labels_an_image_is_right(seed, eager_compile, threads):
     threads(1)
