@@ -170,13 +170,13 @@ class JoinedBatch:
         total = F.cross_entropy(
             logits, target, weight=weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
         )
+        wide = accumulation_dtype(logits.dtype)
         share = torch.ones(len(target), device=logits.device)
         if not target.is_floating_point():
             counts = target != ignore_index
             share = counts if weight is None else weight[torch.where(counts, target, 0)] * counts
         # In one exchange, of one size whatever a rank's targets are.
-        both = torch.stack([total, share.sum().to(total.dtype)]).to(accumulation_dtype(logits.dtype))
-        total, share = self.sum(both).unbind()
+        total, share = self.sum(torch.stack([total.to(wide), share.sum(dtype=wide)])).unbind()
         return total / share
 
     def collect(self, rows: Tensor) -> Tensor:

@@ -167,6 +167,13 @@ def targets_of(options, y):
     return torch.where(torch.arange(len(y)) % 4 > 0, y, IGNORED) if "ignore_index" in options else y
 
 
+def test_a_large_batch_of_bfloat16_logits_is_counted_exactly():
+    logits, y = torch.zeros(301, 3, dtype=torch.bfloat16), torch.zeros(301, dtype=torch.int64)  # 301: no bfloat16
+    joined = JoinedBatch(torch.zeros(301, 1, 1, 1))
+    single = nn.functional.cross_entropy(logits, y, reduction="sum").float() / 301
+    assert torch.equal(joined.cross_entropy(logits, y), single)
+
+
 def step_with_mixed_targets(rank, options):
     """As after a CutMix that each rank draws for itself: probabilities on the first, class indices on the second."""
     problem = problem_of((4, 4))
