@@ -406,7 +406,12 @@ def test_of_several_seeds_a_single_pair_decides_nothing():
     results["runs"] = [run for run in results["runs"] if run["method"] in ("ce", "sib") or run["seed"] == 0]
     found = gains.shown(results, gains.GOALS["duts30"], ["energy-loss"])
     assert found["leads"].keys() == {"energy-loss"} and found["ahead"] is None and found["reached"]["ahead"] is None
-    assert found["gains"]["sib-none"]["epg"]["mean"] > 0 and found["reached"]["sib-none"] == {"epg": False}
+    assert found["gains"]["sib-none"]["epg"]["mean"] > 0 and found["reached"]["sib-none"] == {"epg": None}
+    assert "+0.050; above 0: of one training" in gains.markdown({"duts30": found}, {}, ([], {}))
+    results = made_up(**METHODS | {"sib-none": 0.1})
+    results["runs"] = [run for run in results["runs"] if run["method"] in ("ce", "sib") or run["seed"] == 0]
+    missed = gains.shown(results, gains.GOALS["duts30"], ["energy-loss"])
+    assert missed["reached"]["sib-none"] == {"epg": False}  # which one training shows as well
     other = gains.shown(made_up(**METHODS), gains.GOALS["duts30"], ["energy-loss", "rrr-loss"])
     assert other["ahead"] is None  # not every peer is there
 

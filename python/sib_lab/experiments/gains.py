@@ -65,8 +65,8 @@ def starred(value: dict) -> str:
     return results.difference(value) + ("*" if value["excludes_zero"] else "")
 
 
-def yes(reached: bool) -> str:
-    return "reached" if reached else "not reached"
+def yes(reached: bool | None) -> str:
+    return "reached" if reached else "of one training" if reached is None else "not reached"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -135,8 +135,11 @@ def _gains(numbers: Numbers, method: str, test: str) -> dict[str, Difference]:
     return found | {"epg_worst": of_six[worst(of_six)]}
 
 
-def is_reached(value: Difference, goal: float, single: bool = False) -> bool:
-    """Whether a gain is as high as its goal and, where that is above 0, clear; of a ``single`` seed the mean does."""
+def is_reached(value: Difference, goal: float, single: bool = False) -> bool | None:
+    """Whether a gain is as high as its goal and, where that is above 0, clear; of a ``single`` seed the mean does.
+    None: of one training, where others have several, which says too little."""
+    if not single and value.count == 1 and value.mean >= goal:
+        return None
     return value.mean >= goal and (goal <= 0 or _clearly_above(value, single))
 
 
