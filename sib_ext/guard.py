@@ -23,16 +23,6 @@ class CollapseWarning(UserWarning):
     """The S-IB terms fall at the expense of the classification, or of maps that are zero everywhere."""
 
 
-def guessing_labels(frequency: Tensor, weight: Tensor | None, pos_weight: Tensor | None) -> float:
-    """The binary cross-entropy of guessing each of K labels by its frequency [K]; the weights as in
-    ``nn.BCEWithLogitsLoss``."""
-    positive = frequency if pos_weight is None else pos_weight * frequency
-    guess = positive / (positive + 1 - frequency)  # the best there is; of a label that never occurs 0
-    each = torch.special.entr(guess) + torch.special.entr(1 - guess)
-    each = each * (positive + 1 - frequency)
-    return float((each if weight is None else weight * each).mean())
-
-
 class CollapseGuard:
     """Watches running means of the cross-entropy, of the weighted S-IB terms and of empty maps, and warns once of each.
 

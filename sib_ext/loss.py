@@ -1,21 +1,18 @@
 """SpatialIBLoss: cross-entropy plus the two spatial information terms, as a drop-in for nn.CrossEntropyLoss."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from . import class_masks, distributed, estimators, labels, masks, seeds
 from .checks import check_choice, check_finite, check_positive, check_share, check_tensor, check_window, describe
-from .guard import CollapseGuard, guessing_labels
+from .classification import Classification
+from .guard import CollapseGuard
 from .information import TRANSFORMS, Information, information
 from .layers import class_activation_of
 from .ops.density_mask import PADDINGS
-from .reference import accumulation_dtype
 
 PRESETS = {
     # arXiv 2511.09239 with every constant of the authors' scripts.
@@ -61,8 +58,6 @@ PRESETS = {
 PRESETS["fine_tuning"] = PRESETS["balanced"] | {"input_background": 3.0, "jitter": 0.0}
 
 
-TASKS = ("multiclass", "multilabel")
-NEVER = torch.iinfo(torch.int64).min  #: a label that there is not, in the place of an ignore_index
 WEIGHTS = ("input_background", "input_foreground", "feature_background", "feature_foreground")
 
 
@@ -83,7 +78,7 @@ class SIBTerms(NamedTuple):
     vjp: Tensor | None = None  #: R [B,C,H,W]
 
 
-class SpatialIBLoss(nn.CrossEntropyLoss):
+class SpatialIBLoss(Classification):
     """Cross-entropy that also moves the network's vector-Jacobian product (VJP) onto the foreground.
 
     ``loss = CE + input_background * f(I_background) + input_foreground * f(-I_foreground)`` (arXiv 2511.09239), with
@@ -178,10 +173,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         process_group=None,
         projection: int | None = None,
     ):
-        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
-            if value is not None:
-                check_tensor(name, value, "a tensor [K]")
-        super().__init__(weight=weight, label_smoothing=label_smoothing)
+        super().__init__(task, base, weight, pos_weight, label_smoothing, ignore_index, check_values)
         check_choice("preset", preset, tuple(PRESETS))
         constants = PRESETS[preset]
 
@@ -206,47 +198,20 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         self.slope = slope if slope is not None else 30.0 if self.mask == "top_p" else 10.0
         self.area = area if area is not None else 0.1 if self.mask == "top_p" else 0.2
         self.kappa = kappa
-        self.impl, self.check_values = impl, check_values
+        self.impl = impl
         self.process_group, self.projection = process_group, projection
-        self.ignore_index, self.task, self.base = ignore_index, task, base
-        self.register_buffer("pos_weight", pos_weight)
-        self.guard, self._classes = CollapseGuard(), 0
-        self._check_classification()
+        self.guard = CollapseGuard()
         self._check_options(area)
+        self._check_labels_needed()
         distributed.check_process_group(process_group, projection)
 
-    def _check_classification(self) -> None:
-        check_choice("task", self.task, TASKS)
-        if self.base is not None and (not callable(self.base) or isinstance(self.base, type)):
-            raise ValueError(
-                f"base must be None or a function of logits and target, such as a module, got {self.base!r}"
-            )
-        for name in ("weight", "pos_weight"):
-            value = getattr(self, name)
-            if value is not None and (value.dim() != 1 or not bool((value.isfinite() & (value >= 0)).all())):
-                raise ValueError(f"{name} must be finite numbers >= 0, one a class [K], got {describe(value)}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be a number from 0 to 1, got {self.label_smoothing!r}")
-        if self.ignore_index is not None and type(self.ignore_index) is not int:
-            raise ValueError(f"ignore_index must be None or an integer, got {self.ignore_index!r}")
-        unused = {
-            "weight": self.base is not None and self.weight is not None,
-            "pos_weight": (self.base is not None or not self.is_multilabel) and self.pos_weight is not None,
-            "label_smoothing": (self.base is not None or self.is_multilabel) and self.label_smoothing != 0,
-            "ignore_index": (self.base is not None or self.is_multilabel) and self.ignore_index is not None,
-        }
-        for name in (name for name, given in unused.items() if given):
-            where = "with a base loss" if self.base is not None else f"for task={self.task!r}"
-            raise ValueError(f"{name} has no meaning {where}: leave it out")
+    def _check_labels_needed(self) -> None:
+        """Before every step again: the weights may change in a training."""
         if self.is_multilabel and self.seed not in labels.MULTILABEL_SEEDS:
             raise ValueError(
                 f"seed={self.seed!r} has no meaning for task='multilabel', whose images look at one label each: take "
                 "seed='random_logit' or 'target_logit'"
             )
-        self._check_grams()
-
-    def _check_grams(self) -> None:
-        """Before every step again: the weights may change in a training."""
         leaves_out = self.is_multilabel or (self.ignore_index is not None and self.seed in seeds.OF_LABELS)
         if leaves_out and self.input_foreground > 0 and self.foreground in estimators.OF_GRAMS:
             raise ValueError(
@@ -290,39 +255,6 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             f"foreground={self.foreground!r} ({self.input_foreground:g} input, {self.feature_foreground:g} features), "
             f"transform={self.transform!r}"
         )
-
-    @property
-    def is_multilabel(self) -> bool:
-        """Whether an image may have several labels."""
-        return self.task == "multilabel"
-
-    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The cross-entropy part alone (the ``base`` loss where there is one), a scalar, e.g. for a validation loss
-        under ``torch.no_grad``."""
-        if self.base is not None or self.is_multilabel:
-            return self._of_samples(logits, target).mean()
-        return F.cross_entropy(logits, target, **self._of_classes(target))
-
-    def _of_classes(self, target: Tensor) -> dict:
-        ignores = self.ignore_index is not None and not target.is_floating_point()
-        of_classes = {"weight": self.weight, "label_smoothing": self.label_smoothing}
-        return of_classes | {"ignore_index": self.ignore_index if ignores else NEVER}
-
-    def _of_samples(self, logits: Tensor, target: Tensor) -> Tensor:
-        """[B], or the mean over the batch, of a loss that is a mean over samples."""
-        if self.is_multilabel:
-            self._check_labels(target)
-            target = target.to(logits.dtype)
-        if self.base is None:
-            weights = {"weight": self.weight, "pos_weight": self.pos_weight}
-            return F.binary_cross_entropy_with_logits(logits, target, reduction="none", **weights).mean(1)
-        value = self.base(logits, target)
-        if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]) or not value.is_floating_point():
-            got = describe(value) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"base must return a floating-point scalar or [{len(logits)}], got {got}")
-        if torch.is_grad_enabled() and logits.requires_grad and not value.requires_grad:
-            raise ValueError("base returned a value without a gradient: it must not detach the logits")
-        return value
 
     def forward(
         self,
@@ -442,21 +374,13 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
         if self.training:
             if self.is_multilabel:
                 self.guard.count(target)
-            self.guard.watch(cross_entropy, found, self._guessing)
+            self.guard.watch(cross_entropy, found, lambda: self.guessing(self.guard.frequency))
         loss = cross_entropy
         if found.input is not None:
             loss = loss.to(found.input.dtype) + every * found.input
         if found.features is not None:
             loss = loss.to(found.features.dtype) + found.features
         return SIBTerms(loss, cross_entropy, *found[2:])
-
-    def _guessing(self) -> float:
-        """The loss of a network that guesses by how often there is what; NaN: of a ``base`` loss it is not known."""
-        if self.base is not None:
-            return math.nan
-        if self.is_multilabel:
-            return guessing_labels(self.guard.frequency, self.weight, self.pos_weight)
-        return math.log(max(self._classes, 2))
 
     @property
     def scalar_seed(self) -> str:
@@ -465,9 +389,9 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
     def look(self, target: Tensor, x: Tensor) -> labels.Look:
         """What the terms of a step look at in each image; drawn anew every call where an image has several labels."""
-        self._check_shape(target, len(x))
+        self.check_shape(target, len(x))
         if self.is_multilabel:
-            self._check_labels(target)
+            self.check_labels(target)
             return labels.drawn(target, self.seed)
         if self.ignore_index is None:
             return labels.of_one_label(target)
@@ -498,20 +422,11 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
 
     def joined(self, x: Tensor) -> distributed.JoinedBatch:
         """The batch whose statistics count: that of the process group, or x alone; large enough for the foreground."""
-        self._check_grams()
+        self._check_labels_needed()
         joined = distributed.JoinedBatch(x, self.process_group, self.projection)
         if self.input_foreground > 0:
             estimators.check_batch(self.foreground, joined.size)
         return joined
-
-    def joined_cross_entropy(self, logits: Tensor, target: Tensor, joined: distributed.JoinedBatch) -> Tensor:
-        """The cross-entropy of the joined batch."""
-        if joined.group is None:
-            return self.cross_entropy(logits, target)
-        if self.base is not None or self.is_multilabel:
-            values = self._of_samples(logits, target)
-            return joined.mean(values.to(accumulation_dtype(values.dtype)))
-        return joined.cross_entropy(logits, target, **self._of_classes(target))
 
     def information(
         self,
@@ -542,57 +457,7 @@ class SpatialIBLoss(nn.CrossEntropyLoss):
             raise ValueError(
                 f"logits, target and x must be on one device, got {logits.device}, {target.device} and {x.device}"
             )
-        self._check_target(target, logits)
+        self.check_target(target, logits)
         if self.check_values:
             check_finite("x", x)
             check_finite("logits", logits)
-
-    def _check_target(self, target: Tensor, logits: Tensor) -> None:
-        batch, classes = logits.shape
-        self._classes = classes
-        for name in ("weight", "pos_weight"):
-            if (value := getattr(self, name)) is not None and len(value) != classes:
-                raise ValueError(f"{name} has {len(value)} values for {classes} logits: give one a class")
-        self._check_shape(target, batch, classes)
-        if self.is_multilabel:
-            self._check_labels(target)
-        elif not target.is_floating_point() and (self.check_values or target.device.type == "cpu"):
-            self._check_indices(target, classes)
-
-    def _check_shape(self, target: Tensor, batch: int, classes: int | None = None) -> None:
-        """``classes``: once the logits have told."""
-        check_tensor("target", target, "a tensor")
-        size = "K" if classes is None else classes
-        matrix = target.dim() == 2 and len(target) == batch and classes in (None, target.shape[1])
-        if self.is_multilabel:
-            if not matrix or target.is_complex():
-                raise ValueError(
-                    f"target must be labels [{batch},{size}] in [0,1] for task='multilabel', got {describe(target)}"
-                )
-        elif target.is_floating_point():
-            if not matrix:
-                raise ValueError(
-                    f"target has class probabilities, so it must be [{batch},{size}], got {describe(target)}"
-                )
-        elif target.dtype != torch.int64 or target.shape != (batch,):
-            several = "; of several labels an image give the loss task='multilabel'" if matrix else ""
-            raise ValueError(
-                f"target must be class indices, int64 [{batch}], or class probabilities [{batch},{size}], "
-                f"got {describe(target)}{several}"
-            )
-
-    def _check_indices(self, target: Tensor, classes: int) -> None:
-        if self.ignore_index is not None:
-            target = target[target != self.ignore_index]
-            if not len(target):
-                return
-        least, most = (int(v) for v in target.aminmax())
-        if least < 0 or most >= classes:
-            raise ValueError(f"target must lie in [0,{classes - 1}] for {classes} logits, got {least} to {most}")
-
-    def _check_labels(self, target: Tensor) -> None:
-        """Of several labels an image."""
-        if (self.check_values or target.device.type == "cpu") and target.numel() and target.dtype != torch.bool:
-            least, most = (float(v) for v in target.detach().aminmax())
-            if not (least >= 0 and most <= 1):
-                raise ValueError(f"target must lie in [0,1] for task='multilabel', got {least:g} to {most:g}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from sib_ext import SIBStep, SpatialIBLoss, labels
 from sib_ext import functional as sib
-from sib_ext.guard import guessing_labels
+from sib_ext.classification import guessing_labels
 
 from .compare import assert_near, gradients
 from .samples import FIXED, tiny_problem
@@ -548,8 +548,8 @@ def test_the_guard_counts_labels_and_knows_no_guess_of_a_loss_of_ones_own(proble
     for _ in range(3):
         criterion(problem.logits(), LABELS, problem.x)
     torch.testing.assert_close(criterion.guard.frequency, LABELS.float().mean(0))
-    assert criterion._guessing() == guessing_labels(LABELS.float().mean(0), None, None)
-    assert math.isnan(SpatialIBLoss(base=focal)._guessing())
+    assert criterion.guessing(criterion.guard.frequency) == guessing_labels(LABELS.float().mean(0), None, None)
+    assert math.isnan(SpatialIBLoss(base=focal).guessing())
     assert copy.deepcopy(criterion).guard.steps == 3
     of_two = tiny_problem(norm="group", classes=2)
     criterion(of_two.logits(), LABELS[:, :2], of_two.x)  # another network starts anew
