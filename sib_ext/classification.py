@@ -89,7 +89,10 @@ class Classification(nn.CrossEntropyLoss):
         value = self.base(logits, target)
         if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]) or not value.is_floating_point():
             got = describe(value) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"base must return a floating-point scalar or [{len(logits)}], got {got}")
+            raise ValueError(
+                f"base must return a floating-point scalar or [{len(logits)}], the mean over classes of each sample, "
+                f"got {got}"
+            )
         if torch.is_grad_enabled() and logits.requires_grad and not value.requires_grad:
             raise ValueError("base returned a value without a gradient: it must not detach the logits")
         return value

@@ -163,6 +163,11 @@ def _check_box_shape(boxes: Tensor) -> None:
 
 def _check_box_values(boxes: Tensor, height: int, width: int) -> None:
     x1, y1, x2, y2 = boxes.unbind(1)
+    if len(boxes) and bool(((x2 <= 1) & (y2 <= 1) & ((x2 < 1) | (y2 < 1))).all()):
+        raise ValueError(
+            f"mask: box 0 is {boxes[0].tolist()}, inside the first pixel: give pixels, not shares of the {height} x "
+            f"{width} image"
+        )
     good = (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height) & (x1 < x2) & (y1 < y2)
     if not bool(good.all()):
         bad = int((~good).nonzero()[0, 0])

@@ -16,7 +16,7 @@ def mixed(
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
     target: Tensor,
-    mask: Tensor | Sequence,
+    mask: Tensor | Sequence | None,
     annotated: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """A batch whose samples are mixed (CutMix, MixUp), its masks as its images.
@@ -28,9 +28,9 @@ def mixed(
         mix: (images [B,N,H,W], target) -> the same mixed, every channel alike, as torchvision's ``v2.CutMix`` and
             ``v2.MixUp`` and timm's ``Mixup`` do. The masks go with the images as further channels.
         x: images [B,C,H,W], floating point.
-        target: as ``mix`` takes it; class indices [B], or labels [B,K].
-        mask, annotated: as in :meth:`sib_ext.SpatialIBLoss.terms`; of mappings by class that of the target counts, and
-            with labels [B,K] they become masks a class.
+        target: as ``mix`` takes it; class indices [B], or labels [B,K] (timm's takes indices alone).
+        mask, annotated: as in :meth:`sib_ext.SpatialIBLoss.terms`, None without masks; of mappings by class that of the
+            target counts, and with labels [B,K] they become masks a class.
 
     Returns:
         x, target, mask [B,1,H,W] or [B,K,H,W], annotated bool [B], or [B,K] where it was given so or masks were
@@ -38,10 +38,10 @@ def mixed(
 
     Raises:
         ValueError: images that are no floating-point batch, masks that do not fit, or a ``mix`` that changes the
-            images' number, size or channels.
+            number of images or targets, or the images' size or channels.
     """
     check_field("x", x)
-    given, known = _given(mask, x, target, annotated)
+    given, known = (None, None) if mask is None else _given(mask, x, target, annotated)
     if given is None:
         return *mix(x, target), None, None
     flags = known.reshape(len(x), -1, 1, 1).to(x.dtype).expand(-1, -1, *x.shape[2:])
@@ -51,6 +51,11 @@ def mixed(
     if not isinstance(both, Tensor) or both.shape != shape:
         got = describe(both) if isinstance(both, Tensor) else type(both).__name__
         raise ValueError(f"mix must return images of the shape that it is given, {list(shape)}, got {got}")
+    if len(target) != len(x):
+        raise ValueError(
+            f"mix must return a target for each of the {len(x)} images, got {describe(target)}: timm's Mixup takes "
+            "class indices alone, torchvision's v2.CutMix and v2.MixUp labels [B,K], too"
+        )
     parts = both.split([x.shape[1], given.shape[1], flags.shape[1]], 1)
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     known = (parts[2].amin((2, 3)) > 1 - UNKNOWN).reshape(known.shape)

@@ -111,6 +111,7 @@ BOXES = [
     ("turned round", ["box 1 is", "x1 < x2"], [[0, 0, 2, 2], [4, 0, 2, 2]]),
     ("empty", ["box 0 is", "x1 < x2"], [[2, 0, 2, 2], [0, 0, 2, 2]]),
     ("NaN", ["box 0 is", "nan"], [[NAN, 0, 2, 2], [0, 0, 2, 2]]),
+    ("shares", ["box 0 is", "inside the first pixel: give pixels, not shares"], [[0, 0, 0.5, 1], [0.25, 0.5, 1, 0.75]]),
     ("three numbers", [r"boxes must be \[B,4\]", "x1, y1, x2, y2"], [[0, 0, 2], [0, 0, 2]]),
 ]
 
