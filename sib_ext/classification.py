@@ -129,9 +129,8 @@ class Classification(nn.CrossEntropyLoss):
             if (value := getattr(self, name)) is not None and len(value) != classes:
                 raise ValueError(f"{name} has {len(value)} values for {classes} logits: give one a class")
         self.check_shape(target, batch, classes)
-        if self.is_multilabel:
-            self.check_labels(target)
-        elif not target.is_floating_point() and (self.check_values or target.device.type == "cpu"):
+        of_indices = not self.is_multilabel and not target.is_floating_point()
+        if of_indices and (self.check_values or target.device.type == "cpu"):
             self._check_indices(target, classes)
 
     def check_shape(self, target: Tensor, batch: int, classes: int | None = None) -> None:

@@ -136,9 +136,9 @@ def plain(name: str, mask: Tensor, height: int, width: int) -> Tensor:
     tv = sys.modules.get("torchvision.tv_tensors")  # who has one, has imported it
     if tv is None or not isinstance(mask, tv.TVTensor):
         return mask
-    plain = mask.as_subclass(Tensor)
+    values = mask.as_subclass(Tensor)
     if isinstance(mask, tv.Mask):
-        return plain
+        return values
     if not isinstance(mask, tv.BoundingBoxes):
         raise ValueError(f"{name} must be a mask or boxes, got a torchvision {type(mask).__name__}")
     if mask.format.name not in ("XYXY", "XYWH", "CXCYWH"):
@@ -151,7 +151,7 @@ def plain(name: str, mask: Tensor, height: int, width: int) -> Tensor:
     from torchvision.transforms.v2.functional import convert_bounding_box_format
 
     # Integers would lose half a pixel of a centre.
-    wide = plain.to(torch.promote_types(plain.dtype, torch.float32))
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
     return convert_bounding_box_format(wide, old_format=mask.format, new_format=tv.BoundingBoxFormat.XYXY)
 
 
@@ -163,11 +163,6 @@ def _check_box_shape(boxes: Tensor) -> None:
 
 def _check_box_values(boxes: Tensor, height: int, width: int) -> None:
     x1, y1, x2, y2 = boxes.unbind(1)
-    if len(boxes) and bool(((x2 <= 1) & (y2 <= 1) & ((x2 < 1) | (y2 < 1))).all()):
-        raise ValueError(
-            f"mask: box 0 is {boxes[0].tolist()}, inside the first pixel: give pixels, not shares of the {height} x "
-            f"{width} image"
-        )
     good = (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height) & (x1 < x2) & (y1 < y2)
     if not bool(good.all()):
         bad = int((~good).nonzero()[0, 0])
@@ -249,6 +244,8 @@ def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_value
             f"mask must be on the device of x ({x.device}), got {describe(mask)}: move it with .to(x.device)"
         )
     if mask.shape == (batch, 4):
+        if check_values or mask.device.type == "cpu":
+            _check_no_shares(mask if annotated is None else mask[annotated], height, width)
         if annotated is not None:
             whole = mask.new_tensor([0, 0, width, height])
             mask = torch.where(annotated[:, None], mask, whole)
@@ -262,6 +259,16 @@ def _given_tensor(mask: Tensor, x: Tensor, annotated: Tensor | None, check_value
     if annotated is not None:
         mask = torch.where(annotated[:, None, None, None], mask, torch.zeros_like(mask))
     return check_range(mask, x, check_values)
+
+
+def _check_no_shares(boxes: Tensor, height: int, width: int) -> None:
+    """Of all boxes that a call gives none reaches out of the first pixel: they are meant as shares of the image."""
+    x2, y2 = boxes[:, 2], boxes[:, 3]
+    if len(boxes) and bool(((x2 <= 1) & (y2 <= 1) & ((x2 < 1) | (y2 < 1))).all()):
+        raise ValueError(
+            f"mask: box 0 is {boxes[0].tolist()}, inside the first pixel: give pixels, not shares of the {height} x "
+            f"{width} image"
+        )
 
 
 def _advice(mask: Tensor, x: Tensor) -> str:

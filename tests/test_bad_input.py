@@ -111,7 +111,6 @@ BOXES = [
     ("turned round", ["box 1 is", "x1 < x2"], [[0, 0, 2, 2], [4, 0, 2, 2]]),
     ("empty", ["box 0 is", "x1 < x2"], [[2, 0, 2, 2], [0, 0, 2, 2]]),
     ("NaN", ["box 0 is", "nan"], [[NAN, 0, 2, 2], [0, 0, 2, 2]]),
-    ("shares", ["box 0 is", "inside the first pixel: give pixels, not shares"], [[0, 0, 0.5, 1], [0.25, 0.5, 1, 0.75]]),
     ("three numbers", [r"boxes must be \[B,4\]", "x1, y1, x2, y2"], [[0, 0, 2], [0, 0, 2]]),
 ]
 
@@ -274,6 +273,12 @@ MASKS = [
         ["box 2 is", "9 x 11 image"],
         torch.tensor([[0, 0, 2, 2], [0, 0, 11, 9], [0, 0, 12, 9], [0, 0, 1, 1]]),
     ),
+    (
+        "boxes as shares",
+        ["box 0 is", "inside the first pixel: give pixels, not shares"],
+        torch.tensor([[0, 0, 0.5, 1], [0.25, 0.5, 1, 0.75], [0, 0, 1, 0.5], [0.1, 0.1, 0.2, 0.2]]),
+    ),
+    ("a box as shares", ["inside the first pixel", "sample 2"], [None, None, torch.tensor([0.1, 0.1, 0.5, 0.6]), None]),
     ("too few boxes", ["mask", r"boxes \[4,4\]", r"\[3, 4\]"], torch.tensor([[0, 0, 2, 2]] * 3)),
     ("too short a list", ["mask has 2 items for a batch of 4", "one .or None. per sample"], [GOOD[0], None]),
     ("a bad item", ["mask must be a tensor or None", "str"], [GOOD[0], None, "all", None]),

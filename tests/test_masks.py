@@ -217,6 +217,14 @@ def test_several_boxes_of_a_sample_are_their_union():
     assert torch.equal(mask[0, 0], covered) and annotated.tolist() == [True, False, True]
 
 
+def test_a_small_box_in_the_corner_is_one_beside_others():
+    corner = torch.tensor([[0.0, 0.0, 0.5, 0.5], [1.0, 1.0, 4.0, 3.0], [2.0, 2.0, 3.0, 4.5]])
+    assert torch.equal(given_mask(corner, IMAGES)[0], sib.boxes_to_mask(corner, 5, 6))
+    assert float(sib.boxes_to_mask(corner[:1], 5, 6).sum()) == 0.25
+    none = torch.zeros(3, dtype=torch.bool)  # what stands in rows without annotation is not looked at
+    assert given_mask(torch.zeros(3, 4), IMAGES, none)[1] is none
+
+
 def test_several_masks_of_a_sample_are_their_union():
     mask, _ = given_mask([SOFT[:, 0], HARD[:2, 0], SOFT[2]], IMAGES)
     assert torch.equal(mask[0, 0], SOFT[:, 0].amax(0)) and torch.equal(mask[2], SOFT[2])
