@@ -219,3 +219,74 @@ def write_waterbirds(root: Path, original: bool = False, times: int = 1) -> Path
         writer.writeheader()
         writer.writerows(rows)
     return root
+
+
+VOC_CLASSES = ("aeroplane", "bicycle", "cat")  #: of the tiny copies
+VOC_COLOURS = np.array([[255, 0, 0], [0, 255, 0], [255, 255, 0]], dtype=np.uint8)
+#: x1, y1, x2, y2 of the places that objects stand at, px of an image of 60 x 40.
+VOC_PLACES = ((4, 4, 20, 24), (36, 12, 56, 36))
+
+
+def voc_photographs(count: int, seed: int) -> list[list[tuple[int, tuple[int, int, int, int], int]]]:
+    """Objects (class, box, difficult) of each image: all pairs of classes in turn, some of the second ones
+    difficult."""
+    found = []
+    for place in range(count):
+        first, second = (place + seed) % 3, (place // 3 + seed) % 4
+        objects = [(first, VOC_PLACES[place % 2], 0)]
+        if second < 3:
+            objects.append((second, VOC_PLACES[1 - place % 2], int(place % 4 == 3)))
+        found.append(objects)
+    return found
+
+
+def voc_picture(objects) -> tuple[np.ndarray, np.ndarray]:
+    """The image [40,60,3], and its label map with an undecided line above each object."""
+    image, labels = np.zeros((40, 60, 3), np.uint8), np.zeros((40, 60), np.uint8)
+    image[..., 2] = 255
+    for label, (x1, y1, x2, y2), _ in objects:
+        image[y1:y2, x1:x2] = VOC_COLOURS[label]
+        labels[y1:y2, x1:x2] = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat").index(
+            VOC_CLASSES[label]
+        ) + 1
+        labels[y1 - 2 : y1, x1:x2] = 255
+    return image, labels
+
+
+def write_voc(root: Path, counts=(("train", 12), ("val", 6), ("test", 9)), segmented: int = 2) -> Path:
+    """VOCdevkit/VOC2007; every so manieth image is segmented."""
+    base = root / "VOCdevkit" / "VOC2007"
+    for seed, (split, count) in enumerate(counts):
+        names = []
+        for place, objects in enumerate(voc_photographs(count, seed)):
+            name = f"{seed}{place:05d}"
+            image, labels = voc_picture(objects)
+            save(base / "JPEGImages" / f"{name}.jpg", image)
+            if place % segmented == 0:
+                save(base / "SegmentationClass" / f"{name}.png", labels)
+            inside = "".join(
+                f"<object><name>{VOC_CLASSES[label]}</name><difficult>{difficult}</difficult><bndbox>"
+                f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                for label, (x1, y1, x2, y2), difficult in objects
+            )
+            (base / "Annotations").mkdir(exist_ok=True)
+            (base / "Annotations" / f"{name}.xml").write_text(f"<annotation>{inside}</annotation>")
+            names.append(name)
+        (base / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+        (base / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+def write_labels(root: Path, counts=(("train", 12), ("val", 6), ("test", 9))) -> Path:
+    """images.csv and boxes.csv; a class of difficult objects alone is in boxes.csv alone."""
+    images, boxes = ["file,split,classes"], ["file,x1,y1,x2,y2,class,difficult"]
+    for seed, (split, count) in enumerate(counts):
+        for place, objects in enumerate(voc_photographs(count, seed)):
+            file = f"images/{seed}{place:05d}.png"
+            save(root / file, voc_picture(objects)[0])
+            names = dict.fromkeys(VOC_CLASSES[label] for label, _, difficult in objects if not difficult)
+            images.append(f"{file},{split},{' '.join(names)}")
+            boxes += [f"{file},{','.join(map(str, box))},{VOC_CLASSES[label]},{d}" for label, box, d in objects]
+    (root / "images.csv").write_text("\n".join(images) + "\n")
+    (root / "boxes.csv").write_text("\n".join(boxes) + "\n")
+    return root

@@ -67,7 +67,7 @@ def counts(report: "Report") -> "Table":
     table = Table("class", show_footer=True)
     table.columns[0].footer = "all"
     for name, split in report.splits.items():
-        table.add_column(Text(name.rpartition("/")[2]), str(sum(split.images)), justify="right")
+        table.add_column(Text(name.rpartition("/")[2]), str(split.count), justify="right")
     for row, name in enumerate(report.classes):
         table.add_row(Text(name), *(str(split.images[row]) for split in report.splits.values()))
     return table
@@ -97,15 +97,17 @@ def picture(data: "DataSets") -> "Figure":
     from ..data.base import limited
     from ..reporting.pictures import bare, pixels
 
-    rows = limited(data.train.labels.tolist(), SHOWN, seed=0)
+    labels = data.train.labels
+    # Of several labels an image the one that comes first stands for it.
+    rows = limited((labels.argmax(1) if data.multilabel else labels).tolist(), SHOWN, seed=0)
     items = stack(data.train, rows)
     figure = Figure(figsize=(12, 9.6), facecolor="white", layout="constrained")
     for axes, place in zip(figure.subplots(3, 4).flat, range(SHOWN), strict=True):
         bare(axes)
         if place >= len(rows):
             continue
-        shown, mask = pixels(items.image[place].numpy()), items.mask[place, 0].numpy()
-        if items.annotated[place]:
+        shown, mask = pixels(items.image[place].numpy()), items.mask[place].amax(0).numpy()
+        if items.annotated[place].any():
             shown = (shown * (0.35 + 0.65 * mask[..., None])).astype("uint8")
         axes.imshow(shown)
         if 0.5 < mask.max() and mask.min() <= 0.5:
@@ -115,11 +117,13 @@ def picture(data: "DataSets") -> "Figure":
 
 
 def _title(data: "DataSets", row: int) -> str:
-    """An image's class, and the end of its file's name where it has one."""
+    """An image's classes, and the end of its file's name where it has one."""
     from ..data.files import ImageFiles, name_of
+    from ..data.labelled import Photographs
 
-    label = data.classes[int(data.train.labels[row])]
+    labels = data.train.labels[row]
+    label = ", ".join(data.classes[n] for n in (labels.nonzero()[:, 0].tolist() if data.multilabel else [int(labels)]))
     name = ""
-    if isinstance(data.train, ImageFiles):
+    if isinstance(data.train, (ImageFiles, Photographs)):
         name = f"\n{name_of(data.train.samples[row].image, data.train.root)[-40:]}"
     return f"{label[-40:]}{'' if data.train.annotated[row] else ' (no mask)'}{name}"

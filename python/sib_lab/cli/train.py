@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..data import QUALITIES
 from ..training.config import METHODS
 from . import options
 from .common import as_sentence, command_line, one_sentence
@@ -103,9 +104,9 @@ def print_summary(run: "Run") -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     line = next(line for line in run.history if line["epoch"] == run.epoch)
-    accuracies = [
-        f"{name.removeprefix('accuracy_')} {value:.3f}" for name, value in line.items() if name.startswith("accuracy_")
-    ]
-    typer.echo(f"Best on validation: epoch {run.epoch} of {run.config.epochs}, accuracy {', '.join(accuracies)}.")
+    measured = [name.partition("_") for name in line if name.partition("_")[0] in QUALITIES]
+    values = [f"{split} {line[f'{quality}_{split}']:.3f}" for quality, _, split in measured]
+    name = QUALITIES[measured[0][0]]
+    typer.echo(f"Best on validation: epoch {run.epoch} of {run.config.epochs}, {name} {', '.join(values)}.")
     typer.echo(f"{run.seconds_per_step['median']:.3f} seconds a step. Everything is in {run.folder}.")
     typer.echo(f"See where it looks: sib-lab explain --checkpoint {run.folder} IMAGE.jpg")

@@ -11,6 +11,8 @@ from .errors import DataError
 if TYPE_CHECKING:
     from .base import DataSets
 
+#: Measures of how well a network classifies, of one label an image and of several -> names for people.
+QUALITIES = {"accuracy": "accuracy", "map": "mAP"}
 #: What a training may see of masks: as they are, or their bounding "boxes".
 ANNOTATIONS = ("masks", "boxes")
 
@@ -27,6 +29,7 @@ class SetInfo:
     module: str  #: under sib_lab.data; its ``open_set(root, common, **options)`` makes the DataSets
     layout: str = ""  #: the files that are looked for under ``root``
     options: dict[str, str] = field(default_factory=dict)  #: own options of :func:`open_data` and what they mean
+    multilabel: bool = False  #: whether an image may have several labels
 
     @property
     def needs_root(self) -> bool:
@@ -112,6 +115,20 @@ SETS: dict[str, SetInfo] = {
         "waterbirds",
         "metadata.csv with file,split,waterbird,on_water (x1,y1,x2,y2), or img_filename,split,y,place; its images",
     ),
+    "voc": SetInfo(
+        "Pascal VOC: photographs with several labels each, of 20 classes; or your own of that kind.",
+        "masks or boxes",
+        224,
+        "voc",
+        "VOCdevkit/VOC2007/{JPEGImages,Annotations,ImageSets}, or images.csv with file,split,classes "
+        "and boxes.csv with file,x1,y1,x2,y2,class,difficult",
+        {
+            "masks": "boxes, or segmentations: the label maps of SegmentationClass (boxes)",
+            "validation_share": "share of the training images kept for validation where there is no such split (0.1)",
+            "test_share": "share of them kept for the test where there is no such split (0.2)",
+        },
+        multilabel=True,
+    ),
     "folder": SetInfo(
         "Your own images: one folder a class, or train/, val/ and test/ with such folders in each.",
         "masks or boxes",
@@ -128,6 +145,11 @@ SETS: dict[str, SetInfo] = {
         },
     ),
 }
+
+
+def is_multilabel(name: str | None) -> bool:
+    """Whether the images of a set of this name may have several labels; False for a name that is none of SETS."""
+    return name in SETS and SETS[name].multilabel
 
 
 def open_data(
@@ -181,6 +203,8 @@ def open_data(
         raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, got {annotation!r}.")
     if annotation == "boxes" and info.annotation == "none":
         raise DataError(f"{name} has no masks to take the boxes of: leave annotation out.")
+    if annotation == "boxes" and info.multilabel:
+        raise DataError(f"{name} has boxes unless masks=segmentations is given: leave annotation out.")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 image, got {limit}.")
     if seed < 0:

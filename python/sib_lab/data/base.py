@@ -22,7 +22,7 @@ class Item(NamedTuple):
     """An image with its label and what is known about where the object is; ``default_collate`` stacks every field."""
 
     image: Tensor  #: [3,size,size] float32 in [-1,1] (mean 0.5, standard deviation 0.5)
-    label: int  #: index into the set's classes
+    label: int  #: index into the set's classes; of several labels see :class:`sib_lab.data.labelled.Photographs`
     mask: Tensor  #: [1,size,size] float32 in [0,1], 1 on the object; zeros where ``annotated`` is False
     annotated: bool  #: whether ``mask`` is a real annotation
     group: int  #: kind of background, for worst-group accuracy; -1 where the set has none
@@ -41,6 +41,17 @@ class DataSets:
     skipped: tuple[str, ...] = ()  #: files left out, each with its reason; those that are no pictures by their kinds
     groups: tuple[str, ...] = ()  #: names of the background groups that ``Item.group`` counts
     wordnet_ids: tuple[str, ...] = ()  #: of the classes, where a file gives them ("": not of this one)
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.train.labels.dim() == 2
+
+    @property
+    def quality(self) -> str:
+        """The measure of how well a network classifies: "accuracy", or of several labels "map", mean average precision
+        over the classes."""
+        return "map" if self.multilabel else "accuracy"
 
     def splits(self) -> "dict[str, ItemDataset]":
         """Every split by name: "train", "validation/NAME", "test/NAME"."""
@@ -93,9 +104,9 @@ class ItemDataset(Dataset, ABC):
         annotated: Sequence[bool] | Tensor,
         groups: Sequence[int] | Tensor | None = None,
     ):
-        self.labels = torch.as_tensor(labels, dtype=torch.int64)  #: [N]
+        self.labels = torch.as_tensor(labels, dtype=torch.int64)  #: [N], or [N,K] where an image may have several
         self.annotated = torch.as_tensor(annotated, dtype=torch.bool)  #: [N]
-        no_group = torch.full_like(self.labels, -1)
+        no_group = torch.full_like(self.annotated, -1, dtype=torch.int64)
         self.groups = no_group if groups is None else torch.as_tensor(groups, dtype=torch.int64)  #: [N]
         self.transform = transform
 
@@ -106,11 +117,18 @@ class ItemDataset(Dataset, ABC):
     def layers(self, row: int) -> Tensor:
         """Red, green, blue and mask, [4,H,W]: uint8 in 0..255 or float32 in [0,1]."""
 
-    def __getitem__(self, row: int) -> Item:
-        row = int(row)
-        if not -len(self) <= row < len(self):
+    def checked(self, row: int) -> int:
+        """A row number, counted from the first; negative ones count from the last.
+
+        Raises:
+            IndexError: there is none of that number.
+        """
+        if not -len(self) <= int(row) < len(self):
             raise IndexError(f"row {row} of a data set of {len(self)}")
-        row %= len(self)
+        return int(row) % len(self)
+
+    def __getitem__(self, row: int) -> Item:
+        row = self.checked(row)
         layers = self.layers(row)
         if self.annotation == "boxes":
             layers = torch.cat([layers[:3], bounding_box(layers[3:])])

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .base import DataSets, ItemDataset
 from .errors import DataError, some
 from .files import ImageFiles, spread
+from .labelled import Photographs
 
 LOOKED_AT = 60  #: annotated images of each split whose objects are measured
 EMPTY = 0.002  #: share of an image that an object at least covers
@@ -21,7 +24,8 @@ DARK = 0.03  #: mean brightness, of 1, below which an image is nearly black
 class SplitReport:
     """One split of a set."""
 
-    images: tuple[int, ...]  #: of each class
+    count: int  #: images
+    images: tuple[int, ...]  #: of each class, in which an image may be several times
     annotated: float  #: share in [0,1] of the images with a mask or box
     areas: tuple[float, ...]  #: share of the image that the object covers, of each image that was looked at
     edges: tuple[float, ...]  #: share of the outermost pixels that it covers
@@ -62,18 +66,24 @@ def check(data: DataSets, most: int = LOOKED_AT, least: int = 2) -> Report:
 
 def _look_at(split: ItemDataset, classes: int, most: int) -> SplitReport:
     # Annotations that the training may not see are there all the same.
-    known = (
-        [sample.annotated for sample in split.samples] if isinstance(split, ImageFiles) else split.annotated.tolist()
-    )
+    of_files = isinstance(split, (ImageFiles, Photographs))
+    known = [sample.annotated for sample in split.samples] if of_files else split.annotated.tolist()
     rows = [row for row, annotated in enumerate(known) if annotated] or list(range(len(split)))
     seen = [measured(split, rows[place], known[rows[place]]) for place in spread(len(rows), most)]
     return SplitReport(
-        tuple(np.bincount(split.labels.numpy(), minlength=classes).tolist()),
+        len(split),
+        tuple(images_of_classes(split.labels, classes)),
         float(np.mean(known)),
         tuple(area for area, _, _ in seen if area is not None),
         tuple(edge for _, edge, _ in seen if edge is not None),
         tuple(brightness for _, _, brightness in seen),
     )
+
+
+def images_of_classes(labels: Tensor, classes: int) -> list[int]:
+    """How many images each class has, of labels [N], or [N,K] not 0 where there."""
+    counts = torch.bincount(labels, minlength=classes) if labels.dim() == 1 else (labels != 0).sum(0)
+    return counts.tolist()
 
 
 def measured(split: ItemDataset, row: int, annotated: bool) -> tuple[float | None, float | None, float]:
@@ -84,7 +94,7 @@ def measured(split: ItemDataset, row: int, annotated: bool) -> tuple[float | Non
     brightness = float(layers[:3].float().mean()) / scale
     if not annotated:
         return None, None, brightness
-    mask = layers[3].float().numpy() / scale
+    mask = layers[3:].amax(0).float().numpy() / scale
     edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
     return float(mask.mean()), float(edge.mean()), brightness
 

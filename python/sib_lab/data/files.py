@@ -134,10 +134,10 @@ def problem(sample: Sample, check: str, mask_reader: Callable = read_mask) -> st
             size = read_size(sample.image, sample.upright)
             if sample.mask is not None:
                 mask_size = read_size(sample.mask)
-                _check_size(sample, size, mask_size[::-1] if _turns(sample, size, mask_size) else mask_size)
+                check_size(sample, size, mask_size[::-1] if _turns(sample, size, mask_size) else mask_size)
                 if check == "mask":
                     mask_reader(sample.mask)
-            _check_boxes(sample, sample.all_boxes(*size), *size)
+            check_boxes(sample, sample.all_boxes(*size), *size)
     except DataError as error:
         return str(error).removesuffix(".")
     return None
@@ -149,7 +149,11 @@ def _turns(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) ->
     return sample.upright and size == mask_size[::-1] != mask_size and read_orientation(sample.image) >= 5
 
 
-def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+def check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    """
+    Raises:
+        DataError: a mask of this size is not as large as its image.
+    """
     if size != mask_size:
         raise DataError(
             f"{sample.mask} is {mask_size[0]} x {mask_size[1]} px, but its image {sample.image} is "
@@ -157,7 +161,11 @@ def _check_size(sample: Sample, size: tuple[int, int], mask_size: tuple[int, int
         )
 
 
-def _check_boxes(sample: Sample, boxes: Sequence[Box], width: int, height: int) -> None:
+def check_boxes(sample: Sample, boxes: Sequence[Box], width: int, height: int) -> None:
+    """
+    Raises:
+        DataError: a box has no area inside the image, or reaches out of it.
+    """
     try:
         for box in boxes:
             clip(box, width, height)
@@ -235,11 +243,11 @@ def read_layers(sample: Sample, mask_reader: Callable = read_mask) -> Tensor:
         mask = mask_reader(sample.mask)
         if _turns(sample, (width, height), mask.shape[::-1]):
             mask = np.asarray(turned(Image.fromarray(mask), read_orientation(sample.image)))
-        _check_size(sample, (width, height), mask.shape[::-1])
+        check_size(sample, (width, height), mask.shape[::-1])
     elif sample.annotated:
         size = (width, height) if times == 1 else read_size(sample.image, sample.upright)
         boxes = sample.all_boxes(*size)
-        _check_boxes(sample, boxes, *size)
+        check_boxes(sample, boxes, *size)
         mask = rasterise([tuple(side / times for side in box) for box in boxes], width, height)
     else:
         mask = np.zeros((height, width), dtype=np.uint8)

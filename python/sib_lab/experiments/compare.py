@@ -5,7 +5,7 @@ Everything is stored as it is done, in the comparison's folder::
     comparison.json   what was asked for
     images.npz        the gallery's images
     runs/<method>-seed<k>/            a run folder, as ``sib-lab train`` makes it
-        measured/accuracy-<set>.json  right or wrong, an entry an image
+        measured/accuracy-<set>.json  right or wrong, an entry an image (of several labels: map-<set>.json, one value)
         measured/<explanation>.json   every measure of that method's maps, an entry an image
         measured/gallery.npz          maps of the gallery's images (first seed)
         measured/training.json        cost and curves; written last
@@ -44,7 +44,7 @@ from ..training.runs import (
 from ..training.train import check, check_unchanged, train
 from .material import Material
 from .measurement import Measurement
-from .plan import Plan
+from .plan import OF_NETWORK, Plan
 from .record import write_comparison
 
 
@@ -128,6 +128,8 @@ def check_all(plan: Plan, material: Material, folder: Path, fresh: bool) -> None
     for method in todo:
         config = plan.config(method, material.seed)
         check(config, material.training_data(config))
+    if material.data.multilabel and (asked := [name for name in plan.measures if name in OF_NETWORK]):
+        raise RunError(f"{asked[0]} is of one label an image, and those of {material.data.name} have several.")
     if plan.layer is None:
         return
     network = build_network(material.config.network, len(material.data.classes), material.data.size)

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..data import DataError
+from ..data import DataError, is_multilabel
 from ..data.base import normalise
 from ..data.images import read_image
 from ..explaining import methods as explain
@@ -44,6 +44,7 @@ class Subject:
     classes: tuple[str, ...]
     size: int  #: shorter side of the images that it is given, px
     interpolation: str = "bilinear"
+    multilabel: bool = False  #: whether a picture may have several labels
 
     def __post_init__(self):
         # A copy is not needed, gradients of weights are not, and convolutions on a CPU like their channels last.
@@ -84,7 +85,7 @@ def subject_of_run(checkpoint: Path, trust: bool = False) -> Subject:
         RunError, NetworkError: as :func:`sib_lab.training.runs.open_run`.
     """
     run = open_run(checkpoint, trust=trust)
-    return Subject(run.model, run.classes, run.size)
+    return Subject(run.model, run.classes, run.size, multilabel=run.multilabel)
 
 
 def subject_of_network(
@@ -115,7 +116,8 @@ def subject_of_network(
         names = own.classes
     else:
         names = imagenet_names() if count == IMAGENET_CLASSES else tuple(map(str, range(count)))
-    return Subject(model, names, size, published.interpolation), model.weights_note
+    several = is_multilabel(own.data if own else None)
+    return Subject(model, names, size, published.interpolation, several), model.weights_note
 
 
 def read_names(path: Path, count: int) -> tuple[str, ...]:
@@ -204,6 +206,7 @@ class Explained:
     probability: float
     target: int  #: the class that the maps explain
     target_probability: float
+    others: tuple[tuple[int, float], ...]  #: further labels of at least one half, where there may be several
     maps: dict[str, np.ndarray]  #: method -> [h,w] float32 >= 0, of the size of ``picture.image``
 
 
@@ -338,7 +341,7 @@ def _explained_batch(
         scores, maps = explain.explain_with_scores(subject.model, x, targets, methods, layer)
     except ValueError as error:  # of the layer: the rest is ours
         raise RunError(f"{error}.") from error
-    probabilities = F.softmax(scores.float(), 1)
+    probabilities = scores.float().sigmoid() if subject.multilabel else F.softmax(scores.float(), 1)
     labels = probabilities.argmax(1)
     targets = labels if targets is None else targets
     return [
@@ -348,10 +351,19 @@ def _explained_batch(
             float(probabilities[row, labels[row]]),
             int(targets[row]),
             float(probabilities[row, targets[row]]),
+            _others(subject, probabilities[row], int(labels[row])),
             {method: values[row].float().numpy() for method, values in maps.items()},
         )
         for row, picture in enumerate(pictures)
     ]
+
+
+def _others(subject: Subject, probabilities: Tensor, first: int) -> tuple[tuple[int, float], ...]:
+    """The labels from one half on but the first, falling."""
+    if not subject.multilabel:
+        return ()
+    order = probabilities.argsort(descending=True).tolist()
+    return tuple((n, float(probabilities[n])) for n in order if n != first and probabilities[n] >= 0.5)
 
 
 def _sheet(found: Explained, subject: Subject) -> Image.Image:
@@ -361,8 +373,9 @@ def _sheet(found: Explained, subject: Subject) -> Image.Image:
 
 
 def _decision(found: Explained, subject: Subject) -> str:
-    told = f"{subject.classes[found.label]} ({100 * found.probability:.1f} %)"
-    if found.target == found.label:
+    labels = ((found.label, found.probability), *found.others)
+    told = ", ".join(f"{subject.classes[label]} ({100 * probability:.1f} %)" for label, probability in labels)
+    if found.target == found.label and not found.others:
         return told
     return f"{told}; explained: {subject.classes[found.target]} ({100 * found.target_probability:.1f} %)"
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..data import DataSets, stack
-from ..data.base import limited
+from ..data.base import ItemDataset, limited
+from ..data.labelled import LabelPairs
 from ..training.config import TrainConfig
 from ..training.runs import (
     open_config_data,
@@ -44,21 +45,34 @@ class Material:
         return next(iter(self.data.test))
 
     @cached_property
-    def rows(self) -> list[int]:
-        """Which images of the first test set are explained: those with a known object where there are any."""
+    def explained(self) -> ItemDataset:
+        """That test set; where an image may have several labels, its pairs of an image and a label that is there."""
         test = self.data.test[self.test_name]
-        rows = test.annotated.nonzero()[:, 0] if test.annotated.any() else torch.arange(len(test))
-        return rows[limited(test.labels[rows].tolist(), self.plan.images, seed=0)].tolist()
+        return LabelPairs(test) if self.data.multilabel else test
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Which images of it are explained: those with a known object where there are any."""
+        explained = self.explained
+        rows = explained.annotated.nonzero()[:, 0] if explained.annotated.any() else torch.arange(len(explained))
+        return rows[limited(explained.labels[rows].tolist(), self.plan.images, seed=0)].tolist()
 
     @cached_property
     def items(self):
         """The images of ``rows``, stacked."""
-        return stack(self.data.test[self.test_name], self.rows)
+        return stack(self.explained, self.rows)
+
+    @cached_property
+    def counted(self) -> Tensor | None:
+        """Pixels that count in measures on objects, bool [N,size,size] of the images of ``rows``; None: all."""
+        if not self.data.multilabel:
+            return None
+        return ~torch.cat([self.explained.left_out(row) for row in self.rows])
 
     @property
     def has_masks(self) -> bool:
         """Whether the object is known in the images that are explained."""
-        return bool(self.data.test[self.test_name].annotated.any())
+        return bool(self.explained.annotated.any())
 
     @cached_property
     def gallery(self) -> Tensor:
@@ -68,6 +82,8 @@ class Material:
 
 def own_groups(train) -> dict[int, int]:
     """The background group that each class stands on most often in training; empty where there are no groups."""
+    if train.labels.dim() == 2:
+        return {}
     pairs = Counter(zip(train.labels.tolist(), train.groups.tolist(), strict=True))
     return {label: group for (label, group), _ in reversed(pairs.most_common()) if group >= 0}
 

@@ -31,7 +31,6 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
     """comparison.json and images.npz."""
     data, items, rows = material.data, material.items, material.gallery
     explanations = dict(explain.METHODS)
-    test = data.test[material.test_name]
     comparison = {
         "methods": {method: results.NAMES.get(method, method) for method in plan.configs},
         "losses": {m: loss_sentence(plan, m, material.training_data(config)) for m, config in plan.configs.items()},
@@ -42,11 +41,12 @@ def write_comparison(plan: Plan, material: Material, folder: Path) -> None:
         "data": {
             "name": Path(material.config.root).resolve().name if data.name == "folder" else data.name,
             "classes": list(data.classes),
+            "quality": data.quality,
             "groups": list(data.groups),
             "tests": {name: len(dataset) for name, dataset in data.test.items()},
             "explained": material.test_name,
             "images": len(material.rows),
-            "unannotated": int((~test.annotated).sum()) if material.has_masks else 0,
+            "unannotated": int((~material.explained.annotated).sum()) if material.has_masks else 0,
             "skipped": list(data.skipped),
         },
         "config": shared_options(list(plan.configs.values())),
@@ -70,7 +70,8 @@ def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     if config.epochs == 0:
         return "the network as its weights are; nothing was trained"
     share = data.train.annotated.double().mean().item()
-    shown = "boxes around the objects" if config.annotation == "boxes" else "the objects"
+    boxes = config.annotation == "boxes" or (data.multilabel and "masks" not in config.data_options)
+    shown = "boxes around the objects" if boxes else "the objects"
     told = f"was shown {shown} in {100 * share:.0f} % of the training images" if share else "found no masks to use"
     uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")
     if config.method == "sib" and config.masks == "self-made":

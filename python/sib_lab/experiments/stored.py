@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data import QUALITIES
 from ..explaining import methods as explain
 from ..reporting.page import MAPS
 from ..reporting.results import MEASURED
@@ -35,7 +36,8 @@ class Stored:
     def key(self, name: str) -> dict:
         """What a part depends on."""
         of_images = self.of_images if name in explain.METHODS or name == MAPS else {}
-        test = name.removeprefix("accuracy-")
+        quality, _, test = name.partition("-")
+        test = test if quality in QUALITIES else name
         return self.of_network | of_images | {"data": self.digests[test if test in self.digests else self.explained]}
 
     def values(self, name: str) -> dict[str, list]:

@@ -108,6 +108,12 @@ def predict(model: nn.Module, data: Tensor | Iterable, batch: int | None = None)
         return _joined([scores_of(model, x).argmax(1).cpu() for x, *_ in data])
 
 
+def scores(model: nn.Module, batches: Iterable) -> Tensor:
+    """Logits [N,K] on the CPU, by the model in eval mode, of batches (images, ...)."""
+    with in_eval_mode(model), torch.no_grad():
+        return torch.cat([scores_of(model, x).cpu() for x, *_ in batches])
+
+
 def correct(
     model: nn.Module, data: Tensor | Iterable, labels: Tensor | None = None, batch: int | None = None
 ) -> Tensor:
@@ -159,6 +165,35 @@ def worst_group(correct: Tensor, labels: Tensor, groups: Tensor) -> float:
     pairs, group = torch.stack([labels.cpu()[known], groups.cpu()[known]], 1).unique(dim=0, return_inverse=True)
     hits = torch.zeros(len(pairs), dtype=torch.float64).index_add_(0, group, right)
     return (hits / group.bincount(minlength=len(pairs))).min().item()
+
+
+def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
+    """Area under the precision over recall of each class, [K] float64; NaN for a class that is in no image. Their mean
+    over the others is the mean average precision.
+
+    Args:
+        logits: [N,K].
+        labels: [N,K] int: 1 present, 0 absent, -1 counts neither way.
+    """
+    return _of_each_class("binary_average_precision", logits, labels)
+
+
+def f1_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Harmonic mean of precision and recall of each class at a probability of one half, [K] float64; NaN for a class
+    that is in no image. Arguments as for :func:`average_precision`."""
+    return _of_each_class("binary_f1_score", logits, labels)
+
+
+def _of_each_class(metric: str, logits: Tensor, labels: Tensor) -> Tensor:
+    from torchmetrics.functional import classification
+
+    # Probabilities: logits that happen to lie in [0,1] would be taken for them. Double, so that few are equal.
+    probabilities, labels = logits.cpu().double().sigmoid(), labels.cpu()
+    found = torch.full(labels.shape[1:], math.nan, dtype=torch.float64)
+    for label in (labels == 1).any(0).nonzero()[:, 0].tolist():
+        known = labels[:, label] >= 0
+        found[label] = getattr(classification, metric)(probabilities[known, label], labels[known, label])
+    return found
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

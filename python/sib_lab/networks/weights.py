@@ -39,6 +39,7 @@ class Weights:
     preprocessing: Preprocessing | None = None  #: of a checkpoint of this program; None: unknown
     classes: tuple[str, ...] | None = None  #: likewise
     size: int | None = None  #: likewise, px
+    data: str | None = None  #: likewise, the name of the data set
 
 
 def read_weights(path: Path) -> Weights:
@@ -100,11 +101,11 @@ def _states(content: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
         yield from _states(content.get(name), (*names, name))
 
 
-def _of_this_program(content: Mapping[str, Any]) -> tuple[Preprocessing | None, tuple[str, ...] | None, int | None]:
-    """Preprocessing, classes and size of a checkpoint that ``sib-lab train`` wrote; None of any other file."""
+def _of_this_program(content: Mapping[str, Any]) -> tuple[Preprocessing, tuple[str, ...], int, str | None] | tuple[()]:
+    """Preprocessing, classes, size and data set of a checkpoint that ``sib-lab train`` wrote; nothing of others."""
     if not {"config", "classes", "size", "model"} <= content.keys():
-        return None, None, None
-    return of_checkpoint(content), tuple(content["classes"]), content["size"]
+        return ()
+    return of_checkpoint(content), tuple(content["classes"]), content["size"], content["config"].get("data")
 
 
 # --------------------------------------------------------------------------------------------- into a network

@@ -11,16 +11,20 @@ def by_class(classes: Sequence[str], methods: Sequence[str], runs: Sequence[Mapp
     """Of the explained test set, each number the mean over a method's runs.
 
     Args:
-        runs: each with ``method``, ``told`` (``labels`` and ``predicted`` of every test image), ``labels`` of the
-            explained images and ``values``, a tensor for each key.
+        runs: each with ``method``, ``told`` (``labels`` and ``predicted`` of every test image; of several labels
+            ``images`` and ``average_precision`` of every class), ``labels`` of the explained images and ``values``, a
+            tensor for each key.
         epg: the key of the EPG that stands for all.
 
     Returns:
         ``rows``: for each class its ``name``, number of ``images``, and by training method ``accuracy`` and ``epg``
         (None: no such image, or no mask); ``confusion``: training method -> [K,K], how many images of the class of a
-        row were taken for that of a column, in all runs together.
+        row were taken for that of a column, in all runs together. Of several labels ``average_precision`` takes the
+        place of ``accuracy``, and there is no confusion.
     """
     count = len(classes)
+    if "average_precision" in runs[0]["told"]:
+        return {"rows": _of_labels(classes, methods, runs, epg), "confusion": {}}
     confusion = {method: np.zeros((count, count), dtype=int) for method in methods}
     shares: dict[str, list[np.ndarray]] = {method: [] for method in methods}
     for run in runs:
@@ -40,6 +44,26 @@ def by_class(classes: Sequence[str], methods: Sequence[str], runs: Sequence[Mapp
         ],
         "confusion": {method: matrix.tolist() for method, matrix in confusion.items()},
     }
+
+
+def _of_labels(
+    classes: Sequence[str], methods: Sequence[str], runs: Sequence[Mapping[str, Any]], epg: str
+) -> list[dict]:
+    of = {method: [run for run in runs if run["method"] == method] for method in methods}
+    precisions = {m: [np.asarray(run["told"]["average_precision"], float) for run in some] for m, some in of.items()}
+    shares = {
+        method: [means(run["values"][epg], run["labels"], len(classes)) for run in some if epg in run["values"]]
+        for method, some in of.items()
+    }
+    return [
+        {
+            "name": name,
+            "images": int(runs[0]["told"]["images"][label]),
+            "average_precision": {m: _mean([of_run[label] for of_run in some]) for m, some in precisions.items()},
+            "epg": {m: _mean([of_run[label] for of_run in some]) for m, some in shares.items() if some},
+        }
+        for label, name in enumerate(classes)
+    ]
 
 
 def means(values: Tensor, labels: Sequence[int], count: int) -> np.ndarray:

@@ -24,8 +24,9 @@ from .results import (
     difference,
     epg_key,
     interval_note,
-    is_accuracy,
+    is_share,
     number,
+    quality_key,
     reading,
     row_name,
     run_name,
@@ -78,6 +79,8 @@ def page(results: dict, gallery: list[dict]) -> str:
         findings=findings(results),
         interval_note=interval_note(results),
         chance_note=chance_note(results),
+        quality=MEASURES[results["data"]["quality"]].name,
+        several=results["data"]["quality"] == "map",
         scatter=scatter(results),
         curves=curves(results),
         cost=cost(results),
@@ -193,8 +196,8 @@ def cost(results: dict) -> list[dict]:
 
 
 def scatter(results: dict) -> str | None:
-    """Accuracy on the first test set against EPG, as an inline picture; None without masks."""
-    accuracy = f"accuracy/{results['data']['explained']}"
+    """Accuracy (of several labels mAP) on the first test set against EPG, as an inline picture; None without masks."""
+    accuracy, name = quality_key(results), MEASURES[results["data"]["quality"]].name
     epg = epg_key(results["rows"])
     points: dict[str, list] = {}
     for run in results["runs"]:
@@ -203,7 +206,9 @@ def scatter(results: dict) -> str | None:
             points.setdefault(run["method"], []).append(tuple(pair))
     if not points:
         return None
-    return pictures.svg(lambda: pictures.scatter(points, results["methods"], results["chance"], epg_label(results)))
+    return pictures.svg(
+        lambda: pictures.scatter(points, results["methods"], results["chance"], epg_label(results), name)
+    )
 
 
 def epg_label(results: dict) -> str:
@@ -225,7 +230,7 @@ def curves(results: dict) -> list[dict]:
     return [
         {
             "name": quantity,
-            "picture": pictures.svg(lambda of=of, q=quantity: pictures.curves(q, of, share=is_accuracy(q))),
+            "picture": pictures.svg(lambda of=of, q=quantity: pictures.curves(q, of, share=is_share(q))),
         }
         for quantity, of in quantities.items()
     ]
@@ -237,15 +242,17 @@ def class_rows(results: dict) -> list[dict]:
     def shown(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"
 
+    told = "average_precision" if results["data"]["quality"] == "map" else "accuracy"
+
     def of_first(row: dict) -> float:
-        value = next(iter(row["accuracy"].values()))
+        value = next(iter(row[told].values()))
         return math.inf if value is None else value
 
     return [
         {
             "name": row["name"],
             "images": row["images"],
-            "cells": [(shown(row["accuracy"].get(m)), shown(row["epg"].get(m))) for m in results["methods"]],
+            "cells": [(shown(row[told].get(m)), shown(row["epg"].get(m))) for m in results["methods"]],
         }
         for row in sorted(results["classes"]["rows"], key=of_first)[:CLASSES]
     ]
@@ -286,7 +293,7 @@ def findings(results: dict) -> list[dict]:
                 "sentences": [looks_sentence(results, method) for method in methods if method != first],
             }
         )
-    accuracies = measure_rows(results, "accuracy")
+    accuracies = measure_rows(results, results["data"]["quality"])
     if accuracies:
         found.append(
             {
@@ -352,7 +359,7 @@ def accuracy_sentence(results: dict, method: str) -> str:
     """How much accuracy ``method`` wins or loses on each test set."""
     name, first = results["methods"][method], next(iter(results["methods"].values()))
     parts = []
-    for row in measure_rows(results, "accuracy"):
+    for row in measure_rows(results, results["data"]["quality"]):
         of = row["key"].partition("/")[2].replace("_", " ")
         where = "" if of == "test" else f" on {of}"
         change = row["differences"].get(method)
@@ -505,8 +512,7 @@ class Examples:
                 {
                     "method": method,
                     "name": results["methods"][method],
-                    "predicted": classes[int(run["predicted"][place])],
-                    "right": int(run["predicted"][place]) == label,
+                    **_told(results, int(run["predicted"][place]), label, float(run["probability"][place])),
                     "probability": float(run["probability"][place]),
                     "maps": [
                         one_map(run[explanation][place], mask, run[f"epg_{explanation}"][place])
@@ -516,6 +522,14 @@ class Examples:
                 for method, run in self.runs.items()
             ],
         }
+
+
+def _told(results: dict, predicted: int, label: int, probability: float) -> dict:
+    """What a network says of an image, and whether it is right; of several labels, whether it tells that one."""
+    if results["data"]["quality"] == "map":
+        right = probability >= 0.5
+        return {"says": f"{'tells' if right else 'misses'} {results['data']['classes'][label]}", "right": right}
+    return {"says": f"says {results['data']['classes'][predicted]}", "right": predicted == label}
 
 
 def one_map(values: np.ndarray, mask: np.ndarray | None, epg: float) -> dict:

@@ -136,9 +136,13 @@ def svg(draw: Callable[[], Figure]) -> str:
 
 
 def scatter(
-    points: Mapping[str, Sequence[tuple[float, float]]], names: Mapping[str, str], chance: float, label: str
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    names: Mapping[str, str],
+    chance: float,
+    label: str,
+    quality: str = "Accuracy",
 ) -> Figure:
-    """Accuracy against EPG: a dot a run and a ring at each method's mean.
+    """Accuracy (or another ``quality``) against EPG: a dot a run and a ring at each method's mean.
 
     Args:
         points: method -> (EPG, accuracy) of each of its runs.
@@ -157,7 +161,7 @@ def scatter(
     axes.annotate(
         "chance", (chance, 0.02), xycoords=("data", "axes fraction"), xytext=(4, 0), textcoords="offset points"
     )
-    axes.set(xlabel=label, ylabel="accuracy")
+    axes.set(xlabel=label, ylabel=quality)
     axes.margins(0.12)
     axes.grid(color="#e4e7eb", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from ..data import QUALITIES
 from ..explaining.statistics import (
     Difference,
     Estimate,
@@ -91,6 +92,20 @@ MEASURES = {
         True,
         "the share of test images whose most probable class is the right one.",
         is_share=True,
+        always_defined=True,
+    ),
+    "map": Measure(
+        "mAP",
+        True,
+        "mean average precision: the area under a class's precision over its recall, over all images in the order of "
+        "its scores, and its mean over the classes. Labels whose objects are all difficult count neither way.",
+        always_defined=True,
+    ),
+    "f1": Measure(
+        "F1",
+        True,
+        "the harmonic mean of a class's precision and recall where every label of at least one half is told, and its "
+        "mean over the classes.",
         always_defined=True,
     ),
     "worst_group": Measure(
@@ -237,9 +252,9 @@ def check_classes(path: Path, name: str, labels: Sequence[int], count: int) -> N
             )
 
 
-def is_accuracy(curve: str) -> bool:
+def is_share(curve: str) -> bool:
     """Whether a training curve of this name is of shares; the others are of cross-entropy, which has no upper end."""
-    return "accuracy" in curve.lower()
+    return any(name in curve for name in QUALITIES.values())
 
 
 def stored_values(run: Path, classes: int) -> dict[str, list]:
@@ -320,6 +335,8 @@ def _comparison(path: Path) -> dict:
             raise ValueError("other methods")
         comparison["config"]["network"], comparison["config"]["epochs"]
         data = comparison["data"]
+        if data.setdefault("quality", "accuracy") not in QUALITIES:  # which older ones do not say
+            raise ValueError("another quality")
         check_range(path, "tests", list(data["tests"].values()), most=math.inf)
         check_range(path, "images", data["images"], most=math.inf)
         check_range(path, "unannotated", data["unannotated"], most=math.inf)
@@ -340,14 +357,10 @@ def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
         of_run = training["run"]
         check_classes(run / MEASURED / "training.json", "labels", of_run["labels"], classes)
         for name, of in of_run["curves"].items():
-            check_range(run / MEASURED / "training.json", name, of, most=1.0 if is_accuracy(name) else math.inf)
+            check_range(run / MEASURED / "training.json", name, of, most=1.0 if is_share(name) else math.inf)
         if of_run["chance"] is not None:
             check_range(run / MEASURED / "training.json", "chance", of_run["chance"])
-    accuracy = run / MEASURED / f"accuracy-{comparison['data']['explained']}.json"
-    with reading(accuracy):
-        told = {name: list(read_json(accuracy)["classes"][name]) for name in ("labels", "predicted")}
-        if len(told["labels"]) != len(told["predicted"]):
-            raise ValueError("other images")
+    told = _told(run / MEASURED / f"{quality_key(comparison).replace('/', '-')}.json", classes)
     values = {key: tensor(of_key) for key, of_key in stored_values(run, classes).items() if of_key}
     images = {name: len(training["run"]["labels"]) for name in comparison["explanations"]}
     for key, of_key in values.items():
@@ -358,6 +371,29 @@ def _run(run: Path, method: str, seed: int, comparison: dict) -> dict:
     if six and all(key in values for key in six):
         values[f"epg/{MEAN}"] = torch.stack([values[key] for key in six]).mean(0)  # NaN where one of them is
     return {"name": run.name, "method": method, "seed": seed, "values": values, "told": told, **training["run"]}
+
+
+def _told(path: Path, classes: int) -> dict:
+    """What a network says of the explained test set: ``labels`` and ``predicted`` of every image; of several labels
+    ``images`` and ``average_precision`` of every class."""
+    with reading(path):
+        content = read_json(path)
+        if "of_classes" not in content:
+            told = {name: list(content["classes"][name]) for name in ("labels", "predicted")}
+            if len(told["labels"]) != len(told["predicted"]):
+                raise ValueError("other images")
+            return told
+        told = {name: list(content["of_classes"][name]) for name in ("images", "average_precision")}
+        if {*map(len, told.values())} != {classes}:
+            raise ValueError("other classes")
+        check_range(path, "images", told["images"], most=math.inf)
+        check_range(path, "average_precision", tensor(told["average_precision"]), defined=False)
+        return told
+
+
+def quality_key(results: dict) -> str:
+    """The key of how well networks classify the explained test set: its accuracy, or of several labels its mAP."""
+    return f"{results['data']['quality']}/{results['data']['explained']}"
 
 
 def epg_key(rows: list[dict]) -> str:
@@ -490,8 +526,11 @@ def _with_interval(value: dict, sign: str) -> str:
 
 
 def chance_note(results: dict) -> str:
-    """Which networks' accuracy on the explained images is not beyond chance, over all seeds; empty where all are."""
-    classes, key = len(results["data"]["classes"]), f"accuracy/{results['data']['explained']}"
+    """Which networks' accuracy on the explained images is not beyond chance, over all seeds; empty where all are, and
+    for several labels an image."""
+    classes, key = len(results["data"]["classes"]), quality_key(results)
+    if results["data"]["quality"] != "accuracy":
+        return ""
     names = []
     for method, name in results["methods"].items():
         told = [run["numbers"][key] for run in results["runs"] if run["method"] == method]

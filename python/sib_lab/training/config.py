@@ -76,6 +76,7 @@ class TrainConfig:
     match: tuple[float, ...] = ()  #: VJP variances, evenly over training, that gradient-penalty's weight follows
     loss_options: Mapping[str, Any] = field(default_factory=dict)  #: further arguments of the method's loss
     #: of the cross-entropy of every method, a number >= 0 a class; "balanced": each class's total the same; None: all 1
+    #: (of several labels, of the part of what is there; "balanced": as much as of what is not)
     class_weights: str | tuple[float, ...] | None = None
     label_smoothing: float = 0.0  #: of the cross-entropy of every method, in [0, 1)
 
@@ -90,7 +91,8 @@ class TrainConfig:
     warm_up: float = 0.1  #: share of all steps over which "one-cycle" rises
     clip_norm: float | None = None  #: greatest norm of a step's whole gradient, > 0; None: any
     ema: float | None = None  #: decay of the weights' average, in (0, 1), which is evaluated and kept; None: no average
-    patience: int | None = None  #: epochs without a better accuracy on the first validation split that end a training
+    #: epochs without a better accuracy (of several labels mAP) on the first validation split that end a training
+    patience: int | None = None
 
     # machine
     precision: str = "32-true"

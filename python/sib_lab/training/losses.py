@@ -35,6 +35,8 @@ STRENGTH = {
     "ppce-loss": 1.0,
 }
 SELF_MADE_AREA = 0.2  #: share of the image that S-IB's self-made mask covers, so centre-mask's without given masks
+#: Methods for images of one label alone.
+OF_ONE_LABEL = ("gradient-penalty", "centre-mask", "rrr")
 #: Loss options that are not SpatialIBLoss's but SIBStep's.
 STEP_OPTIONS = ("layers", "engine", "every", "jitter", "microbatch")
 TINY = 1e-20  # keeps 0/0 at 0
@@ -48,14 +50,19 @@ class TrainingLoss(nn.Module, ABC):
     Attributes:
         takes_whole_steps: it is given all images of an optimiser step at once, and takes them in parts itself; else
             one batch at a time.
-        smoothed: the cross-entropy of every loss, with class weights and label smoothing.
+        smoothed: the cross-entropy of every loss, with class weights and label smoothing; for ``task`` "multilabel"
+            the binary one of every label, whose positive part has the weights.
     """
 
     takes_whole_steps = False
 
-    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0):
+    def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, task: str = "multiclass"):
         super().__init__()
-        self.smoothed = nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
+        self.task = task
+        if task == "multilabel":
+            self.smoothed = nn.BCEWithLogitsLoss(pos_weight=weight)
+        else:
+            self.smoothed = nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing)
 
     @abstractmethod
     def forward(
@@ -66,9 +73,9 @@ class TrainingLoss(nn.Module, ABC):
         Args:
             model: images -> logits [B,K].
             x: images [B,C,H,W].
-            y: class indices [B].
-            mask: foreground [B,1,H,W] in [0,1]; None: no sample has one.
-            annotated: bool [B], which samples' mask counts; None: all.
+            y: class indices [B]; of several labels [B,K] in [0,1].
+            mask: foreground [B,1,H,W] in [0,1], of several labels that of each, [B,K,H,W]; None: no sample has one.
+            annotated: bool [B], which samples' mask counts, of several labels [B,K]; None: all.
 
         Returns:
             scalars: ``loss`` (differentiable), ``cross_entropy`` and the method's own parts (detached).
@@ -85,7 +92,11 @@ class TrainingLoss(nn.Module, ABC):
 
 
 def make_criterion(
-    config: TrainConfig, layer: str | None = None, area: float | None = None, weight: Tensor | None = None
+    config: TrainConfig,
+    layer: str | None = None,
+    area: float | None = None,
+    weight: Tensor | None = None,
+    multilabel: bool = False,
 ) -> TrainingLoss:
     """The loss that a config asks for.
 
@@ -93,6 +104,7 @@ def make_criterion(
         layer: name of the module whose feature map Grad-CAM looks at (LOCALISATIONS only).
         area: mean share of the image that is object, from the training masks (centre-mask only); None: not known.
         weight: of the classes in the cross-entropy, [K]; None: all alike.
+        multilabel: an image may have several labels.
 
     Raises:
         ValueError: a loss option that the method does not have, or one out of range.
@@ -103,6 +115,9 @@ def make_criterion(
             every = "class_weights" if name == "weight" else name
             raise ValueError(f"{name} is no option of one method: give {every}, which every method takes")
     common = {"weight": weight, "label_smoothing": config.label_smoothing}
+    if multilabel:
+        _check_multilabel(config)
+        common["task"] = "multilabel"
     try:
         if config.method == "ce":
             return CrossEntropy(**common, **options)
@@ -116,6 +131,13 @@ def make_criterion(
         return LocalisationLoss(config.method, strength, **common, **({"layer": layer} | options))
     except TypeError as error:  # an argument that the loss does not have
         raise ValueError(f"the method {config.method} cannot take the options {options}: {error}") from error
+
+
+def _check_multilabel(config: TrainConfig) -> None:
+    if config.method in OF_ONE_LABEL:
+        raise ValueError(f"the method {config.method} knows one label an image alone, and these have several")
+    if config.label_smoothing:
+        raise ValueError("label_smoothing has no meaning for images of several labels")
 
 
 def preset_constants(config: TrainConfig) -> dict[str, Any]:
@@ -137,6 +159,8 @@ def _spatial_ib(config: TrainConfig, options: dict[str, Any], area: float | None
     if config.method == "centre-mask":
         area = options.pop("centre_area", area)
         return CentreMask(SpatialIBLoss(preset, **options), SELF_MADE_AREA if area is None else area, **of_step)
+    if options.get("task") == "multilabel":
+        options["pos_weight"] = options.pop("weight")
     given = config.masks == "given" or (config.masks == "auto" and not paper)
     return SpatialIB(SpatialIBLoss(preset, **options), given, **of_step)
 
@@ -169,7 +193,8 @@ class SpatialIB(TrainingLoss):
     takes_whole_steps = True
 
     def __init__(self, criterion: SpatialIBLoss, given: bool = True, layers: Sequence[str] | str = "auto", **options):
-        super().__init__(criterion.weight, criterion.label_smoothing)
+        weight = criterion.pos_weight if criterion.is_multilabel else criterion.weight
+        super().__init__(weight, criterion.label_smoothing, criterion.task)
         self.criterion, self.given = criterion, given
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self.options = options
@@ -320,7 +345,8 @@ class LocalisationLoss(TrainingLoss):
     with this workbench's explanations: ``gradcam``: relu(sum_k alpha_k A_k), alpha_k the mean over the plane of
     dz_y/dA_k; ``input_x_gradient``: sum_c |x * dz_y/dx| (there with its sign). E is the explanation divided by its
     maximum, which has a gradient, too, then upsampled bilinearly, as theirs. Annotated samples only, and of them only
-    those whose explanation is not 0 everywhere. The part is unweighted.
+    those whose explanation is not 0 everywhere. Of several labels y is one with an annotation, drawn for each image
+    anew every step. The part is unweighted.
 
     Args:
         kind: a key of LOCALISATIONS.
@@ -350,7 +376,10 @@ class LocalisationLoss(TrainingLoss):
         part, per_sample, normalises = LOCALISATIONS[self.kind]
         if mask is None:
             return self._without_annotation(model, x, y, part)
-        logits, maps = (self._gradcam if self.attribution == "gradcam" else self._input_x_gradient)(model, x, y)
+        label = y
+        if self.task == "multilabel":
+            label, mask, annotated = drawn_label(y, mask, annotated)
+        logits, maps = (self._gradcam if self.attribution == "gradcam" else self._input_x_gradient)(model, x, label)
         cross_entropy = self.smoothed(logits, y)
         shows = maps.flatten(1).amax(1) > least(maps)
         if normalises:
@@ -390,6 +419,20 @@ def centre_mask(height: int, width: int, area: float) -> Tensor:
         return (left + 1).clamp(max=half) - left.clamp(min=-half)
 
     return (inside(height).clamp(min=0)[:, None] * inside(width).clamp(min=0)).float()
+
+
+def drawn_label(y: Tensor, mask: Tensor, annotated: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One annotated label of each image, drawn: class indices [B], its mask [B,1,H,W], and whether there is one [B].
+
+    Args:
+        y: labels [B,K] in [0,1]; those from one half on are there.
+        mask: [B,K,H,W].
+        annotated: bool [B,K]; None: all.
+    """
+    known = y >= 0.5 if annotated is None else (y >= 0.5) & annotated
+    keys = torch.rand(y.shape, device=y.device).masked_fill(~known, -1)
+    label = keys.argmax(1)
+    return label, mask[torch.arange(len(y), device=y.device), label][:, None], known.any(1)
 
 
 def background_share(maps: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..data import DataSets
 from ..data.base import check_classes
+from ..data.checks import images_of_classes
 from ..networks.build import build_network
 from ..networks.feature_maps import cam_layer
 from ..networks.heads import restrict_head, rows_of
@@ -25,7 +26,12 @@ def check_data(config: TrainConfig, data: DataSets) -> None:
         DataError: a class without a training image.
         TrainingError: no mask for a method that needs one, or fewer images than a step takes.
     """
-    check_classes(data.classes, data.train.labels, data.name)
+    labels = data.train.labels.nonzero()[:, 1] if data.multilabel else data.train.labels
+    check_classes(data.classes, labels, data.name)
+    if data.multilabel and config.epochs == 0:
+        raise TrainingError(
+            f"A network is measured as it is on images of one label, and those of {data.name} have several: train it."
+        )
     if config.method in NEED_MASKS and not data.train.annotated.any():
         raise TrainingError(f"The method {config.method} needs masks, but no training image of {data.name} has one.")
     if config.epochs and len(data.train) < config.images_per_step:
@@ -74,13 +80,14 @@ def make_loss(config: TrainConfig, data: DataSets, network: nn.Module) -> Traini
     if config.method == "centre-mask" and "centre_area" not in options:
         area = mean_object_area(data.train)
     try:
-        return make_criterion(config, layer, area, class_weights(config, data))
+        return make_criterion(config, layer, area, class_weights(config, data), data.multilabel)
     except ValueError as error:
         raise TrainingError(f"The loss cannot be made: {error}.") from error
 
 
 def class_weights(config: TrainConfig, data: DataSets) -> Tensor | None:
-    """Of the cross-entropy, [K] float32. ``"balanced"``: N / (K N_k), of N training images N_k in class k.
+    """Of the cross-entropy, [K] float32. ``"balanced"``: N / (K N_k), of N training images N_k in class k; of several
+    labels N / N_k - 1, the positives' weight at which they count as much as the rest.
 
     Raises:
         ValueError: not one for every class.
@@ -89,8 +96,10 @@ def class_weights(config: TrainConfig, data: DataSets) -> Tensor | None:
         return None
     classes = len(data.classes)
     if config.class_weights == "balanced":
-        counts = torch.bincount(data.train.labels, minlength=classes)
-        return len(data.train) / (classes * counts.double()).float()
+        counts = torch.tensor(images_of_classes(data.train.labels, classes), dtype=torch.float64)
+        if data.multilabel:
+            return (len(data.train) / counts - 1).float()
+        return len(data.train) / (classes * counts).float()
     if len(config.class_weights) != classes:
         raise ValueError(
             f"class_weights must have one number for each of the {classes} classes, got {len(config.class_weights)}"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data import is_multilabel
 from ..networks.preprocessing import of_checkpoint
 from .config import TrainConfig
 
@@ -65,6 +66,11 @@ class Run:
     seconds_per_step: dict[str, float]  #: without loading data: median, p20, p80, mean over all steps
     finished: bool
     record: dict[str, Any] = field(default_factory=dict)  #: config.json in full: versions, git commit
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels."""
+        return is_multilabel(self.config.data)
 
     def data(self, root: Path | str | None = None):
         """The data set as it was trained on, see :func:`sib_lab.data.open_data`; ``root``: where it lies now."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import DataSets, checks
+from ..data import QUALITIES, DataSets, checks
 from ..data.identity import changed
 from ..networks.preprocessing import of_checkpoint
 from . import runs
@@ -236,11 +236,11 @@ def _progress(
 
 
 def _state(trainer: Trainer) -> str:
-    """Recent cross-entropy and the latest accuracy."""
+    """Recent cross-entropy and the latest accuracy, or of several labels mAP."""
     words = []
     if trainer.history.curves:
         recent = trainer.history.curves["cross_entropy"][-20:]
         words.append(f"cross-entropy {sum(recent) / len(recent):.3f}")
     if trainer.history.epochs:
-        words.append(f"accuracy {trainer.history.epochs[-1][trainer.selected_by]:.3f}")
+        words.append(f"{QUALITIES[trainer.data.quality]} {trainer.history.epochs[-1][trainer.selected_by]:.3f}")
     return ", ".join(words)

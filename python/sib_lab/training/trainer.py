@@ -56,7 +56,7 @@ class Trainer:
         self.model = Forward(fabric.strategy.setup_module(self.network), fabric.autocast)
         self.optimizer = make_optimizer(config, self.network)
         self.history = History(self.steps, self.batches.steps_per_epoch)
-        self.best = -1.0  #: accuracy on the first validation split
+        self.best = -1.0  #: of ``selected_by``
 
     @property
     def epoch(self) -> int:
@@ -71,7 +71,7 @@ class Trainer:
     @property
     def selected_by(self) -> str:
         """The measure that decides about the best network."""
-        return f"accuracy_{next(iter(self.data.validation))}"
+        return f"{self.data.quality}_{next(iter(self.data.validation))}"
 
     @property
     def is_done(self) -> bool:
@@ -147,7 +147,7 @@ class Trainer:
         rate = learning_rate(self.config, self.step - 1, self.steps, count) if self.step else 0.0
         measured = {}
         for name, split in self.data.validation.items():
-            measured[f"accuracy_{name}"], measured[f"cross_entropy_{name}"] = self.evaluate(split)
+            measured[f"{self.data.quality}_{name}"], measured[f"cross_entropy_{name}"] = self.evaluate(split)
         self.history.end_epoch({"epoch": self.epoch, "step": self.step, "learning_rate": rate}, measured)
         if measured[self.selected_by] >= self.best:  # of equals the one that trained longer
             self.best = measured[self.selected_by]
@@ -155,5 +155,5 @@ class Trainer:
         keep.checkpoint(self)
 
     def evaluate(self, split: torch.utils.data.Dataset) -> tuple[float, float]:
-        """Accuracy and mean cross-entropy on a split."""
+        """As :func:`sib_lab.training.evaluation.evaluate`."""
         return evaluate(self.evaluated, split, self.fabric, self.config.workers)
