@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import box_of, save, save_picture, square, write_waterbirds
+from data_samples import box_of, save, save_picture, square, write_labels, write_waterbirds
 from PIL import Image
 from rich.console import Console
 from sib_lab.data import DataError
@@ -52,7 +52,7 @@ def write_split_folder(root, rng, counts, boxes=False):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """duts30 as a .zip, cub20 and Waterbirds as folders, in the layouts of the real ones."""
+    """duts30 as a .zip, cub20, Waterbirds and VOC as folders, in the layouts of the real ones."""
     import numpy as np
 
     rng, folder = np.random.default_rng(3), tmp_path_factory.mktemp("photos")
@@ -60,6 +60,7 @@ def root(tmp_path_factory):
     shutil.make_archive(folder / "duts30", "zip", folder / "unzipped")
     write_split_folder(folder / "cub20", rng, {"train": 12, "test": 4}, boxes=True)
     write_waterbirds(folder / "waterbirds2k", times=3)
+    write_labels(folder / "voc2200", (("train", 48), ("val", 12), ("test", 12)))
     return folder
 
 
@@ -154,6 +155,29 @@ def test_the_command_goes_on_after_it_was_killed_and_does_nothing_twice(root, tm
     assert refused.exit_code == 1 and "Another process is at work" in refused.stderr
 
 
+def test_a_set_of_several_labels_is_measured_by_its_map_and_has_one_peer(root, tmp_path, monkeypatch):
+    for name, value in PATCHED.items():
+        monkeypatch.setattr(photos, name, value)
+    monkeypatch.setattr(photos, "OTHER_PEERS", ("l1-loss",))
+    monkeypatch.setattr(photos, "PEERS", ("energy-loss", "l1-loss"))
+    write_text(tmp_path / "strengths.json", '{"duts30": {"l1-loss": 0.3}}')
+    summary = photos.evidence_photos(root, tmp_path, "small", (0,), 2, ("voc2200",), console=Console(quiet=True))
+    of = summary["voc2200"]
+    assert of["leads"].keys() == {"energy-loss"} and of["gains"].keys() == {"sib", "sib-few", "sib-one"}
+    assert of["goals"]["sib-one"] == {"accuracy": -0.01, "epg": 0.04} and of["reached"]["ahead"] in (True, False)
+    numbers = of["numbers"]
+    told = {method: numbers[method][0]["map/test"] for method in ("ce", "sib")}
+    assert of["gains"]["sib"]["accuracy"]["mean"] == pytest.approx(told["sib"] - told["ce"])
+    point = json.loads((tmp_path / "voc2200" / "curve" / "ce" / "point.json").read_text())
+    assert 0 < point["map"] <= 1 and "accuracy" not in point
+    assert curve.read_point(tmp_path / "voc2200" / "curve" / "ce").accuracy == point["map"]
+    known = asked(root, tmp_path, "voc2200")
+    assert photos.costs_of_strength(known) == ([], {})
+    plan = photos.plan_of(known, known.sets[0], {"energy-loss": 0.3, "l1-loss": 0.3})
+    assert "l1-loss" not in plan.configs and photos.can_be_compared(plan, tmp_path / "voc2200")
+    assert (tmp_path / "curves.png").exists() and "mAP" in (tmp_path / "evidence-photos.md").read_text()
+
+
 def test_without_curves_there_is_the_comparison_alone(root, tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(photos, "run_tasks", lambda tasks, *_: done.extend(task.name for task in tasks) or [])
@@ -212,7 +236,7 @@ def test_what_is_missing_or_unknown_is_named(root, tmp_path):
 # ------------------------------------------------------------------------------------------------- held out
 
 
-@pytest.mark.parametrize("name", ["duts30", "cub20", "waterbirds"])
+@pytest.mark.parametrize("name", ["duts30", "cub20", "waterbirds", "voc2200"])
 def test_no_held_out_image_is_trained_on_and_no_test_image_is_in_the_curve(root, tmp_path, name):
     of = asked(root, tmp_path, name, peers=False)
     config = photos.curve_configs(of, of.sets[0])["sib", 1.0]
@@ -223,6 +247,9 @@ def test_no_held_out_image_is_trained_on_and_no_test_image_is_in_the_curve(root,
     assert not rest & held and not (rest | held) & tests and data.test == {} and validation <= held
     assert rest | held == validation | {sample.image for sample in whole.train.samples}
     assert len(held - validation) == pytest.approx(len(whole.train) / 3, abs=len(whole.train) / 5)
+    if data.multilabel:
+        assert (data.train.labels == 1).any(0).all()
+        return
     assert set(data.train.labels.tolist()) == set(range(len(data.classes)))
     assert data.train.annotation == ("masks" if name == "duts30" else "boxes")
     assert data.validation["held_out"].annotation == "masks"  # measured as they are
@@ -371,7 +398,7 @@ def made_up(seeds=(0, 1, 2), **epg):
         for method, value in epg.items()
         for seed in seeds
     ]
-    return {"methods": dict.fromkeys(epg), "data": {"explained": "test"}, "runs": runs}
+    return {"methods": dict.fromkeys(epg), "data": {"explained": "test", "quality": "accuracy"}, "runs": runs}
 
 
 METHODS = {"ce": 0.2, "sib": 0.5, "sib-none": 0.25, "energy-loss": 0.4}

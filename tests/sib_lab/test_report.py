@@ -579,7 +579,7 @@ def test_a_folder_without_results_is_one_sentence(tmp_path):
 
 
 #: Method "sib" with other options.
-OF_PARTS = {"sib-features", "sib-background", "sib-foreground", "sib-few", "sib-alone", "sib-none"}
+OF_PARTS = {"sib-features", "sib-background", "sib-foreground", "sib-few", "sib-one", "sib-alone", "sib-none"}
 
 
 def test_every_training_method_has_a_colour_of_its_own_that_stays():

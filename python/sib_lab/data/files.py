@@ -311,6 +311,10 @@ class ImageFiles(ItemDataset):
     def layers(self, row: int) -> Tensor:
         return read_layers(self.samples[row], self.mask_reader)
 
+    def of(self, samples: list[Sample], transform: Transform, annotated: Sequence[bool] | Tensor) -> "ImageFiles":
+        """The same kind of set of other samples, all of them listed."""
+        return ImageFiles(samples, transform, annotated, self.mask_reader, listed=samples, root=self.root)
+
 
 def file_sets(
     name: str,

@@ -162,6 +162,10 @@ class Photographs(ItemDataset):
         """As :class:`sib_lab.data.files.ImageFiles` calls them."""
         return self.photographs
 
+    def of(self, samples: list[Photograph], transform: Transform, annotated: Sequence[bool] | Tensor) -> "Photographs":
+        """The same kind of set of other photographs, all of them listed."""
+        return Photographs(samples, self.labels.shape[1], transform, annotated, listed=samples, root=self.root)
+
     def layers(self, row: int) -> Tensor:
         """Red, green, blue and the objects of each label that is there, [3+P,H,W] uint8."""
         image, sure, unsure = read_photograph(self.photographs[row])

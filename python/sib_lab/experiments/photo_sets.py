@@ -30,6 +30,8 @@ class PhotoSet:
     tests_have_masks: bool = True  #: its tests are measured on masks alone; boxes of test images are left out
     is_shifted: bool = False  #: its tests are not of the kind that it is trained on
     variants: tuple[str, ...] = ("sib-none", "sib-few", "sib-features")
+    size: int = 128  #: of the images, px
+    has_other_peers: bool = True  #: whether the energy loss is not its only peer
 
 
 SETS = {
@@ -47,6 +49,16 @@ SETS = {
             tests_have_masks=False,
             is_shifted=True,
             variants=("sib-none", "sib-alone", "sib-features"),
+        ),
+        PhotoSet(
+            "voc2200",
+            "voc2200",
+            8,
+            data="voc",
+            tests_have_masks=False,
+            variants=("sib-few", "sib-one"),
+            size=160,
+            has_other_peers=False,
         ),
     )
 }

@@ -31,6 +31,7 @@ import matplotlib
 from rich.console import Console
 
 from ..console import plain_console
+from ..data import QUALITIES, is_multilabel
 from ..explaining import methods as explain
 from ..reporting import pictures, results
 from ..reporting.page import MAPS
@@ -56,17 +57,18 @@ PEERS = (PEER, *OTHER_PEERS)
 VARIANTS = {
     "sib-none": {"annotated": 0.0},
     "sib-few": {"annotated": 0.1},
+    "sib-one": {"annotated": 0.01},
     "sib-alone": {"loss_options": {"self_made_share": 0.0}},  # where some have no annotation
     "sib-features": {"loss_options": {"input_background": 0.0}},  # beside those of every S-IB run
 }
 #: Of the trainings of a seed.
-ORDER = (BASELINE, OURS, PEER, "sib-alone", "sib-none", "sib-few", "sib-features", *OTHER_PEERS)
+ORDER = (BASELINE, OURS, PEER, "sib-alone", "sib-none", "sib-few", "sib-one", "sib-features", *OTHER_PEERS)
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)  #: of S-IB and the energy loss
 FEWER_STRENGTHS = (0.1, 0.3, 1.0, 3.0)  #: of the other peers
 CHOSEN, SUMMARY, TABLE, PICTURE = "strengths.json", "evidence-photos.json", "evidence-photos.md", "curves.png"
 CURVE = "curve"
 PRESET = "fine_tuning"  #: of the recipe and of S-IB's constants
-ALWAYS = len(explain.METHODS) + 1  #: parts of a measurement beside the accuracy of each test set
+ALWAYS = len(explain.METHODS) + 1  #: parts of a measurement beside how well each test set is classified
 SHARED = "duts30"  #: the set on which the other peers' strengths are chosen
 
 
@@ -76,16 +78,16 @@ class Scale:
 
     network: str
     weights: str | None
-    size: int  #: px
     batch_size: int
     images: int  #: of the test that are explained and measured
+    size: int | None = None  #: px; None: those of the set
     epochs: int | None = None  #: None: those of the set
     limit: int | None = None  #: images per split
 
 
 SCALES = {
-    "small": Scale("small_cnn", None, 32, 8, images=8, epochs=1, limit=120),
-    "cpu": Scale("efficientnet_lite0", "imagenet", 128, 32, images=64),
+    "small": Scale("small_cnn", None, 8, images=8, size=32, epochs=1, limit=120),
+    "cpu": Scale("efficientnet_lite0", "imagenet", 32, images=64),
 }
 
 
@@ -120,7 +122,7 @@ class Asked:
             method=BASELINE,
             root=str(self.roots[of.name]),
             weights=self.scale.weights,
-            size=self.scale.size,
+            size=self.scale.size or of.size,
             epochs=self.epochs or self.scale.epochs or of.epochs,
             batch_size=self.scale.batch_size,
             limit=self.scale.limit,
@@ -201,7 +203,7 @@ def choose(asked: Asked) -> dict[str, dict[str, float]]:
             chosen[of.name] = {m: curve.chosen_strength(p, baseline) for m, p in whole.items()}
     shared = {m: s for m, s in chosen.get(SHARED, {}).items() if m in OTHER_PEERS}
     for of in asked.sets:
-        chosen[of.name] = chosen.get(of.name, {}) | shared
+        chosen[of.name] = chosen.get(of.name, {}) | (shared if of.has_other_peers else {})
     write_text(asked.folder / CHOSEN, json.dumps(chosen, indent=2) + "\n")
     return chosen
 
@@ -228,14 +230,19 @@ def curve_points(asked: Asked, of: PhotoSet) -> dict[str, dict[float | None, cur
 
 
 def costs_of_strength(asked: Asked) -> tuple[list[str], dict[float, float]]:
-    """What S-IB's strengths cost in accuracy, over the held-out images of all sets that are not shifted and whose
-    curves are there; the sets, and strength -> accuracy over cross-entropy's."""
-    points = {of.name: curve_points(asked, of) for of in asked.sets if not of.is_shifted}
+    """What S-IB's strengths cost in accuracy, over the held-out images of all sets of one label an image that are not
+    shifted and whose curves are there; the sets, and strength -> accuracy over cross-entropy's."""
+    points = {of.name: curve_points(asked, of) for of in asked.sets if not of.is_shifted and not is_multilabel(of.data)}
     known = {name: of for name, of in points.items() if OURS in of and BASELINE in of and of[BASELINE][None].images}
     return list(known), curve.pooled_costs([(of[OURS], of[BASELINE][None]) for of in known.values()])
 
 
 # ----------------------------------------------------------------------------------------------- comparison
+
+
+def peers_of(of: PhotoSet) -> tuple[str, ...]:
+    """The peers that a set is trained with."""
+    return PEERS if of.has_other_peers else (PEER,)
 
 
 def plan_of(asked: Asked, of: PhotoSet, strengths: dict[str, float]) -> Plan:
@@ -246,7 +253,7 @@ def plan_of(asked: Asked, of: PhotoSet, strengths: dict[str, float]) -> Plan:
     for method in ORDER[1:]:
         if method == OURS or method in of.variants:
             configs[method] = ours(told, **VARIANTS.get(method, {}))
-        elif asked.peers and method in strengths:
+        elif asked.peers and method in peers_of(of) and method in strengths:
             configs[method] = replace(told, method=method, strength=strengths[method])
     # The last weights, as in the curve.
     return Plan(configs, asked.seeds, images=asked.scale.images, best=False)
@@ -269,7 +276,8 @@ def is_done(plan: Plan, folder: Path, method: str, seed: int) -> bool:
     """Whether a run is trained and has every part of its measurement, by today's definitions and ``plan``; without its
     weights all but the gallery's maps. Whether they are those of its weights, :func:`compare` sees."""
     run = folder / RUNS / run_name(method, seed)
-    parts = [*explain.METHODS, "training", *(path.stem for path in (run / MEASURED).glob("accuracy-*.json"))]
+    tests = [path.stem for quality in QUALITIES for path in (run / MEASURED).glob(f"{quality}-*.json")]
+    parts = [*explain.METHODS, "training", *tests]
     maps = seed != plan.seeds[0] or not has_weights(run) or (run / MEASURED / MAPS).exists()
     is_measured = all(is_current(run / MEASURED / f"{part}.json", plan) for part in parts) and len(parts) > ALWAYS
     return is_measured and maps and is_finished(run)
@@ -391,7 +399,7 @@ def _both_parts(asked: Asked, jobs: int, console: Console) -> dict:
     strengths = choose(asked) if asked.peers else known_strengths(asked)
     plans = {of.name: plan_of(asked, of, strengths.get(of.name, {})) for of in asked.sets}
     for name, plan in plans.items():
-        if left := [results.NAMES[m] for m in PEERS if asked.peers and m not in plan.configs]:
+        if left := [results.NAMES[m] for m in peers_of(SETS[name]) if asked.peers and m not in plan.configs]:
             console.print(f"{name}: without {', '.join(left)}, whose strength is not chosen yet.", markup=False)
         check_done(plan, asked.folder / name)
         begun(plan, asked.folder / name, False, console)
@@ -426,7 +434,7 @@ def sum_up(asked: Asked, plans: dict[str, Plan], strengths: dict[str, dict[str, 
         seeds = [{run["seed"] for run in found["runs"] if run["method"] == method} for method in (BASELINE, OURS)]
         if seeds[0] & seeds[1]:
             about = {key: found[key] for key in ("machine", "versions", "git_commit")}
-            found_now[name] = shown(found, GOALS[name], PEERS) | about
+            found_now[name] = shown(found, GOALS[name], peers_of(SETS[name])) | about
     known = (results.read_json(path) if path.exists() else {}) | found_now  # sets of earlier calls stay
     summary = {name: known[name] for name in SETS if name in known}
     if not summary:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from ..data import DataSets, stack
 from ..data.base import drawn, limited
 from ..data.files import ImageFiles, name_of
+from ..data.labelled import LabelPairs, Photographs
 from ..explaining import measures as measure
 from ..explaining import methods as explain
 from ..reporting import results
@@ -50,11 +51,11 @@ class Point:
     """What one training reached on the held-out images; NaN where its loss was no number any more, or no object is
     known."""
 
-    accuracy: float  #: in [0,1], of all of them
+    accuracy: float  #: in [0,1], of all of them; of several labels an image mean average precision
     epg: float = math.nan  #: in [0,1], as the others the mean of the three class-activation maps
     iou: float = math.nan
     empty: float = math.nan  #: share of the maps
-    images: int = 0  #: of the accuracy
+    images: int = 0  #: of the accuracy; 0: not known, or mean average precision
 
     @property
     def error(self) -> float:
@@ -63,7 +64,8 @@ class Point:
 
 
 def held_out(data: DataSets) -> DataSets:
-    """A set of image files without its tests, with a third of every class's training images held out.
+    """A set of image files without its tests, with a third of every class's training images held out (of several labels
+    a third of all).
 
     What is held out follows from each file's name; it is the only validation split, "held_out", together with the
     set's own (first) validation split. The rest is trained on, with what the training may see of its objects.
@@ -73,15 +75,14 @@ def held_out(data: DataSets) -> DataSets:
     """
     train, validation = data.train, next(iter(data.validation.values()))
     names = [name_of(sample.image, train.root) for sample in train.samples]
-    rows = drawn(names, train.labels.tolist(), data.classes, {HELD_OUT: SHARE}, SEED)
+    labels, classes = ([0] * len(names), ["images"]) if data.multilabel else (train.labels.tolist(), data.classes)
+    rows = drawn(names, labels, classes, {HELD_OUT: SHARE}, SEED)
     chosen = [train.samples[row] for row in rows["train"]]
-    rest = ImageFiles(
-        chosen, train.transform, train.annotated[rows["train"]], train.mask_reader, listed=chosen, root=train.root
-    )
+    rest = train.of(chosen, train.transform, train.annotated[rows["train"]])
     rest.annotation = train.annotation
     held = [train.samples[row] for row in rows[HELD_OUT]] + validation.samples
     known = [sample.annotated for sample in held]
-    held_files = ImageFiles(held, validation.transform, known, train.mask_reader, listed=held, root=train.root)
+    held_files = train.of(held, validation.transform, known)
     return replace(data, train=rest, validation={HELD_OUT: held_files}, test={})
 
 
@@ -117,18 +118,26 @@ def measured_point(config: TrainConfig, folder: Path) -> str:
     return f"trained {clock(trained - start)}, measured {clock(time.monotonic() - trained)}"
 
 
-def measured(run: Run, held: ImageFiles) -> dict:
-    """Accuracy on all held-out images and, where objects are known, what POINT holds of the class-activation maps."""
-    model = run.model.to(device(run.config))
-    found = {"accuracy": measure.accuracy(model, DataLoader(held, BATCH)), "held_out": len(held)}
-    known = known_alike(held)
+def measured(run: Run, held: ImageFiles | Photographs) -> dict:
+    """Accuracy on all held-out images and, where objects are known, what POINT holds of the class-activation maps: of
+    the predicted class, of several labels of each that is there."""
+    model, several = run.model.to(device(run.config)), isinstance(held, Photographs)
+    if several:
+        scores = measure.scores(model, DataLoader(held, BATCH))
+        found = {"map": measure.average_precision(scores, held.labels).nanmean().item()}
+        explained = LabelPairs(held)
+        known = explained.annotated.nonzero()[:, 0]
+    else:
+        found = {"accuracy": measure.accuracy(model, DataLoader(held, BATCH)), "held_out": len(held)}
+        explained, known = held, known_alike(held)
     if not len(known):
         return found
-    rows = known[limited(held.labels[known].tolist(), IMAGES, seed=0)]
-    items = stack(held, rows)
-    predicted = measure.predict(model, items.image)
-    maps = explain.explain(model, items.image, predicted, explain.CAMS)
-    of_maps = {name: measure.measure_maps(of, items.mask) for name, of in maps.items()}
+    rows = known[limited(explained.labels[known].tolist(), IMAGES, seed=0)]
+    items = stack(explained, rows)
+    target = items.label if several else measure.predict(model, items.image)
+    maps = explain.explain(model, items.image, target, explain.CAMS)
+    counted = ~torch.cat([explained.left_out(row) for row in rows.tolist()]) if several else 1
+    of_maps = {name: measure.measure_maps(of * counted, items.mask) for name, of in maps.items()}
     of_measures = {
         key: {name: results.plain(values[key].nanmean().item()) for name, values in of_maps.items()} for key in MEASURES
     }
@@ -160,7 +169,8 @@ def read_point(folder: Path) -> Point:
     with results.reading(folder / POINT):
         content = results.read_json(folder / POINT)
         means = {key: results.tensor(list(content[key].values())).mean().item() for key in MEASURES if key in content}
-        return Point(results.tensor([content["accuracy"]]).item(), **means, images=content.get("held_out", 0))
+        quality = content["map"] if "map" in content else content["accuracy"]
+        return Point(results.tensor([quality]).item(), **means, images=content.get("held_out", 0))
 
 
 def chosen_strength(points: Mapping[float, Point], baseline: Point) -> float:

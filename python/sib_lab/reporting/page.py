@@ -369,7 +369,7 @@ def accuracy_sentence(results: dict, method: str) -> str:
         if change["excludes_zero"]:
             parts.append(f"{points}{where}")
         else:
-            unclear = "no clear difference" if change["excludes_zero"] is not None else f"{points}, of one training,"
+            unclear = "no clear difference" if change["excludes_zero"] is not None else f"{points} in one training"
             parts.append(f"{unclear}{where}")
     return f"{name} against {first}: {'; '.join(parts)}." if parts else f"{name}: not measured."
 

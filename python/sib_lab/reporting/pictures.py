@@ -21,6 +21,7 @@ COLOURS = {
     "sib-background": "#12414f",
     "sib-foreground": "#a3d9cf",
     "sib-few": "#58b58c",
+    "sib-one": "#7fd67a",
     "sib-alone": "#2c7d50",
     "sib-none": "#9ccbb4",
     "sib-paper": "#6aa84f",

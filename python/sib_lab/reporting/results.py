@@ -56,6 +56,7 @@ NAMES = {
     "sib-background": "S-IB, background half",
     "sib-foreground": "S-IB, foreground half",
     "sib-few": "S-IB, 10 % annotated",
+    "sib-one": "S-IB, 1 % annotated",
     "sib-alone": "S-IB, annotated images alone",
     "sib-none": "S-IB, no annotation",
     "sib-paper": "Published S-IB",
