@@ -158,7 +158,7 @@ def test_splits_that_are_missing_are_drawn(tmp_path):
     assert len(official.train) + len(official.validation["validation"]) == 30
     tables = opened(write_labels(tmp_path / "b", counts=(("train", 40),)))
     names = [
-        {str(p.image) for p in s.photographs}
+        {str(p.image) for p in s.samples}
         for s in (tables.train, *tables.validation.values(), *tables.test.values())
     ]
     assert all(names) and sum(map(len, names)) == len(set.union(*names)) == 40

@@ -141,26 +141,21 @@ class Photographs(ItemDataset):
 
     def __init__(
         self,
-        photographs: list[Photograph],
+        samples: list[Photograph],
         classes: int,
         transform: Transform,
         annotated: Sequence[bool] | Tensor,
         listed: Sequence[Photograph] = (),
         root: Path = Path(),
     ):
-        labels = torch.full((len(photographs), classes), ABSENT)
-        for row, photograph in enumerate(photographs):
+        labels = torch.full((len(samples), classes), ABSENT)
+        for row, photograph in enumerate(samples):
             for label in photograph.labels:
                 labels[row, label] = DIFFICULT if label in photograph.difficult else PRESENT
         super().__init__(labels, transform, annotated)
-        self.photographs = photographs
+        self.samples = samples
         self.listed = listed
         self.root = root
-
-    @property
-    def samples(self) -> list[Photograph]:
-        """As :class:`sib_lab.data.files.ImageFiles` calls them."""
-        return self.photographs
 
     def of(self, samples: list[Photograph], transform: Transform, annotated: Sequence[bool] | Tensor) -> "Photographs":
         """The same kind of set of other photographs, all of them listed."""
@@ -168,15 +163,15 @@ class Photographs(ItemDataset):
 
     def layers(self, row: int) -> Tensor:
         """Red, green, blue and the objects of each label that is there, [3+P,H,W] uint8."""
-        image, sure, unsure = read_photograph(self.photographs[row])
-        if self.photographs[row].label_map is not None:
+        image, sure, unsure = read_photograph(self.samples[row])
+        if self.samples[row].label_map is not None:
             return torch.cat([image, sure])
         return torch.cat([image, torch.maximum(sure, unsure)])
 
     def __getitem__(self, row: int) -> Item:
         row = self.checked(row)
         layers = as_float(self.transform(self.layers(row), row))
-        there = torch.tensor(self.photographs[row].labels, dtype=torch.int64)
+        there = torch.tensor(self.samples[row].labels, dtype=torch.int64)
         masks = layers.new_zeros(self.labels.shape[1], *layers.shape[1:])
         if self.annotated[row]:
             masks[there] = layers[3:]
@@ -212,12 +207,12 @@ class LabelPairs(ItemDataset):
     def __init__(self, of: Photographs):
         rows, labels = (of.labels == PRESENT).nonzero(as_tuple=True)
         self.of, self.rows = of, rows.tolist()
-        known = [of.photographs[row].knows(label) for row, label in zip(self.rows, labels.tolist(), strict=True)]
+        known = [of.samples[row].knows(label) for row, label in zip(self.rows, labels.tolist(), strict=True)]
         super().__init__(labels, of.transform, known)
 
     def _pair(self, row: int) -> Tensor:
         """Red, green, blue, the label's objects, and its difficult ones, [5,H,W] uint8."""
-        photograph = self.of.photographs[self.rows[row]]
+        photograph = self.of.samples[self.rows[row]]
         place = photograph.labels.index(int(self.labels[row]))
         image, sure, unsure = read_photograph(photograph)
         return torch.cat([image, sure[place, None], unsure[place, None]])
