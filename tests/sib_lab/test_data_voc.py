@@ -158,8 +158,7 @@ def test_splits_that_are_missing_are_drawn(tmp_path):
     assert len(official.train) + len(official.validation["validation"]) == 30
     tables = opened(write_labels(tmp_path / "b", counts=(("train", 40),)))
     names = [
-        {str(p.image) for p in s.samples}
-        for s in (tables.train, *tables.validation.values(), *tables.test.values())
+        {str(p.image) for p in s.samples} for s in (tables.train, *tables.validation.values(), *tables.test.values())
     ]
     assert all(names) and sum(map(len, names)) == len(set.union(*names)) == 40
 
@@ -262,3 +261,16 @@ def test_an_image_without_labels_and_one_without_boxes(tmp_path):
     assert items.label[0].sum() == 0 and not items.annotated[0].any() and items.annotated[1].any()
     pairs = LabelPairs(data.test["test"])
     assert not pairs.annotated[[row == 0 for row in pairs.rows]].any() and pairs.annotated.any()
+
+
+def test_a_split_without_labels_is_refused(tmp_path):
+    root = write_labels(tmp_path)
+    lines = [
+        ",".join([*line.split(",")[:2], ""]) if ",val," in line else line
+        for line in (root / "images.csv").read_text().splitlines()
+    ]
+    (root / "images.csv").write_text("\n".join(lines) + "\n")
+    boxes = [line for line in (root / "boxes.csv").read_text().splitlines() if not line.startswith("images/1")]
+    (root / "boxes.csv").write_text("\n".join(boxes) + "\n")
+    with pytest.raises(DataError, match="no image of the validation split has a label"):
+        opened(root)

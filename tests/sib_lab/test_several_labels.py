@@ -16,7 +16,7 @@ from sib_lab.data import open_data, stack
 from sib_lab.data.labelled import LabelPairs
 from sib_lab.experiments.compare import compare
 from sib_lab.experiments.explain_files import explain_files, subject_of_network, subject_of_run
-from sib_lab.experiments.material import Material
+from sib_lab.experiments.material import Material, gallery_of_labels
 from sib_lab.experiments.plan import OF_MASKS, Plan
 from sib_lab.explaining import measures as measure
 from sib_lab.explaining import methods as explain
@@ -260,6 +260,14 @@ def test_a_comparison_measures_each_label_on_its_own_objects(root, finished):
         float((mask > 0.5).sum() / (~pairs.left_out(row)).sum()) for row, mask in zip(rows, items.mask, strict=True)
     ]
     assert found["chance"] == pytest.approx(np.mean(uniform), abs=1e-6)
+
+
+def test_the_gallery_shows_every_label_of_an_image_with_several():
+    labels = torch.tensor([3, 0, 1, 2, 0, 2, 4])
+    images = [5, 6, 6, 7, 8, 8, 9]
+    # 6 has two labels; of 8 one was there; then 5, 7 and 9; then what is left, in order.
+    assert gallery_of_labels(labels, images).tolist() == [1, 2, 0, 3, 6, 4, 5]
+    assert gallery_of_labels(labels, images, count=3).tolist() == [1, 2, 0]
 
 
 def test_its_page_speaks_of_labels(finished):

@@ -262,6 +262,8 @@ def labelled_sets(
     for part, of_part in parts.items():
         if not of_part:
             raise DataError(f"{name}: the {part} split has no image that can be used.")
+        if not any(set(photograph.labels) - photograph.difficult for photograph in of_part):
+            raise DataError(f"{name}: no image of the {part} split has a label: nothing can be measured there.")
     check_classes(classes, [label for p in parts["train"] for label in p.labels], name)
     for_training, fixed = whole_transforms(common)
     known = {part: [photograph.annotated for photograph in of_part] for part, of_part in parts.items()}

@@ -1,6 +1,7 @@
 """The data of a comparison, and the images of it that are explained."""
 
 from collections import Counter
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -77,13 +78,14 @@ class Material:
     @cached_property
     def gallery(self) -> Tensor:
         """Which of ``rows`` the gallery shows."""
+        if self.data.multilabel:
+            images = [self.explained.rows[row] for row in self.rows]
+            return gallery_of_labels(self.items.label, images)
         return gallery_rows(self.items.label, self.items.group, own_groups(self.data.train))
 
 
 def own_groups(train) -> dict[int, int]:
     """The background group that each class stands on most often in training; empty where there are no groups."""
-    if train.labels.dim() == 2:
-        return {}
     pairs = Counter(zip(train.labels.tolist(), train.groups.tolist(), strict=True))
     return {label: group for (label, group), _ in reversed(pairs.most_common()) if group >= 0}
 
@@ -102,3 +104,23 @@ def gallery_rows(labels: Tensor, groups: Tensor, own: dict[int, int], count: int
         turns.append((seen[label], row))
         seen[label] += 1
     return torch.tensor([row for _, row in sorted(turns)[:count]])
+
+
+def gallery_of_labels(labels: Tensor, images: Sequence[int], count: int = GALLERY) -> Tensor:
+    """Pairs of an image and a label, all of an image one after the other: first the images with several labels, of
+    which none was there before, then the others in the same way.
+
+    Args:
+        labels, images: of each pair, the pairs of an image one after the other.
+    """
+    of_image: dict[int, list[int]] = {}
+    for row, image in enumerate(images):
+        of_image.setdefault(image, []).append(row)
+    several = sorted(of_image.values(), key=lambda rows: len(rows) == 1)
+    chosen, seen = [], set()
+    for rows in several:
+        if not seen & set(labels[rows].tolist()):
+            chosen += rows
+            seen |= set(labels[rows].tolist())
+    chosen += [row for rows in several for row in rows if row not in chosen]
+    return torch.tensor(chosen[:count])
