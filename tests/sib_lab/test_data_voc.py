@@ -1,8 +1,10 @@
 """Several labels an image: Pascal VOC's official layout, tables, and the pairs that are explained."""
 
+import numpy as np
 import pytest
 import torch
-from data_samples import VOC_CLASSES, VOC_COLOURS, voc_photographs, write_labels, write_voc
+from data_samples import VOC_CLASSES, VOC_COLOURS, save, voc_photographs, write_labels, write_voc
+from PIL import Image
 from sib_lab.data import DataError, open_data, set_epoch, stack
 from sib_lab.data.checks import check
 from sib_lab.data.identity import changed
@@ -173,6 +175,8 @@ def test_splits_that_are_missing_are_drawn(tmp_path):
         ("boxes.csv", "images/000000.png,0,0,,9,aeroplane,0", "has no four numbers"),
         ("boxes.csv", "images/000000.png,0,0,9,9,aeroplane,2", "has no four numbers, or difficult"),
         ("boxes.csv", "images/000000.png,0,0,900,9,aeroplane,0", "reaches out of the image"),
+        ("boxes.csv", "images/000000.png,0,0,0.5,1,aeroplane,0", "0..1 where others are in pixels"),
+        ("images.csv", ",train,cat", "names no file"),
     ],
 )
 def test_lines_that_cannot_be_used(tmp_path, file, line, words):
@@ -190,7 +194,6 @@ def test_lines_that_cannot_be_used(tmp_path, file, line, words):
     ("change", "options", "words"),
     [
         (lambda root: None, {"masks": "both"}, "masks must be one of"),
-        (lambda root: None, {"annotation": "boxes"}, "leave annotation out"),
         (lambda root: (root / "images.csv").unlink(), {}, "neither images.csv nor"),
         (lambda root: (root / "images.csv").write_text("file,split\n"), {}, "has no column classes"),
         (lambda root: (root / "images.csv").write_text("file,split,classes\na.png,train,cat\n"), {}, "names 1 classes"),
@@ -274,3 +277,201 @@ def test_a_split_without_labels_is_refused(tmp_path):
     (root / "boxes.csv").write_text("\n".join(boxes) + "\n")
     with pytest.raises(DataError, match="no image of the validation split has a label"):
         opened(root)
+
+
+# ------------------------------------------------------------------------------- what a first version got wrong
+
+
+def test_the_order_of_a_table_or_list_changes_nothing(tmp_path):
+    for root, table in ((write_labels(tmp_path / "a"), "images.csv"), (write_voc(tmp_path / "b"), None)):
+        path = root / table if table else root / "VOCdevkit/VOC2007/ImageSets/Main/train.txt"
+        before = opened(root)
+        head, *lines = path.read_text().splitlines() if table else ["", *path.read_text().splitlines()]
+        path.write_text("\n".join([head, *lines[::-1]] if table else lines[::-1]) + "\n")
+        now = opened(root)
+        assert [s.image for s in now.train.samples] == [s.image for s in before.train.samples]
+        assert changed(before.identity(), now.identity()) is None
+
+
+def test_another_order_of_images_is_told():
+    one = {"train": {"a": "1 - cat", "b": "2 - dog"}, "test/test": {"c": "3 - cat"}}
+    other = {**one, "train": dict(reversed(one["train"].items()))}
+    assert changed(one, other) == "the images of the training split are in another order"
+    assert changed(one, dict(one)) is None
+
+
+def test_difficult_objects_stay_difficult_where_there_are_label_maps(tmp_path):
+    write_voc(tmp_path, segmented=1)
+    boxes, maps = opened(tmp_path), opened(tmp_path, masks="segmentations")
+    one, two = LabelPairs(boxes.test["test"]), LabelPairs(maps.test["test"])
+    assert torch.equal(boxes.test["test"].labels, maps.test["test"].labels)
+    assert torch.equal(boxes.train.labels, maps.train.labels) and (maps.train.labels == DIFFICULT).any()
+    assert one.rows == two.rows and torch.equal(one.labels, two.labels)
+    alike = 0
+    for row in range(len(one)):
+        # The squares are the boxes: only the undecided lines above them differ.
+        assert (one[row].mask - two[row].mask).abs().mean() < 0.03
+        if one.left_out(row).any():
+            alike += 1
+            assert two.left_out(row)[one.left_out(row)].float().mean() > 0.9
+    assert alike
+    for row in range(12):
+        assert (boxes.train[row].mask - maps.train[row].mask).abs().mean() < 0.03
+
+
+def test_boxes_of_segmented_images_alone(tmp_path):
+    root = write_voc(tmp_path)
+    base = root / "VOCdevkit/VOC2007"
+    save(base / "SegmentationClass" / "000000.png", np.zeros((40, 60), np.uint8))
+    maps, boxes = (opened(root, masks="segmentations", annotation=of) for of in ("masks", "boxes"))
+    assert not maps.train[0].mask.any() and boxes.train[0].mask.any() and not boxes.train[1].mask.any()
+    assert torch.equal(maps.test["test"][0].mask, boxes.test["test"][0].mask)
+
+
+def test_boxes_of_photographs_that_are_turned_are_of_the_upright_ones(tmp_path):
+    root = write_labels(tmp_path)
+    upright = np.zeros((60, 40, 3), np.uint8)
+    upright[50:58, 4:36] = 255
+    image = Image.fromarray(upright).rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(root / "images/000000.png", exif=exif)
+    lines = [line for line in (root / "boxes.csv").read_text().splitlines() if "000000" not in line]
+    (root / "boxes.csv").write_text("\n".join([*lines, "images/000000.png,4,50,36,58,aeroplane,0", ""]))
+    data = opened(root, limit=None)
+    item = data.train[0]
+    assert data.train.samples[0].image.name == "000000.png"
+    white, mask = item.image.amin(0) > 0, item.mask.amax(0) > 0.5
+    assert mask.any() and (white == mask).float().mean() > 0.97
+
+
+def test_an_image_with_a_line_that_cannot_be_read_is_left_out_whole(tmp_path):
+    root = write_labels(tmp_path)
+    with open(root / "boxes.csv", "a") as table:
+        table.write("images/000001.png,0,0,sixty,9,bicycle,0\n")
+    with open(root / "images.csv", "a") as table:
+        table.write("images/000002.png,,\n")
+    data = opened(root, skip_broken=True)
+    names = [sample.image.stem for sample in data.train.samples]
+    assert len(names) == 10 and "000001" not in names and "000002" not in names and len(data.skipped) == 2
+
+
+def test_boxes_as_shares(tmp_path):
+    root = write_labels(tmp_path)
+    pixels = opened(root)
+    head, *lines = (root / "boxes.csv").read_text().splitlines()
+    shares = []
+    for line in lines:
+        file, x1, y1, x2, y2, *rest = line.split(",")
+        shares.append(
+            ",".join([file, *(str(int(v) / n) for v, n in zip((x1, y1, x2, y2), (60, 40, 60, 40), strict=True)), *rest])
+        )
+    (root / "boxes.csv").write_text("\n".join([head, *shares]) + "\n")
+    of_shares = opened(root)
+    for row in range(len(pixels.train)):
+        assert (pixels.train[row].mask - of_shares.train[row].mask).abs().max() < 0.02
+
+
+def test_pictures_full_of_objects_are_no_problem(tmp_path):
+    root = write_labels(tmp_path)
+    head, *lines = (root / "boxes.csv").read_text().splitlines()
+    whole = [",".join([line.split(",")[0], "0,0,60,40", *line.split(",")[5:]]) for line in lines]
+    (root / "boxes.csv").write_text("\n".join([head, *whole]) + "\n")
+    assert check(opened(root)).problems == ()
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", "RGB", "1"])
+def test_label_maps_that_cannot_be_read(tmp_path, content):
+    root = write_voc(tmp_path)
+    path = root / "VOCdevkit/VOC2007/SegmentationClass/000000.png"
+    if isinstance(content, str):
+        Image.new(content, (60, 40)).save(path)
+    else:
+        path.write_bytes(path.read_bytes()[: 60 if content else 0])
+    with pytest.raises(DataError, match=r"000000\.png"):
+        opened(root, masks="segmentations", skip_broken=False).train[0]
+    data = opened(root, masks="segmentations", skip_broken=True)
+    assert len(data.train) == 11 and "000000.png" in data.skipped[0]
+
+
+def test_an_annotation_without_objects(tmp_path):
+    root = write_voc(tmp_path, segmented=1)
+    (root / "VOCdevkit/VOC2007/Annotations/000000.xml").write_text("<annotation></annotation>")
+    for masks in ("boxes", "segmentations"):
+        data = opened(root, masks=masks)
+        assert not data.train[0].label.any() and not data.train[0].annotated.any()
+        assert check(data).problems == ()
+
+
+def test_large_label_maps_are_read_as_much_smaller_as_their_images(tmp_path, monkeypatch):
+    monkeypatch.setattr("sib_lab.data.images.LARGE", 40 * 60 - 1)
+    root = write_voc(tmp_path, segmented=1)
+    base = root / "VOCdevkit/VOC2007"
+    image, labels = np.zeros((41, 61, 3), np.uint8), np.zeros((41, 61), np.uint8)
+    image[5:21, 7:31], labels[5:21, 7:31] = 255, 1
+    save(base / "JPEGImages/000000.jpg", image)
+    save(base / "SegmentationClass/000000.png", labels)
+    for skip_broken in (False, True):
+        data = opened(root, masks="segmentations", skip_broken=skip_broken)
+        item = data.train[0]
+        assert len(data.train) == 12 and ((item.image.amin(0) > 0) == (item.mask[0] > 0.5)).float().mean() > 0.95
+    save(base / "SegmentationClass/000000.png", labels[:, :50])
+    with pytest.raises(DataError, match="50 x 41 px, but its image"):
+        opened(root, masks="segmentations")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('<?xml version="1.0" encoding="gbk"?><annotation/>', "cannot be read as an XML"),
+        ('<?xml version="1.0" encoding="foo"?><annotation/>', "cannot be read as an XML"),
+        (
+            "<annotation><object><name>cat</name><difficult>maybe</difficult><bndbox><xmin>1</xmin><ymin>1</ymin>"
+            "<xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>",
+            "difficult is neither 0 nor 1",
+        ),
+    ],
+)
+def test_odd_annotations_are_told(tmp_path, text, words):
+    root = write_voc(tmp_path)
+    (root / "VOCdevkit/VOC2007/Annotations/000000.xml").write_text(text)
+    with pytest.raises(DataError, match=words):
+        opened(root)
+    assert len(opened(root, skip_broken=True).train) == 11
+
+
+def test_an_image_in_two_splits_is_refused(tmp_path):
+    lists = write_voc(tmp_path / "a") / "VOCdevkit/VOC2007/ImageSets/Main"
+    (lists / "train.txt").write_text((lists / "train.txt").read_text() + (lists / "val.txt").read_text())
+    with pytest.raises(DataError, match="is in the train and the validation split"):
+        opened(tmp_path / "a")
+    root = write_labels(tmp_path / "b")
+    with open(root / "images.csv", "a") as table:
+        table.write("./images/000000.png,test,cat\n")
+    with pytest.raises(DataError, match="for the second time"):
+        opened(root)
+
+
+def test_labels_are_told_apart_whatever_signs_their_names_have(tmp_path):
+    root = write_labels(tmp_path)
+    path = root / "images.csv"
+    more = ["images/000000.png,train,a+b", "images/000001.png,train,a b", "images/000002.png,train,a b"]
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(tuple(m[:17] for m in more))]
+    (root / "boxes.csv").unlink()
+    path.write_text("\n".join([*lines, *more]) + "\n")
+    before = opened(root).identity()
+    path.write_text("\n".join([*lines, more[0], "images/000001.png,train,a+b", more[2]]) + "\n")
+    assert "1 label differs" in changed(before, opened(root).identity())
+
+
+def test_tables_with_blanks_and_other_separators_of_paths(tmp_path):
+    root = write_labels(tmp_path)
+    before = opened(root).identity()
+    for name in ("images.csv", "boxes.csv"):
+        head, *lines = (root / name).read_text().splitlines()
+        lines = [line.replace("images/", "images\\", 1).replace(",", " , ") + "  " for line in lines]
+        (root / name).write_text("\n".join([head.replace(",", " ,") + " ", *lines]) + "\n")
+    assert changed(before, opened(root).identity()) is None
+    lists = write_voc(tmp_path / "b") / "VOCdevkit/VOC2007/ImageSets/Main/train.txt"
+    lists.write_text(lists.read_text().replace("\n", "  \n"))
+    assert len(opened(tmp_path / "b").train) == 12

@@ -18,6 +18,7 @@ from sib_lab.experiments.compare import compare
 from sib_lab.experiments.explain_files import explain_files, subject_of_network, subject_of_run
 from sib_lab.experiments.material import Material, gallery_of_labels
 from sib_lab.experiments.plan import OF_MASKS, Plan
+from sib_lab.experiments.record import loss_sentence
 from sib_lab.explaining import measures as measure
 from sib_lab.explaining import methods as explain
 from sib_lab.training import train as training
@@ -62,11 +63,12 @@ def test_logits_are_never_taken_for_probabilities_and_large_ones_stay_apart():
     labels = torch.tensor([[1], [0], [1], [0]])
     small = torch.tensor([[0.9], [0.6], [0.3], [0.2]])  # all of a probability above one half
     assert measure.f1_scores(small, labels).item() == pytest.approx(2 / 3)
-    large = torch.tensor([[30.0], [29.0], [28.0], [27.0]])
+    large = torch.tensor([[300.0], [290.0], [60.0], [50.0]])
     assert measure.average_precision(large, labels).item() == pytest.approx(
         average_precision_score([1, 0, 1, 0], large)
     )
     assert measure.average_precision(large, torch.zeros_like(labels)).isnan().all()
+    assert measure.f1_scores(torch.zeros(4, 1), labels).item() == pytest.approx(2 / 3)  # one half is told
 
 
 # -------------------------------------------------------------------------------------------------- losses
@@ -220,6 +222,14 @@ def test_two_processes_evaluate_as_one(root, tmp_path):
         assert run.history[0]["map_validation"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_process_without_a_validation_image(tmp_path):
+    root = write_labels(tmp_path / "labels", (("train", 12), ("val", 1), ("test", 3)))
+    config = config_of(root, "ce", epochs=1, batch_size=4, device="cpu", devices=2)
+    run = training.train(config, tmp_path / "run", quiet=True)
+    assert run.finished and 0 < run.history[0]["map_validation"] <= 1
+
+
 @pytest.fixture(scope="module")
 def finished(root, tmp_path_factory):
     """A comparison's folder, its results, and the plan."""
@@ -321,6 +331,20 @@ def test_damaged_measurements_are_told(finished, tmp_path, change, words):
     path.write_text(json.dumps(content))
     with pytest.raises(results.ReportError, match="damaged"):
         results.collect(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "boxes around the objects"),
+        ({"masks": "boxes"}, "boxes around the objects"),
+        ({"masks": "segmentations"}, "shown the objects in"),
+    ],
+)
+def test_what_a_loss_was_shown_is_told(tmp_path, options, words):
+    root = write_voc(tmp_path, COUNTS)
+    plan = Plan({"sib": config_of(root, "sib", data_options=options)}, (0,))
+    assert words in loss_sentence(plan, "sib", Material(plan, 0).data)
 
 
 def test_deletion_and_insertion_are_of_one_label(root, tmp_path):

@@ -203,8 +203,6 @@ def open_data(
         raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, got {annotation!r}.")
     if annotation == "boxes" and info.annotation == "none":
         raise DataError(f"{name} has no masks to take the boxes of: leave annotation out.")
-    if annotation == "boxes" and info.multilabel:
-        raise DataError(f"{name} has boxes unless masks=segmentations is given: leave annotation out.")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 image, got {limit}.")
     if seed < 0:

@@ -1,7 +1,7 @@
 """What can be seen of a data set before a training: how many images and masks, how large the objects, what is wrong."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ def measured(split: ItemDataset, row: int, annotated: bool) -> tuple[float | Non
     layers = split.layers(row)
     scale = 1.0 if layers.is_floating_point() else 255.0
     brightness = float(layers[:3].float().mean()) / scale
-    if not annotated:
+    if not annotated or len(layers) == 3:
         return None, None, brightness
     mask = layers[3:].amax(0).float().numpy() / scale
     edge = np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
@@ -100,6 +100,8 @@ def measured(split: ItemDataset, row: int, annotated: bool) -> tuple[float | Non
 
 
 def _problems(data: DataSets, splits: dict[str, SplitReport], least: int) -> list[str]:
+    if data.multilabel:  # of each label; together they may well fill a picture
+        splits = {name: replace(split, areas=(), edges=()) for name, split in splits.items()}
     areas, edges = (np.array([v for s in splits.values() for v in getattr(s, name)]) for name in ("areas", "edges"))
     brightness = np.array([value for split in splits.values() for value in split.brightness])
     found = []

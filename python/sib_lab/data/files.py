@@ -103,6 +103,11 @@ def rasterise(boxes: Sequence[Box], width: int, height: int) -> np.ndarray:
     return (mask * 255).round().to(torch.uint8).numpy()
 
 
+def in_unit(box: Box) -> bool:
+    """Whether a box may be one of shares of an image's width and height."""
+    return all(0 <= side <= 1 for side in box)
+
+
 def clip(box: Box, width: int, height: int) -> Box:
     """A box cut at the image's edges.
 
@@ -403,7 +408,9 @@ def read_table(path: Path) -> tuple[list[dict[str, str]], list[str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
-            return list(reader), list(reader.fieldnames or ())
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            rows = [{k: v.strip() if isinstance(v, str) else v for k, v in row.items()} for row in reader]
+            return rows, list(reader.fieldnames)
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -453,7 +460,7 @@ def read_lines(path: Path, columns: int) -> list[list[str]]:
         raise DataError(f"{path} is missing.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text.") from error
-    lines = [line.split(maxsplit=columns - 1) for line in text.splitlines() if line.strip()]
+    lines = [line.strip().split(maxsplit=columns - 1) for line in text.splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if len(line) < columns:
             raise DataError(f"{path}: entry {number} has {len(line)} columns where {columns} are expected.")

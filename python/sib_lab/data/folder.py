@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .base import Common, DataSets
 from .errors import DataError, some
-from .files import Box, Sample, broken, file_sets, files_under, image_files, is_hidden, read_table, walk
+from .files import Sample, broken, file_sets, files_under, image_files, in_unit, is_hidden, read_table, walk
 from .images import CURES, SUFFIXES
 from .masks import mask_values as parsed_values
 from .masks import read_mask
@@ -359,9 +359,9 @@ def _boxes(
                 bad.append(f"line {number} of {path} names {name}, which is no image of the set")
                 continue
             boxes.append((number, image, box))
-        shares = bool(boxes) and all(_in_unit(box) for _, _, box in boxes)
+        shares = bool(boxes) and all(in_unit(box) for _, _, box in boxes)
         for number, image, box in boxes:
-            if not shares and _in_unit(box):
+            if not shares and in_unit(box):
                 bad.append(f"line {number} of {path} has a box in 0..1 where others are in pixels")
                 continue
             before = found.get(image, Sample(image, 0, shares=shares))
@@ -371,10 +371,6 @@ def _boxes(
 
 
 SIDES = ("x1", "y1", "x2", "y2")
-
-
-def _in_unit(box: Box) -> bool:
-    return all(0 <= side <= 1 for side in box)
 
 
 def _rows(path: Path, columns: tuple[str, ...] = ("file", *SIDES)) -> list[dict[str, str]]:

@@ -37,7 +37,8 @@ def changed(before: dict[str, Split], now: dict[str, Split]) -> str | None:
         Part of a sentence, such as "3 images of the test split are new, 1 mask differs (first: that of test/cat/3.jpg)"
     """
     if before == now:
-        return None
+        moved = [split for split in now if list(before[split]) != list(now[split])]  # of one digest: equal letters
+        return f"the images of the {_name(moved[0])} split are in another order" if moved else None
     if before.keys() != now.keys():
         return f"the splits were {_listed(before)} and are {_listed(now)}"
     whole = [split for split in now if not (isinstance(before[split], dict) and isinstance(now[split], dict))]

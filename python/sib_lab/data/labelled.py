@@ -1,5 +1,6 @@
 """Photographs with several labels each: what is known of every label's objects, and (image, label) pairs to explain."""
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from .base import (
 from .errors import DataError
 from .files import MANY, THREADS, Box, Sample, check_boxes, check_size, name_of, rasterise, usable
 from .identity import Split, digest, file_digest
-from .images import opened, read_size, read_smaller, reduction
+from .images import loaded, opened, read_size, read_smaller, reduction
 
 UNDECIDED = 255  #: in a label map: an object's outline, and what nobody named
 PRESENT, ABSENT, DIFFICULT = 1, 0, -1  #: of labels: DIFFICULT where every object of the label is
@@ -44,35 +45,32 @@ class Object(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Photograph:
-    """One image file with its labels and at most one kind of annotation, of which a label map comes first."""
+    """One image file with its labels, its objects, and perhaps a label map, which shows them better."""
 
     image: Path
     labels: tuple[int, ...]  #: what is there, rising
     objects: tuple[Object, ...] = ()
+    annotated: bool = False  #: whether the place of the objects may be looked at
     label_map: Path | None = None
     values: tuple[int, ...] = ()  #: of the labels in the label map, which has 0 on the background, and UNDECIDED
-
-    @property
-    def annotated(self) -> bool:
-        return self.label_map is not None or bool(self.objects)
-
-    def knows(self, label: int) -> bool:
-        """Whether something can be measured on a label's objects."""
-        return self.label_map is not None or any(o.label == label and _sure(o) for o in self.objects)
+    shares: bool = False  #: whether boxes are shares of the image's width and height
+    upright: bool = False  #: whether the image is turned as its EXIF orientation says; boxes never are
 
     @property
     def difficult(self) -> frozenset[int]:
         """The labels whose objects are all difficult."""
-        return frozenset(self.labels) & ({o.label for o in self.objects} - {o.label for o in self.objects if _sure(o)})
+        return frozenset(o.label for o in self.objects) - {o.label for o in self.objects if not o.difficult}
+
+    def knows(self, label: int) -> bool:
+        """Whether something can be measured on a label's objects."""
+        sure = any(o.label == label and not o.difficult for o in self.objects)
+        return self.annotated and (sure or self.label_map is not None)
 
     @property
     def sample(self) -> Sample:
         """What is checked of it."""
-        return Sample(self.image, 0, self.label_map, tuple(o.box for o in self.objects))
-
-
-def _sure(of: Object) -> bool:
-    return not of.difficult
+        boxes = tuple(o.box for o in self.objects)
+        return Sample(self.image, 0, self.label_map, boxes, upright=self.upright, shares=self.shares)
 
 
 def read_label_map(path: Path) -> np.ndarray:
@@ -84,9 +82,10 @@ def read_label_map(path: Path) -> np.ndarray:
     with opened(path) as image:
         if image.mode not in ("P", "L"):
             raise DataError(f"{path} is no label map: it must be a PNG of one channel or with a palette.")
-        values = np.asarray(image)
-    times = reduction(values.shape)
-    return values if times == 1 else values[times // 2 :: times, times // 2 :: times]
+        times = reduction(image.size)
+        size = tuple(-(-side // times) for side in image.size)
+        loaded(image, path)
+        return np.asarray(image if times == 1 else image.resize(size, Image.Resampling.NEAREST))
 
 
 class Layers(NamedTuple):
@@ -94,34 +93,52 @@ class Layers(NamedTuple):
 
     image: Tensor  #: [3,H,W]
     sure: Tensor  #: [P,H,W], 255 on the objects of each label that is there, but the difficult ones
-    unsure: Tensor  #: [P,H,W], 255 on the difficult ones
+    difficult: Tensor  #: [P,H,W], 255 on these
+    undecided: Tensor  #: [P,H,W], 255 where a label map says so
 
 
-def read_photograph(photograph: Photograph) -> Layers:
+def read_photograph(photograph: Photograph, boxes_alone: bool = False) -> Layers:
     """
+    Args:
+        boxes_alone: do not look at its label map.
+
     Raises:
         DataError: a file is missing or broken, or a label map has another size than its image.
     """
-    image, times = read_smaller(photograph.image)
+    image, times = read_smaller(photograph.image, photograph.upright)
     height, width, _ = image.shape
-    areas = np.zeros((2, len(photograph.labels), height, width), np.uint8)
-    if photograph.label_map is not None:
-        values = read_label_map(photograph.label_map)
-        if times > 1:
-            values = np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST))
-        check_size(photograph.sample, (width, height), values.shape[::-1])
-        areas[0] = np.stack([values == of_label for of_label in photograph.values]) * 255
-        areas[1] = (values == UNDECIDED) * 255
-    elif photograph.objects:
-        size = (width, height) if times == 1 else read_size(photograph.image)
-        check_boxes(photograph.sample, photograph.sample.boxes, *size)
+    areas = np.zeros((3, len(photograph.labels), height, width), np.uint8)
+    if photograph.annotated:
+        sample = photograph.sample
+        size = (width, height) if times == 1 else read_size(photograph.image, photograph.upright)
+        boxes = sample.all_boxes(*size)
+        check_boxes(sample, boxes, *size)
         for difficult in (False, True):
             for place, label in enumerate(photograph.labels):
-                boxes = [o.box for o in photograph.objects if o.label == label and o.difficult == difficult]
-                if boxes:
-                    shrunk = [tuple(side / times for side in box) for box in boxes]
-                    areas[int(difficult), place] = rasterise(shrunk, width, height)
+                of_label = [
+                    tuple(side / times for side in box)
+                    for box, of in zip(boxes, photograph.objects, strict=True)
+                    if of.label == label and of.difficult == difficult
+                ]
+                if of_label:
+                    areas[int(difficult), place] = rasterise(of_label, width, height)
+        if photograph.label_map is not None and not boxes_alone:
+            values = read_label_map(photograph.label_map)
+            check_size(sample, (width, height), values.shape[::-1])
+            areas = _by_label_map(areas, values, photograph.values)
     return Layers(torch.from_numpy(image.transpose(2, 0, 1).copy()), *map(torch.from_numpy, areas))
+
+
+def _by_label_map(areas: np.ndarray, values: np.ndarray, of_labels: Sequence[int]) -> np.ndarray:
+    """The areas [3,P,H,W] of a label map [H,W]. Of which object of its label a pixel is, the boxes' areas say."""
+    found = np.zeros_like(areas)
+    for place, value in enumerate(of_labels):
+        sure, difficult, _ = areas[:, place] > 127
+        difficult = (values == value) & difficult & ~sure
+        found[0, place] = ((values == value) & ~difficult) * 255
+        found[1, place] = difficult * 255
+    found[2] = (values == UNDECIDED) * 255
+    return found
 
 
 class Photographs(ItemDataset):
@@ -163,10 +180,8 @@ class Photographs(ItemDataset):
 
     def layers(self, row: int) -> Tensor:
         """Red, green, blue and the objects of each label that is there, [3+P,H,W] uint8."""
-        image, sure, unsure = read_photograph(self.samples[row])
-        if self.samples[row].label_map is not None:
-            return torch.cat([image, sure])
-        return torch.cat([image, torch.maximum(sure, unsure)])
+        layers = read_photograph(self.samples[row], boxes_alone=self.annotation == "boxes")
+        return torch.cat([layers.image, torch.maximum(layers.sure, layers.difficult)])
 
     def __getitem__(self, row: int) -> Item:
         row = self.checked(row)
@@ -187,16 +202,15 @@ class Photographs(ItemDataset):
 
 
 def _told(photograph: Photograph, classes: Sequence[str]) -> str:
-    return "+".join(classes[label] for label in photograph.labels) or "-"
+    """The labels, and which of them count neither way."""
+    return json.dumps([[classes[label], label in photograph.difficult] for label in photograph.labels])
 
 
 def _entry(photograph: Photograph, classes: Sequence[str]) -> str:
     """What the identity holds: hashes of the image and of its annotation, and its labels."""
-    if photograph.label_map is not None:
-        annotation = file_digest(photograph.label_map)
-    else:
-        boxes = (f"{classes[o.label]} {o.box} {o.difficult}" for o in photograph.objects)
-        annotation = digest(boxes) if photograph.objects else "-"
+    boxes = [f"{classes[o.label]} {o.box} {o.difficult}" for o in photograph.objects]
+    label_map = [] if photograph.label_map is None else [file_digest(photograph.label_map)]
+    annotation = digest([*label_map, *boxes]) if photograph.annotated else "-"
     return f"{file_digest(photograph.image)} {annotation} {_told(photograph, classes)}"
 
 
@@ -211,17 +225,19 @@ class LabelPairs(ItemDataset):
         super().__init__(labels, of.transform, known)
 
     def _pair(self, row: int) -> Tensor:
-        """Red, green, blue, the label's objects, and its difficult ones, [5,H,W] uint8."""
+        """Red, green, blue, the label's objects, and what counts neither way, [5,H,W] uint8."""
         photograph = self.of.samples[self.rows[row]]
         place = photograph.labels.index(int(self.labels[row]))
-        image, sure, unsure = read_photograph(photograph)
-        return torch.cat([image, sure[place, None], unsure[place, None]])
+        image, *areas = read_photograph(photograph)
+        sure, difficult, undecided = (area[place, None] for area in areas)
+        return torch.cat([image, sure, torch.maximum(difficult, undecided)])
 
     def layers(self, row: int) -> Tensor:
         return self._pair(row)[:4]
 
     def left_out(self, row: int) -> Tensor:
-        """[1,size,size] bool: pixels of difficult objects alone, which count in neither map nor object."""
+        """[1,size,size] bool: pixels of difficult objects alone and undecided ones, which count in neither map nor
+        object."""
         layers = as_float(self.transform(self._pair(row), row))
         return (layers[4:] > 0.5) & (layers[3:4] <= 0.5)
 
@@ -246,7 +262,10 @@ def labelled_sets(
     Raises:
         DataError: broken files (without ``skip_broken``), a class without training images, or an empty part.
     """
-    parts, skipped = dict(parts), list(skipped)
+    # In the order of their names, whichever order a table has.
+    parts = {part: sorted(of_part, key=lambda p: name_of(p.image, root)) for part, of_part in parts.items()}
+    skipped = list(skipped)
+    _check_apart(name, parts, root)
     if missing := {part: share for part, share in shares.items() if part not in parts}:
         train = parts["train"]
         rows = drawn([name_of(p.image, root) for p in train], [0] * len(train), ["images"], missing, common.seed)
@@ -281,6 +300,20 @@ def labelled_sets(
         {"test": photographs("test", fixed, known["test"])},
         tuple(skipped),
     )
+
+
+def _check_apart(name: str, parts: dict[str, list[Photograph]], root: Path) -> None:
+    """
+    Raises:
+        DataError: an image is there twice.
+    """
+    seen: dict[str, str] = {}
+    for part, of_part in parts.items():
+        for photograph in of_part:
+            image = name_of(photograph.image, root)
+            if image in seen:
+                raise DataError(f"{name}: {image} is in the {seen[image]} and the {part} split: name it once.")
+            seen[image] = part
 
 
 def _name_of_row(photographs: Sequence[Photograph], root: Path, row: int) -> str:

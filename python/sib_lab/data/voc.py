@@ -1,13 +1,13 @@
 """Pascal VOC (Everingham et al. 2010), several labels a photograph: the official layout, or tables of one's own."""
 
 from collections import defaultdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 from .base import Common, DataSets
 from .errors import DataError, some
-from .files import Box, broken, read_lines, read_table
+from .files import Box, broken, in_unit, read_lines, read_table
 from .labelled import Object, Photograph, labelled_sets
 
 #: The order of the values in SegmentationClass, from 1.
@@ -29,9 +29,9 @@ def open_set(
     order.
 
     Tables: ``images.csv`` with file, split (train, val, test), classes (names with spaces between them), and
-    ``boxes.csv`` with file, x1, y1, x2, y2 in pixels, class and, where wanted, difficult (0 or 1); the class of a
-    difficult object need not be named in ``images.csv``. Paths start from root; classes are those that are named
-    there. Splits that are missing are drawn.
+    ``boxes.csv`` with file, x1, y1, x2, y2 in pixels of the upright image (or all in 0..1, as shares of its width and
+    height), class and, where wanted, difficult (0 or 1); the class of a difficult object need not be named in
+    ``images.csv``. Paths start from root; classes are those that are named there. Splits that are missing are drawn.
 
     A label whose objects are all difficult is there in training, and counts neither way in measures.
 
@@ -108,11 +108,10 @@ def _from_devkit(
         objects = tuple(Object(classes.index(of.name), of.box, of.difficult) for of in named)
         labels = tuple(sorted({of.label for of in objects}))
         image, label_map = base / "JPEGImages" / f"{name}.jpg", base / "SegmentationClass" / f"{name}.png"
-        if not segmentations:
-            return Photograph(image, labels, objects)
-        if not label_map.is_file():
-            return Photograph(image, labels)
-        return Photograph(image, labels, (), label_map, tuple(CLASSES.index(classes[label]) + 1 for label in labels))
+        if not segmentations or not label_map.is_file():
+            return Photograph(image, labels, objects, bool(objects) and not segmentations)
+        values = tuple(CLASSES.index(classes[label]) + 1 for label in labels)
+        return Photograph(image, labels, objects, bool(objects), label_map, values)
 
     return classes, {part: [photograph(*of) for of in images.items()] for part, images in named.items()}
 
@@ -135,7 +134,7 @@ def read_xml_objects(path: Path) -> list[Named]:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing.") from error
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two of an encoding
         raise DataError(f"{path} cannot be read as an XML annotation.") from error
     found = []
     for of in root.iter("object"):
@@ -146,7 +145,10 @@ def read_xml_objects(path: Path) -> list[Named]:
             raise DataError(f"{path} has an object without four numbers in bndbox.") from error
         if not name:
             raise DataError(f"{path} has an object without a name.")
-        found.append(Named(name, (x1 - 1, y1 - 1, x2, y2), (of.findtext("difficult") or "0").strip() == "1"))
+        difficult = _flag(of.findtext("difficult"))
+        if difficult is None:
+            raise DataError(f"{path} has an object whose difficult is neither 0 nor 1.")
+        found.append(Named(name, (x1 - 1, y1 - 1, x2, y2), difficult))
     return found
 
 
@@ -161,44 +163,80 @@ def _from_tables(
     classes = tuple(sorted({name for of_row in names for name in of_row}))
     if len(classes) < 2:
         raise DataError(f"voc: {root / IMAGES} names {len(classes)} classes where at least 2 are needed.")
-    labels = {row["file"]: tuple(sorted({classes.index(n) for n in of})) for row, of in zip(rows, names, strict=True)}
-    bad = [
-        f"line {number} of {root / IMAGES} has the split {row['split']!r}, which is none of {', '.join(PARTS)}"
-        for number, row in enumerate(rows, start=2)
-        if row["split"] not in PARTS
-    ]
-    if twice := len(rows) - len(labels):
-        bad.append(f"{twice} lines of {root / IMAGES} name a file for the second time")
-    boxes = _boxes(root / BOXES, classes, labels, bad) if (root / BOXES).is_file() else {}
-    if bad and not skip_broken:
-        raise broken("voc", len(bad), f"the lines of {IMAGES} and {BOXES} cannot be used", bad[0])
-    skipped.extend(bad)
+    split_of: dict[str, str] = {}
+    labels: dict[str, set[int]] = {}
+    bad = _Bad(root)
+    for number, (row, of_row) in enumerate(zip(rows, names, strict=True), start=2):
+        file, split = _path(row["file"]), row["split"]
+        if not file:
+            bad.add(IMAGES, number, file, "names no file")
+        elif file in split_of:
+            bad.add(IMAGES, number, file, f"names {file} for the second time")
+        elif split not in PARTS:
+            bad.add(IMAGES, number, file, f"has the split {split!r}, which is none of {', '.join(PARTS)}")
+        split_of.setdefault(file, split)
+        labels.setdefault(file, {classes.index(name) for name in of_row})
+    boxes, shares = _boxes(root, classes, labels, bad) if (root / BOXES).is_file() else ({}, False)
+    if bad.lines and not skip_broken:
+        raise broken("voc", len(bad.lines), f"the lines of {IMAGES} and {BOXES} cannot be used", bad.lines[0])
+    skipped.extend(bad.lines)
     parts: dict[str, list[Photograph]] = defaultdict(list)
-    for row in {row["file"]: row for row in rows if row["split"] in PARTS}.values():
-        file, objects = row["file"], tuple(boxes.get(row["file"], ()))
-        there = {*labels[file], *(of.label for of in objects)}
-        parts[PARTS[row["split"]]].append(Photograph(root / file, tuple(sorted(there)), objects))
+    for file, split in split_of.items():
+        if file not in bad.files:
+            objects = tuple(boxes.get(file, ()))
+            there = tuple(sorted(labels[file] | {of.label for of in objects}))
+            photograph = Photograph(root / file, there, objects, bool(objects), shares=shares, upright=True)
+            parts[PARTS[split]].append(photograph)
     if "train" not in parts:
         raise DataError(f"voc: {root / IMAGES} has no image of the split train.")
     return classes, dict(parts)
 
 
+class _Bad:
+    """Lines that cannot be used, and the images that they speak of, which are left out with them."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.lines: list[str] = []
+        self.files: set[str] = set()
+
+    def add(self, table: str, number: int, file: str, what: str) -> None:
+        self.lines.append(f"line {number} of {self.root / table} {what}")
+        self.files.add(file)
+
+
 def _boxes(
-    path: Path, classes: tuple[str, ...], labels: dict[str, tuple[int, ...]], bad: list[str]
-) -> dict[str, list[Object]]:
-    rows, _ = _table(path, ("file", *SIDES, "class"))
+    root: Path, classes: tuple[str, ...], labels: dict[str, set[int]], bad: _Bad
+) -> tuple[dict[str, list[Object]], bool]:
+    """The objects of each file, and whether their boxes are shares of the image's width and height."""
+    rows, _ = _table(root / BOXES, ("file", *SIDES, "class"))
     found: dict[str, list[Object]] = defaultdict(list)
-    for number, row in enumerate(rows, start=2):
-        file, name, box = row["file"], row["class"], _box(row)
+    boxes = [_box(row) for row in rows]
+    shares = bool(boxes) and all(box is not None and in_unit(box) for box in boxes)
+    for number, (row, box) in enumerate(zip(rows, boxes, strict=True), start=2):
+        file, name, difficult = _path(row["file"]), row["class"], _flag(row.get("difficult"))
         if file not in labels:
-            bad.append(f"line {number} of {path} names {file}, which {IMAGES} does not")
-        elif box is None or (row.get("difficult") or "0") not in ("0", "1"):
-            bad.append(f"line {number} of {path} has no four numbers, or difficult is neither 0 nor 1")
-        elif name not in classes or (row.get("difficult") != "1" and classes.index(name) not in labels[file]):
-            bad.append(f"line {number} of {path} has the class {name!r}, which {IMAGES} does not give {file}")
+            bad.add(BOXES, number, file, f"names {file}, which {IMAGES} does not")
+        elif box is None or difficult is None:
+            bad.add(BOXES, number, file, "has no four numbers, or difficult is neither 0 nor 1")
+        elif not shares and in_unit(box):
+            bad.add(BOXES, number, file, "has a box in 0..1 where others are in pixels")
+        elif name not in classes or not (difficult or classes.index(name) in labels[file]):
+            hint = ", unless the object is difficult" if name in classes else ""
+            bad.add(BOXES, number, file, f"has the class {name!r}, which {IMAGES} does not give {file}{hint}")
         else:
-            found[file].append(Object(classes.index(name), box, row.get("difficult") == "1"))
-    return found
+            found[file].append(Object(classes.index(name), box, difficult))
+    return found, shares
+
+
+def _path(text: str | None) -> str:
+    """As it is written on any system."""
+    return PurePosixPath((text or "").replace("\\", "/")).as_posix() if text else ""
+
+
+def _flag(text: str | None) -> bool | None:
+    """0 or nothing, 1; None: neither."""
+    return {"": False, "0": False, "1": True, "false": False, "true": True}.get((text or "").strip().casefold())
 
 
 def _box(row: dict[str, str]) -> Box | None:

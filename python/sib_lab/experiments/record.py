@@ -70,7 +70,7 @@ def loss_sentence(plan: Plan, method: str, data: DataSets) -> str:
     if config.epochs == 0:
         return "the network as its weights are; nothing was trained"
     share = data.train.annotated.double().mean().item()
-    boxes = config.annotation == "boxes" or (data.multilabel and "masks" not in config.data_options)
+    boxes = config.annotation == "boxes" or (data.multilabel and config.data_options.get("masks", "boxes") == "boxes")
     shown = "boxes around the objects" if boxes else "the objects"
     told = f"was shown {shown} in {100 * share:.0f} % of the training images" if share else "found no masks to use"
     uses = config.method in USE_MASKS or (config.method == "sib-paper" and config.masks == "given")

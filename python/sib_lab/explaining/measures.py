@@ -175,24 +175,34 @@ def average_precision(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [N,K].
         labels: [N,K] int: 1 present, 0 absent, -1 counts neither way.
     """
-    return _of_each_class("binary_average_precision", logits, labels)
+
+    def of_class(scores: Tensor, truth: Tensor) -> Tensor:
+        from torchmetrics.functional.classification import binary_average_precision
+
+        ranks = scores.unique(return_inverse=True)[1].double()  # of large logits a sigmoid would make equal ones
+        return binary_average_precision(ranks / len(ranks), truth)
+
+    return _of_each_class(of_class, logits, labels)
 
 
 def f1_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Harmonic mean of precision and recall of each class at a probability of one half, [K] float64; NaN for a class
-    that is in no image. Arguments as for :func:`average_precision`."""
-    return _of_each_class("binary_f1_score", logits, labels)
+    """Harmonic mean of precision and recall of each class where what has a probability of at least one half is told,
+    [K] float64; NaN for a class that is in no image. Arguments as for :func:`average_precision`."""
+
+    def of_class(scores: Tensor, truth: Tensor) -> Tensor:
+        from torchmetrics.functional.classification import binary_f1_score
+
+        return binary_f1_score((scores >= 0).long(), truth)
+
+    return _of_each_class(of_class, logits, labels)
 
 
-def _of_each_class(metric: str, logits: Tensor, labels: Tensor) -> Tensor:
-    from torchmetrics.functional import classification
-
-    # Probabilities: logits that happen to lie in [0,1] would be taken for them. Double, so that few are equal.
-    probabilities, labels = logits.cpu().double().sigmoid(), labels.cpu()
+def _of_each_class(of_class: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    logits, labels = logits.cpu(), labels.cpu()
     found = torch.full(labels.shape[1:], math.nan, dtype=torch.float64)
     for label in (labels == 1).any(0).nonzero()[:, 0].tolist():
         known = labels[:, label] >= 0
-        found[label] = getattr(classification, metric)(probabilities[known, label], labels[known, label])
+        found[label] = of_class(logits[known, label], labels[known, label])
     return found
 
 

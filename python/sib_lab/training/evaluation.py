@@ -27,7 +27,7 @@ def evaluate(network: nn.Module, split: Dataset, fabric: "Fabric", workers: int 
     model = Forward(network, fabric.autocast)
     several = split.labels.dim() == 2
     sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)
-    found = []
+    found = [torch.empty(0, split.labels.shape[-1], device=fabric.device)]  # a process may have no image
     with torch.no_grad():
         for item in all_batches(split, workers, fabric.global_rank, fabric.world_size):
             x, y = fabric.to_device((item.image, item.label))
