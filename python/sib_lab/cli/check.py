@@ -118,12 +118,11 @@ def picture(data: "DataSets") -> "Figure":
 
 def _title(data: "DataSets", row: int) -> str:
     """An image's classes, and the end of its file's name where it has one."""
-    from ..data.files import ImageFiles, name_of
-    from ..data.labelled import Photographs
+    from ..data.files import FileItems, name_of
 
     labels = data.train.labels[row]
     label = ", ".join(data.classes[n] for n in (labels.nonzero()[:, 0].tolist() if data.multilabel else [int(labels)]))
     name = ""
-    if isinstance(data.train, (ImageFiles, Photographs)):
+    if isinstance(data.train, FileItems):
         name = f"\n{name_of(data.train.samples[row].image, data.train.root)[-40:]}"
     return f"{label[-40:]}{'' if data.train.annotated[row] else ' (no mask)'}{name}"

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .base import DataSets, ItemDataset
 from .errors import DataError, some
-from .files import ImageFiles, spread
-from .labelled import Photographs
+from .files import FileItems, spread
 
 LOOKED_AT = 60  #: annotated images of each split whose objects are measured
 EMPTY = 0.002  #: share of an image that an object at least covers
@@ -66,7 +65,7 @@ def check(data: DataSets, most: int = LOOKED_AT, least: int = 2) -> Report:
 
 def _look_at(split: ItemDataset, classes: int, most: int) -> SplitReport:
     # Annotations that the training may not see are there all the same.
-    of_files = isinstance(split, (ImageFiles, Photographs))
+    of_files = isinstance(split, FileItems)
     known = [sample.annotated for sample in split.samples] if of_files else split.annotated.tolist()
     rows = [row for row, annotated in enumerate(known) if annotated] or list(range(len(split)))
     seen = [measured(split, rows[place], known[rows[place]]) for place in spread(len(rows), most)]

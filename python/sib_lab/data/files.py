@@ -2,6 +2,7 @@
 
 import csv
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ def name_of(image: Path | str, root: Path) -> str:
     return Path(os.path.relpath(image, root)).as_posix()
 
 
-def _name_of_row(samples: Sequence[Sample], root: Path, row: int) -> str:
+def name_of_row(samples: Sequence, root: Path, row: int) -> str:
     return name_of(samples[row].image, root)
 
 
@@ -272,23 +273,45 @@ def _bytes(file: Path | str) -> int:
     return os.path.getsize(file) if os.path.exists(file) else -1
 
 
-def _entry(sample: Sample, classes: Sequence[str]) -> str:
-    """What the identity holds of a sample: hashes of its image and of its annotation, and its label."""
-    if sample.mask is not None or sample.xml is not None:
-        annotation = file_digest(sample.mask if sample.mask is not None else sample.xml)
-    else:
-        annotation = digest(map(repr, sample.boxes)) if sample.boxes else "-"
-    of_group = "" if sample.group < 0 else f", group {sample.group}"
-    return f"{file_digest(sample.image)} {annotation} {classes[sample.label]}{of_group}"
-
-
-class ImageFiles(ItemDataset):
-    """Images read from their files when they are asked for.
+class FileItems(ItemDataset, ABC):
+    """Items of image files, each described by a sample with its path, ``image``, and whether it is ``annotated``.
 
     Args:
+        samples: of the items.
         listed: the samples with those that were left out as broken, for the identity.
         root: what names of files are relative to.
+        arguments: of :class:`sib_lab.data.base.ItemDataset`.
     """
+
+    def __init__(self, samples: list, listed: Sequence, root: Path, *arguments):
+        super().__init__(*arguments)
+        self.samples, self.listed, self.root = samples, listed, root
+
+    def identity(self, classes: Sequence[str]) -> Split:
+        if len(self.listed) > MANY:
+            return digest(
+                f"{name_of(s.image, self.root)} {_bytes(s.image)} {self.told(s, classes)}" for s in self.listed
+            )
+        with ThreadPoolExecutor(THREADS) as pool:
+            entries = list(pool.map(partial(self._entry, classes=classes), self.listed))
+        return {name_of(s.image, self.root): entry for s, entry in zip(self.listed, entries, strict=True)}
+
+    def _entry(self, sample, classes: Sequence[str]) -> str:
+        return f"{file_digest(sample.image)} {self.annotation_digest(sample, classes)} {self.told(sample, classes)}"
+
+    @staticmethod
+    @abstractmethod
+    def told(sample, classes: Sequence[str]) -> str:
+        """What the identity says of its labels."""
+
+    @staticmethod
+    @abstractmethod
+    def annotation_digest(sample, classes: Sequence[str]) -> str:
+        """What it says of its annotation: a hash without blanks, "-" without one."""
+
+
+class ImageFiles(FileItems):
+    """Images read from their files when they are asked for; ``samples`` are of :class:`Sample`."""
 
     def __init__(
         self,
@@ -300,18 +323,18 @@ class ImageFiles(ItemDataset):
         root: Path = Path(),
     ):
         labels, groups = [sample.label for sample in samples], [sample.group for sample in samples]
-        super().__init__(labels, transform, annotated, groups)
-        self.samples = samples
+        super().__init__(samples, listed, root, labels, transform, annotated, groups)
         self.mask_reader = mask_reader
-        self.listed = listed
-        self.root = root
 
-    def identity(self, classes: Sequence[str]) -> Split:
-        if len(self.listed) > MANY:
-            return digest(f"{name_of(s.image, self.root)} {_bytes(s.image)} {classes[s.label]}" for s in self.listed)
-        with ThreadPoolExecutor(THREADS) as pool:
-            entries = list(pool.map(partial(_entry, classes=classes), self.listed))
-        return {name_of(s.image, self.root): entry for s, entry in zip(self.listed, entries, strict=True)}
+    @staticmethod
+    def told(sample: Sample, classes: Sequence[str]) -> str:
+        return classes[sample.label] + ("" if sample.group < 0 else f", group {sample.group}")
+
+    @staticmethod
+    def annotation_digest(sample: Sample, classes: Sequence[str]) -> str:
+        if sample.mask is not None or sample.xml is not None:
+            return file_digest(sample.mask if sample.mask is not None else sample.xml)
+        return digest(map(repr, sample.boxes)) if sample.boxes else "-"
 
     def layers(self, row: int) -> Tensor:
         return read_layers(self.samples[row], self.mask_reader)
@@ -367,7 +390,7 @@ def file_sets(
         check = "full"
     for part, samples in parts.items():
         kinds = [sample.label * (len(groups) + 1) + sample.group for sample in samples]
-        rows = limited(kinds, common.limit, common.seed, partial(_name_of_row, samples, root))
+        rows = limited(kinds, common.limit, common.seed, partial(name_of_row, samples, root))
         parts[part] = [samples[row] for row in rows]
     listed = dict(parts)
     everything = [sample for samples in parts.values() for sample in samples]
@@ -381,7 +404,7 @@ def file_sets(
     check_classes(classes, [sample.label for sample in parts["train"]], name)
     for_training, fixed = photo_transforms(common)
     known = {part: [sample.annotated for sample in samples] for part, samples in parts.items()}
-    seen = visible(known["train"], common.annotated, common.seed, partial(_name_of_row, parts["train"], root))
+    seen = visible(known["train"], common.annotated, common.seed, partial(name_of_row, parts["train"], root))
 
     def files(part: str, transform: Transform, annotated: Sequence[bool] | Tensor) -> ImageFiles:
         return ImageFiles(parts[part], transform, annotated, mask_reader, listed[part], root)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ from .base import (
     visible,
 )
 from .errors import DataError
-from .files import MANY, THREADS, Box, Sample, check_boxes, check_size, name_of, rasterise, usable
-from .identity import Split, digest, file_digest
+from .files import Box, FileItems, Sample, check_boxes, check_size, name_of, name_of_row, rasterise, usable
+from .identity import digest, file_digest
 from .images import loaded, opened, read_size, read_smaller, reduction
 
 UNDECIDED = 255  #: in a label map: an object's outline, and what nobody named
@@ -141,7 +140,7 @@ def _by_label_map(areas: np.ndarray, values: np.ndarray, of_labels: Sequence[int
     return found
 
 
-class Photographs(ItemDataset):
+class Photographs(FileItems):
     """Photographs read from their files when they are asked for. An item's ``label`` is [K] float32, 1 on what is
     there; its ``mask`` [K,size,size], of each label the union of its objects; its ``annotated`` [K] bool.
 
@@ -169,10 +168,18 @@ class Photographs(ItemDataset):
         for row, photograph in enumerate(samples):
             for label in photograph.labels:
                 labels[row, label] = DIFFICULT if label in photograph.difficult else PRESENT
-        super().__init__(labels, transform, annotated)
-        self.samples = samples
-        self.listed = listed
-        self.root = root
+        super().__init__(samples, listed, root, labels, transform, annotated)
+
+    @staticmethod
+    def told(sample: Photograph, classes: Sequence[str]) -> str:
+        """Its labels, and which of them count neither way."""
+        return json.dumps([[classes[label], label in sample.difficult] for label in sample.labels])
+
+    @staticmethod
+    def annotation_digest(sample: Photograph, classes: Sequence[str]) -> str:
+        boxes = [f"{classes[o.label]} {o.box} {o.difficult}" for o in sample.objects]
+        label_map = [] if sample.label_map is None else [file_digest(sample.label_map)]
+        return digest([*label_map, *boxes]) if sample.annotated else "-"
 
     def of(self, samples: list[Photograph], transform: Transform, annotated: Sequence[bool] | Tensor) -> "Photographs":
         """The same kind of set of other photographs, all of them listed."""
@@ -192,26 +199,6 @@ class Photographs(ItemDataset):
             masks[there] = layers[3:]
         label = (self.labels[row] != ABSENT).float()
         return Item(normalise(layers[:3]), label, masks, masks.amax((1, 2)) > 0.5, int(self.groups[row]))
-
-    def identity(self, classes: Sequence[str]) -> Split:
-        if len(self.listed) > MANY:
-            return digest(f"{name_of(p.image, self.root)} {_told(p, classes)}" for p in self.listed)
-        with ThreadPoolExecutor(THREADS) as pool:
-            entries = list(pool.map(partial(_entry, classes=classes), self.listed))
-        return {name_of(p.image, self.root): entry for p, entry in zip(self.listed, entries, strict=True)}
-
-
-def _told(photograph: Photograph, classes: Sequence[str]) -> str:
-    """The labels, and which of them count neither way."""
-    return json.dumps([[classes[label], label in photograph.difficult] for label in photograph.labels])
-
-
-def _entry(photograph: Photograph, classes: Sequence[str]) -> str:
-    """What the identity holds: hashes of the image and of its annotation, and its labels."""
-    boxes = [f"{classes[o.label]} {o.box} {o.difficult}" for o in photograph.objects]
-    label_map = [] if photograph.label_map is None else [file_digest(photograph.label_map)]
-    annotation = digest([*label_map, *boxes]) if photograph.annotated else "-"
-    return f"{file_digest(photograph.image)} {annotation} {_told(photograph, classes)}"
 
 
 class LabelPairs(ItemDataset):
@@ -271,7 +258,7 @@ def labelled_sets(
         rows = drawn([name_of(p.image, root) for p in train], [0] * len(train), ["images"], missing, common.seed)
         parts |= {part: [train[row] for row in chosen] for part, chosen in rows.items()}
     for part, of_part in parts.items():
-        rows = limited([0] * len(of_part), common.limit, common.seed, partial(_name_of_row, of_part, root))
+        rows = limited([0] * len(of_part), common.limit, common.seed, partial(name_of_row, of_part, root))
         parts[part] = [of_part[row] for row in rows]
     listed = {part: list(of_part) for part, of_part in parts.items()}
     everything = [photograph.sample for of_part in parts.values() for photograph in of_part]
@@ -286,7 +273,7 @@ def labelled_sets(
     check_classes(classes, [label for p in parts["train"] for label in p.labels], name)
     for_training, fixed = whole_transforms(common)
     known = {part: [photograph.annotated for photograph in of_part] for part, of_part in parts.items()}
-    seen = visible(known["train"], common.annotated, common.seed, partial(_name_of_row, parts["train"], root))
+    seen = visible(known["train"], common.annotated, common.seed, partial(name_of_row, parts["train"], root))
 
     def photographs(part: str, transform: Transform, annotated: Sequence[bool] | Tensor) -> Photographs:
         return Photographs(parts[part], len(classes), transform, annotated, listed[part], root)
@@ -314,10 +301,6 @@ def _check_apart(name: str, parts: dict[str, list[Photograph]], root: Path) -> N
             if image in seen:
                 raise DataError(f"{name}: {image} is in the {seen[image]} and the {part} split: name it once.")
             seen[image] = part
-
-
-def _name_of_row(photographs: Sequence[Photograph], root: Path, row: int) -> str:
-    return name_of(photographs[row].image, root)
 
 
 def whole_transforms(common: Common) -> tuple[Transform, Transform]:
