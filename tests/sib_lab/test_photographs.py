@@ -278,6 +278,15 @@ def test_held_out_birds_are_measured_on_segmentations_alone(root, tmp_path):
     assert all(held.samples[row].mask is not None for row in rows)
 
 
+def test_the_command_takes_all_sets_unless_some_are_named():
+    import inspect
+
+    from sib_lab.cli import commands
+
+    default = inspect.signature(commands.evidence_photos_command).parameters["sets"].default
+    assert default == ",".join(photo_sets.SETS)
+
+
 def test_another_archive_of_a_set_is_unpacked_anew(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

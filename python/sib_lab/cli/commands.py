@@ -206,8 +206,8 @@ def evidence_photos_command(
     context: typer.Context,
     root: Annotated[Path, typer.Argument(help="Folder with the sets, each a .zip or a folder.")],
     sets: Annotated[
-        str, typer.Option(help="Some of duts30, cub20, pets3, waterbirds.")
-    ] = "duts30,cub20,pets3,waterbirds",
+        str, typer.Option(help="Some of duts30, cub20, pets3, waterbirds, voc2200.")
+    ] = "duts30,cub20,pets3,waterbirds,voc2200",
     seeds: Annotated[int, typer.Option(min=1, help="How many trainings of each.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The seeds count up from here.")] = 0,
     scale: Annotated[
