@@ -53,7 +53,7 @@ SETS = {
         PhotoSet(
             "voc2200",
             "voc2200",
-            6,
+            4,
             data="voc",
             tests_have_masks=False,
             variants=("sib-few", "sib-one"),
