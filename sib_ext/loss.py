@@ -68,7 +68,8 @@ class SIBTerms(NamedTuple):
     not have are not there.
     """
 
-    loss: Tensor  #: scalar: cross_entropy + the sum over places of weight * f(background) + weight * f(-foreground)
+    #: scalar: cross_entropy + the sum over places of weight * f(background) + weight * f(-foreground), of K labels / K
+    loss: Tensor
     cross_entropy: Tensor  #: scalar; of several labels the binary one; or what ``base`` gives
     background: Mapping[str, Tensor] = MappingProxyType({})  #: place -> I_background, scalar
     foreground: Mapping[str, Tensor] = MappingProxyType({})  #: place -> I_foreground, scalar
@@ -93,8 +94,9 @@ class SpatialIBLoss(Classification):
         ignore_index: None, or the label of samples that are left out of the cross-entropy, and of the terms where the
             seed is of the label. None: such a label is an error, as any that is out of range.
         task: ``"multiclass"``: one label an image. ``"multilabel"``: several, with binary cross-entropy; each call
-            looks at one label of each image, drawn anew, and at its mask (:func:`sib_ext.labels.drawn`), and images
-            without a label have no terms. It takes the seeds ``"target_logit"`` and ``"random_logit"``.
+            looks at one label of each image, drawn anew, and at its mask (:func:`sib_ext.labels.drawn`), images without
+            a label have no terms, and all terms are divided by K, as the loss of one label is in the mean over K. It
+            takes the seeds ``"target_logit"`` and ``"random_logit"``.
         pos_weight: [K], of ``"multilabel"``, as in ``nn.BCEWithLogitsLoss``; as is ``weight`` [K] then.
         base: None, or a classification loss in the place of the cross-entropy, (logits [B,K], target) -> a scalar, the
             mean over the batch, or [B]; several labels come to it in the logits' type. With a ``process_group`` ranks'
@@ -370,16 +372,20 @@ class SpatialIBLoss(Classification):
         return self.has_input_terms or self.has_feature_terms
 
     def together(self, found: Information, cross_entropy: Tensor, target: Tensor, every: int = 1) -> SIBTerms:
-        """The parts of a training step's loss; ``every`` multiplies the terms of the input."""
+        """The parts of a training step's loss; ``every`` multiplies the terms of the input.
+
+        Of K labels an image the terms look at one, and have that label's share in the mean over labels: 1/K.
+        """
         if self.training:
             if self.is_multilabel:
                 self.guard.count(target)
             self.guard.watch(cross_entropy, found, lambda: self.guessing(self.guard.frequency))
         loss = cross_entropy
+        share = 1 / target.shape[1] if self.is_multilabel else 1
         if found.input is not None:
-            loss = loss.to(found.input.dtype) + every * found.input
+            loss = loss.to(found.input.dtype) + every * share * found.input
         if found.features is not None:
-            loss = loss.to(found.features.dtype) + found.features
+            loss = loss.to(found.features.dtype) + share * found.features
         return SIBTerms(loss, cross_entropy, *found[2:])
 
     @property

@@ -95,7 +95,7 @@ def test_draws_are_repeated_with_the_generator(problem):
 
 
 def elementary(problem, target, look, M, known, kappa=1.0, share=0.5):
-    """BCE + b + 0.5 (-I_f), each a weighted mean over the samples that count, by sums over pixels alone."""
+    """BCE + (b + 0.5 (-I_f)) / K, each a weighted mean over the samples that count, by sums over pixels alone."""
     z, x = problem.logits(), problem.x
     y = target.double()
     bce = -(y * torch.log(torch.sigmoid(z)) + (1 - y) * torch.log(1 - torch.sigmoid(z))).mean()
@@ -109,7 +109,7 @@ def elementary(problem, target, look, M, known, kappa=1.0, share=0.5):
     background = (R.abs() * (1 - M)).sum((1, 2, 3)) / R.abs().sum((1, 2, 3))
     strength = sib.magnitude(R)
     foreground = sib.foreground_log_capacity(strength, M, strength[counted].mean(), kappa)
-    return bce + (weights * background).sum() - 0.5 * (weights * foreground).sum()
+    return bce + ((weights * background).sum() - 0.5 * (weights * foreground).sum()) / target.shape[1]
 
 
 @pytest.mark.parametrize("seed", labels.MULTILABEL_SEEDS)

@@ -82,10 +82,11 @@ def elementary(model: nn.Module, criterion, layers, output, x, y, mask, size: in
         R = R if criterion.has_input_terms else None
         terms = criterion.information(R, x, _mask_of(mask, look), None, look, joined, fields)
         loss = _classified(criterion, torch.cat(logits), y)
+        labels = y.shape[1] if criterion.task == "multilabel" else 1  # an image's, one of which the terms look at
         if terms.input is not None:
-            loss = loss + every * terms.input
+            loss = loss + every * terms.input / labels
         if terms.features is not None:
-            loss = loss + terms.features
+            loss = loss + terms.features / labels
         loss.backward()
     return loss.detach(), flat(model)
 

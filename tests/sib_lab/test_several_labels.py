@@ -21,10 +21,11 @@ from sib_lab.experiments.plan import OF_MASKS, Plan
 from sib_lab.experiments.record import loss_sentence
 from sib_lab.explaining import measures as measure
 from sib_lab.explaining import methods as explain
+from sib_lab.networks.heads import linear_head
 from sib_lab.training import train as training
 from sib_lab.training.config import METHODS, TrainConfig, recipe
 from sib_lab.training.losses import LOCALISATIONS, LocalisationLoss, SpatialIB, drawn_label, make_criterion
-from sib_lab.training.making import class_weights, make_loss, make_network
+from sib_lab.training.making import class_weights, log_odds, make_loss, make_network
 from sib_lab.training.runs import RunError, TrainingError, open_run
 from sklearn.metrics import average_precision_score, f1_score
 
@@ -40,6 +41,44 @@ def root(tmp_path_factory):
 def config_of(root, method="sib", **changes) -> TrainConfig:
     given = {"data": "voc", "network": "small_cnn", "root": str(root), "size": 32, "epochs": 2, "batch_size": 8}
     return recipe("balanced", method=method, threads=1, **(given | changes))
+
+
+# ------------------------------------------------------------------------------------------ the first bias
+
+
+@pytest.mark.parametrize("pos_weight", [None, torch.tensor([0.5, 1.0, 8.0])])
+def test_no_guess_has_a_lower_loss_than_the_log_odds(pos_weight):
+    labels = (torch.rand(4000, 3) < torch.tensor([0.02, 0.3, 0.9])).long()
+    odds = log_odds(labels, pos_weight).float()
+
+    def loss(bias):
+        logits = bias.expand(len(labels), 3)
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=pos_weight, reduction="none").mean(
+            0
+        )
+
+    for moved in (odds - 0.1, odds + 0.1):
+        assert (loss(moved) > loss(odds)).all()
+    extremes = log_odds(torch.tensor([[0, 1], [0, -1]]), torch.tensor([0.0, 1.0]))  # absent, and difficult: there
+    assert extremes.isfinite().all() and extremes[1].item() == pytest.approx(math.log(3))
+
+
+def test_a_new_head_starts_there_and_a_trained_one_is_left(root, tmp_path):
+    data = open_data("voc", root, size=32)
+    first = make_network(config_of(root), data)
+    torch.testing.assert_close(linear_head(first).bias.double(), log_odds(data.train.labels, None), check_dtype=False)
+    weighted = make_network(config_of(root, class_weights="balanced"), data)
+    assert linear_head(weighted).bias.abs().max() < 0.3
+    torch.testing.assert_close(linear_head(weighted).weight, linear_head(first).weight)
+    run = training.train(config_of(root, "ce", epochs=1), tmp_path, quiet=True)
+    again = make_network(config_of(root, weights=str(tmp_path / "best.pt")), data)
+    torch.testing.assert_close(linear_head(again).bias, linear_head(run.model).bias)
+
+
+def test_a_network_whose_head_is_no_linear_layer_is_left_as_it_is(root):
+    data = open_data("voc", root, size=64)
+    network = make_network(config_of(root, network="squeezenet1_1", size=64), data)
+    assert linear_head(network) is None
 
 
 # ----------------------------------------------------------------------------------------------- how right
@@ -123,7 +162,7 @@ def test_a_localisation_loss_is_that_of_the_drawn_labels(batch, kind, attributio
     name = LOCALISATIONS[kind].part
     torch.testing.assert_close(parts[name], one[name], atol=1e-12, rtol=0)
     cross_entropy = F.binary_cross_entropy_with_logits(model(x), y)
-    torch.testing.assert_close(parts["loss"], cross_entropy + 2 * one[name], atol=1e-12, rtol=0)
+    torch.testing.assert_close(parts["loss"], cross_entropy + 2 / 3 * one[name], atol=1e-12, rtol=0)  # of 3 labels
     assert parts["loss"].requires_grad and one[name] > 0
 
 

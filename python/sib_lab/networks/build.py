@@ -91,6 +91,7 @@ def build_network(
             raise NetworkError(f"How many classes {name} has must be said: no weights with a classifier head do.")
         model = model if rows == IMAGENET_CLASSES else _built(name, rows, size)
     model.weights_note = "" if loaded is None else load_weights(model, loaded, size)
+    model.has_new_head = loaded is None or head_rows(model, loaded) != (classes or rows)
     model.image_size, model.class_count = size, classes or rows
     return normalise_input(make_twice_differentiable(model), preprocessing)
 

@@ -1,10 +1,10 @@
-"""The classifier head of a trained network, asked for the classes of other data."""
+"""The classifier head: of a trained network, asked for the classes of other data; a new one's first bias."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .build import IMAGENET, IMAGENET_CLASSES
 from .errors import NetworkError
@@ -24,16 +24,33 @@ def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
     """
     if list(rows) == list(range(model.class_count)):
         return model
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear or linear[-1].out_features != model.class_count:
+    head, chosen = linear_head(model), torch.as_tensor(rows)
+    if head is None:
         raise NetworkError(f"{type(model).__name__} has no linear classifier head to be asked for other classes.")
-    head, chosen = linear[-1], torch.as_tensor(rows)
     with torch.no_grad():
         head.weight = nn.Parameter(head.weight[chosen].clone(), head.weight.requires_grad)
         if head.bias is not None:
             head.bias = nn.Parameter(head.bias[chosen].clone(), head.bias.requires_grad)
     head.out_features = model.class_count = len(rows)
     return model
+
+
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """The last linear layer, if it has a row a class."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear and linear[-1].out_features == model.class_count else None
+
+
+def start_at(model: nn.Module, log_odds: Tensor) -> None:
+    """Sets the bias of a new linear head, where it has one: [K], the log-odds of each label.
+
+    A bias moves by no more than the rate a step. From 0 it is the weights that learn how rare labels are, on whatever
+    feature is never 0, and class activations are below 0 almost everywhere.
+    """
+    head = linear_head(model)
+    if model.has_new_head and head is not None and head.bias is not None:
+        with torch.no_grad():
+            head.bias.copy_(log_odds)
 
 
 def rows_of(classes: Sequence[str], ids: Sequence[str], known: int, weights: Path) -> tuple[list[int], str]:

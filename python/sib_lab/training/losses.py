@@ -346,7 +346,7 @@ class LocalisationLoss(TrainingLoss):
     dz_y/dA_k; ``input_x_gradient``: sum_c |x * dz_y/dx| (there with its sign). E is the explanation divided by its
     maximum, which has a gradient, too, then upsampled bilinearly, as theirs. Annotated samples only, and of them only
     those whose explanation is not 0 everywhere. Of several labels y is one with an annotation, drawn for each image
-    anew every step. The part is unweighted.
+    anew every step, and the term is divided by K, as those of :class:`sib_ext.SpatialIBLoss`. The part is unweighted.
 
     Args:
         kind: a key of LOCALISATIONS.
@@ -387,7 +387,8 @@ class LocalisationLoss(TrainingLoss):
         if maps.shape[2:] != mask.shape[2:]:
             maps = F.interpolate(maps, size=mask.shape[2:], mode="bilinear", align_corners=False)
         term = _annotated_mean(torch.where(shows, per_sample(maps, mask.to(maps.dtype)), 0), annotated)
-        return _result(cross_entropy + self.strength * term, cross_entropy=cross_entropy, **{part: term})
+        strength = self.strength / y.shape[1] if self.task == "multilabel" else self.strength
+        return _result(cross_entropy + strength * term, cross_entropy=cross_entropy, **{part: term})
 
     def _gradcam(self, model, x, y):
         with captured(model, self.layer) as outputs:

@@ -10,7 +10,7 @@ from ..data.base import check_classes
 from ..data.checks import images_of_classes
 from ..networks.build import build_network
 from ..networks.feature_maps import cam_layer
-from ..networks.heads import restrict_head, rows_of
+from ..networks.heads import restrict_head, rows_of, start_at
 from .batches import mean_object_area
 from .config import TrainConfig
 from .losses import LOCALISATIONS, TrainingLoss, make_criterion
@@ -43,7 +43,8 @@ def check_data(config: TrainConfig, data: DataSets) -> None:
 
 
 def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
-    """The network with its initial weights, on the CPU, which follow from the seed alone.
+    """The network with its initial weights, on the CPU, which follow from the seed alone; of several labels with a bias
+    that guesses each as often as it is in the training images.
 
     Raises:
         NetworkError: what is wrong with its name, size or weights.
@@ -52,7 +53,27 @@ def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
     weights = Path(config.weights) if config.weights else None
     if config.epochs == 0:
         return _as_it_is(config, data, weights)
-    return build_network(config.network, len(data.classes), data.size, weights, config.mean, config.std)
+    network = build_network(config.network, len(data.classes), data.size, weights, config.mean, config.std)
+    if data.multilabel:
+        try:
+            weight = class_weights(config, data)
+        except ValueError as error:
+            raise TrainingError(f"The loss cannot be made: {error}.") from error
+        start_at(network, log_odds(data.train.labels, weight))
+    return network
+
+
+def log_odds(labels: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """Of each label [K], at which the binary cross-entropy of a guess is lowest; one image more has it and one has not,
+    so that it is finite.
+
+    Args:
+        labels: [N,K], 0 where it is absent.
+        pos_weight: [K], of the cross-entropy.
+    """
+    count = (labels != 0).double().sum(0)
+    odds = (count + 1) / (len(labels) - count + 1)
+    return (odds if pos_weight is None else odds * pos_weight.double().clamp_min(1e-6)).log()
 
 
 def _as_it_is(config: TrainConfig, data: DataSets, weights: Path) -> nn.Module:
