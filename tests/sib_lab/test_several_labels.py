@@ -53,9 +53,8 @@ def test_no_guess_has_a_lower_loss_than_the_log_odds(pos_weight):
 
     def loss(bias):
         logits = bias.expand(len(labels), 3)
-        return F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=pos_weight, reduction="none").mean(
-            0
-        )
+        each = F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=pos_weight, reduction="none")
+        return each.mean(0)
 
     for moved in (odds - 0.1, odds + 0.1):
         assert (loss(moved) > loss(odds)).all()

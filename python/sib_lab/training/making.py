@@ -48,6 +48,7 @@ def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
 
     Raises:
         NetworkError: what is wrong with its name, size or weights.
+        TrainingError: class weights of other classes.
     """
     torch.manual_seed(config.seed)
     weights = Path(config.weights) if config.weights else None
@@ -55,11 +56,7 @@ def make_network(config: TrainConfig, data: DataSets) -> nn.Module:
         return _as_it_is(config, data, weights)
     network = build_network(config.network, len(data.classes), data.size, weights, config.mean, config.std)
     if data.multilabel:
-        try:
-            weight = class_weights(config, data)
-        except ValueError as error:
-            raise TrainingError(f"The loss cannot be made: {error}.") from error
-        start_at(network, log_odds(data.train.labels, weight))
+        start_at(network, log_odds(data.train.labels, class_weights(config, data)))
     return network
 
 
@@ -111,7 +108,7 @@ def class_weights(config: TrainConfig, data: DataSets) -> Tensor | None:
     labels N / N_k - 1, the positives' weight at which they count as much as the rest.
 
     Raises:
-        ValueError: not one for every class.
+        TrainingError: not one for every class.
     """
     if config.class_weights is None:
         return None
@@ -122,8 +119,8 @@ def class_weights(config: TrainConfig, data: DataSets) -> Tensor | None:
             return (len(data.train) / counts - 1).float()
         return len(data.train) / (classes * counts).float()
     if len(config.class_weights) != classes:
-        raise ValueError(
-            f"class_weights must have one number for each of the {classes} classes, got {len(config.class_weights)}"
+        raise TrainingError(
+            f"class_weights must have one number for each of the {classes} classes, got {len(config.class_weights)}."
         )
     return torch.tensor(config.class_weights)
 
