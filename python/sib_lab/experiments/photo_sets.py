@@ -53,7 +53,7 @@ SETS = {
         PhotoSet(
             "voc2200",
             "voc2200",
-            4,
+            8,
             data="voc",
             tests_have_masks=False,
             variants=("sib-few", "sib-one"),
