@@ -37,7 +37,7 @@ def in_place_of(model: nn.Module, function: Callable, *arguments):
             return function(*arguments)
         model = inner
     module = model.module
-    model.module = _Module(function)
+    model.module = _Module(function, module)
     try:
         return model(*arguments)
     finally:
@@ -78,11 +78,11 @@ def stand_in(parameter: Tensor, values: Tensor | None = None) -> nn.Parameter:
 
 
 class _Module(nn.Module):
-    """A function as a module."""
+    """A function as a module, with the buffers of another, which DistributedDataParallel makes alike on all ranks."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, module: nn.Module):
         super().__init__()
-        self.forward = function
+        self.forward, self.named_buffers = function, module.named_buffers
 
 
 @contextlib.contextmanager

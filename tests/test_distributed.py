@@ -769,3 +769,30 @@ def unused_step(rank, more):
 @pytest.mark.parametrize("more", [{}, {"microbatch": 2}], ids=str)
 def test_ddp_complains_of_unused_parameters_as_ever(on_ranks, more):
     assert all("find_unused_parameters" in message for message in on_ranks(unused_step, more))
+
+
+def batch_norm_step(rank, options, of_ddp):
+    """Three steps with BatchNorms: they leave rank 0's statistics, and the mean of the ranks' gradients."""
+    sizes = (4, 4)
+    problem = tiny_problem(batch=sum(sizes), dtype=torch.float64, norm="batch", activation=nn.Softplus)
+    x, y = part(problem, sizes, rank)
+    alone, plain = copy.deepcopy(problem.model), DistributedDataParallel(copy.deepcopy(problem.model), **of_ddp)
+    model = DistributedDataParallel(problem.model, **of_ddp)
+    step, own = (SIBStep(m, loss_of(options), **PLAIN) for m in (model, alone))
+    for _ in range(3):
+        model.zero_grad()
+        step(x, y).backward()
+        plain(x).sum().backward()
+    own(x, y).backward()
+    gradients = flat([p.grad for p in alone.parameters()])
+    dist.all_reduce(gradients)
+    assert_near(flat([p.grad for p in problem.parameters]), gradients / WORLD, 1e-12)
+    for found, expected in zip(model.module.buffers(), plain.module.buffers(), strict=True):
+        assert_near(found, expected, 1e-12)
+    assert sum(1 for _ in model.module.buffers())
+
+
+@pytest.mark.parametrize("of_ddp", [{}, {"broadcast_buffers": False}, {"static_graph": True}], ids=str)
+@pytest.mark.parametrize("options", [LOSSES["balanced"], OF_FEATURES], ids=["input", "feature map"])
+def test_batch_norms_keep_the_statistics_that_plain_ddp_leaves(on_ranks, options, of_ddp):
+    on_ranks(batch_norm_step, options, of_ddp)
