@@ -146,10 +146,11 @@ def _foreground(
     joined: JoinedBatch,
 ) -> Tensor:
     """[B]"""
-    if estimator == "gaussian":
-        return estimators.foreground_gaussian(moments, field[0].numel())
+    of = estimators.FOREGROUND[estimator]
+    if estimator in estimators.OF_INPUT:
+        return of(moments, field[0].numel())
     strength = estimators.magnitude(field)
-    return estimators.foreground_log_capacity(strength, mask, joined.mean(strength, counts), loss.kappa)
+    return of(strength, mask, joined.mean(strength, counts), loss.kappa)
 
 
 def _sample_weights(

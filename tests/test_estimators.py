@@ -7,25 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sib_ext import estimators, masked_statistics
 from sib_ext import functional as sib
-from sib_ext import masked_statistics
 
 from .compare import assert_near, gradients
 from .samples import LARGE, Fields, Sample
 
 SIX = Sample("six", (6, 3, 7, 8))
 COUNT = SIX.fields().vjp[0].numel()
-BACKGROUND = {
-    "variance": sib.background_variance,
-    "energy": sib.background_energy,
-    "energy_ratio": sib.background_energy_ratio,
+BACKGROUND = estimators.BACKGROUND | {
     "gaussian": lambda moments, count: sib.background_gaussian(moments, count, 0.3),
 }
-GRAM_FOREGROUND = {
-    "hsic": sib.foreground_hsic,
-    "hsic_unbiased": sib.foreground_hsic_unbiased,
-    "cka": sib.foreground_cka,
-}
+FOREGROUND = estimators.FOREGROUND | {"capacity": sib.foreground_capacity}
+GRAM_FOREGROUND = {name: FOREGROUND[name] for name in estimators.OF_GRAMS}
+MOMENT_FOREGROUND = {name: FOREGROUND[name] for name in estimators.OF_INPUT if name not in estimators.OF_GRAMS}
+FIELD_FOREGROUND = {name: f for name, f in FOREGROUND.items() if name not in estimators.OF_INPUT}
 
 
 def masked_fields(fields):
@@ -40,9 +36,8 @@ def estimate_all(fields, count=COUNT):
             moments, count, sib.relative_noise(fields.vjp, 0.5)
         ),
         **{f"foreground {name}": f(gram_vjp, gram_input) for name, f in GRAM_FOREGROUND.items()},
-        "foreground gaussian": sib.foreground_gaussian(moments, count),
-        "foreground capacity": sib.foreground_capacity(sib.magnitude(fields.vjp), fields.mask),
-        "foreground log_capacity": sib.foreground_log_capacity(sib.magnitude(fields.vjp), fields.mask),
+        **{f"foreground {name}": f(moments, count) for name, f in MOMENT_FOREGROUND.items()},
+        **{f"foreground {name}": f(sib.magnitude(fields.vjp), fields.mask) for name, f in FIELD_FOREGROUND.items()},
     }
 
 
@@ -194,8 +189,9 @@ def test_the_order_of_samples_and_of_pixels_does_not_matter(name):
     "name",
     [
         "background energy_ratio",
+        "background magnitude_ratio",
         "background gaussian, relative noise",
-        *(f"foreground {n}" for n in (*GRAM_FOREGROUND, "gaussian", "capacity", "log_capacity")),
+        *(f"foreground {name}" for name in FOREGROUND),
     ],
 )
 def test_the_scale_of_the_vjp_does_not_matter_to_scale_free_estimators(name, scale):
