@@ -8,7 +8,7 @@ from .loss import SIBTerms, SpatialIBLoss
 from .ops import MaskedStatistics, density_mask, masked_statistics, use_impl
 from .preflight import DoubleBackwardReport, Finding, check_double_backward
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CollapseWarning",

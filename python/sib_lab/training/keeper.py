@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import sib_ext
+
 from . import runs
 from .config import TrainConfig
 from .files import options_as_yaml
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from .trainer import Trainer
 
-PACKAGES = ("torch", "numpy", "sib-ext", "lightning-fabric", "torchvision", "captum", "torchcam", "timm")
+PACKAGES = ("torch", "numpy", "lightning-fabric", "torchvision", "captum", "torchcam", "timm")
 
 
 class Keeper:
@@ -145,7 +147,7 @@ def as_csv(lines: list[dict[str, float]]) -> str:
 
 def surroundings(device: torch.device) -> dict[str, Any]:
     """When, with what and on what a run was started."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "sib-ext": sib_ext.__version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
