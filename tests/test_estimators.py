@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from sib_ext import estimators, masked_statistics
+from sib_ext import SpatialIBLoss, estimators, masked_statistics
 from sib_ext import functional as sib
 
 from .compare import assert_near, gradients
@@ -42,6 +43,17 @@ def estimate_all(fields, count=COUNT):
 
 
 NAMES = tuple(estimate_all(SIX.fields()))
+
+
+def test_the_docs_and_the_loss_name_every_estimator():
+    root = Path(__file__).parent.parent
+    rows = (root / "docs/method.md").read_text()
+    readme = (root / "README.md").read_text().splitlines()
+    for part, names in (("background", estimators.BACKGROUND), ("foreground", estimators.FOREGROUND)):
+        options = next(line for line in readme if line.startswith(f"| `{part}` |"))
+        for name in names:
+            assert f"| {part} `{name}` |" in rows and f"`{name}`" in options, name
+            assert f'``"{name}"``' in SpatialIBLoss.__doc__, name
 
 
 # --------------------------------------------------------------------------------------------- background

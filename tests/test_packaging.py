@@ -1,6 +1,7 @@
 """The build rule, and what is shipped."""
 
 import os
+import re
 import site
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
+import sib_ext
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
@@ -48,7 +51,8 @@ def test_the_sdist_ships_every_native_source_and_both_packages(sdist):
         if p.suffix in (".cpp", ".cu", ".cuh", ".h", ".py", ".typed", ".j2", ".md", ".sh")
     }
     assert not wanted - shipped
-    assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "README.md"} <= shipped
+    assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CITATION.cff"} <= shipped
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= shipped
     assert not [name for name in shipped if name.endswith((".so", "_build.json"))]
 
 
@@ -84,3 +88,11 @@ def test_the_build_says_what_it_builds_and_why_not_the_rest():
     done = python("setup.py", "--version", SIB_EXT_CUDA="0")
     assert "building sib_ext._C" in done.stderr
     assert "not building sib_ext._C_cuda: switched off by SIB_EXT_CUDA=0" in done.stderr
+
+
+def test_the_changelog_and_the_citation_name_the_version():
+    released = re.search(r"^## \[(.+?)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert released.groups() == (sib_ext.__version__, citation["date-released"])
+    assert citation["version"] == sib_ext.__version__

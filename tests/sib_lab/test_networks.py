@@ -2,9 +2,11 @@ import argparse
 import copy
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from sib_lab.cli.common import NETWORK_HELP
 from sib_lab.networks import efficientnet_lite, twice
 from sib_lab.networks import weights as files
 from sib_lab.networks.build import NETWORKS, build_network, published_preprocessing
@@ -12,6 +14,7 @@ from sib_lab.networks.efficientnet_lite import SamePadding
 from sib_lab.networks.errors import NetworkError
 from sib_lab.networks.feature_maps import cam_layer, token_grid
 from sib_lab.networks.imagenet_classes import imagenet_names, wordnet_ids
+from sib_lab.networks.libraries import is_torchvision
 from sib_lab.networks.own import SmallCNN
 from sib_lab.networks.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from torch import nn
@@ -82,9 +85,7 @@ def test_every_network_takes_a_double_backward_step_and_names_its_layer(name):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in NETWORKS if not name.startswith(("small", "gap", "efficientnet_lite"))]
-)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if is_torchvision(name)])
 def test_a_network_computes_what_torchvisions_does_under_the_same_names(name):
     theirs = state_of(name).eval()
     model = build_network(name, 3, 64).eval()
@@ -97,6 +98,12 @@ def test_a_network_computes_what_torchvisions_does_under_the_same_names(name):
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs(x))
     torch.testing.assert_close(model(x.requires_grad_()), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_help_and_the_docs_name_every_network_of_our_own():
+    of_docs = (Path(__file__).parents[2] / "docs/networks.md").read_text()
+    for name in NETWORKS:
+        assert is_torchvision(name) or (name in NETWORK_HELP and f"`{name}`" in of_docs), name
 
 
 def test_the_small_network_keeps_its_names_and_takes_any_size_from_32():
