@@ -96,3 +96,11 @@ def test_the_changelog_and_the_citation_name_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert released.groups() == (sib_ext.__version__, citation["date-released"])
     assert citation["version"] == sib_ext.__version__
+
+
+def test_the_hooks_before_a_commit_run_the_ruff_of_the_constraints():
+    hooks = ROOT / ".pre-commit-config.yaml"
+    if not hooks.is_file():
+        pytest.skip("needs the repository")
+    pinned = re.search(r"^ruff==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
+    assert f"[{pinned}]" in hooks.read_text()
