@@ -312,4 +312,5 @@ def _backward(outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | No
     pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None and y is not None]
     pairs = [(y, g) for y, g in pairs if y.requires_grad]
     if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
+        values, gradients = zip(*pairs, strict=True)
+        torch.autograd.backward(values, gradients)

@@ -69,7 +69,8 @@ def check_positive(name: str, value, zero: bool = False) -> None:
 
 
 def check_share(name: str, value) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < 1:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not 0 < value < 1:
         raise ValueError(f"{name} must be a share between 0 and 1 (both excluded), got {value!r}")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .masks import check_range, given_item, plain, sample_named
 ANY, NONE = -1, -2  #: in place of a class: a mask of the whole sample; no mask
 
 
-def has_mappings(mask) -> bool:
+def has_mappings(mask) -> TypeGuard[Sequence[Any]]:
     """Whether ``mask`` of a call is a sequence with mappings by class in it."""
     return isinstance(mask, Sequence) and any(isinstance(item, Mapping) for item in mask)
 
@@ -34,7 +34,8 @@ def check_classes(mask, classes: int) -> None:
     """
     for sample, item in enumerate(mask if has_mappings(mask) else ()):
         for name in item if isinstance(item, Mapping) else ():
-            if not isinstance(name, Integral) or isinstance(name, bool) or not 0 <= name < classes:
+            whole = isinstance(name, Integral) and not isinstance(name, bool)
+            if not whole or not 0 <= name < classes:
                 raise ValueError(
                     f"mask: sample {sample} names the class {name!r}: name class indices from 0 to {classes - 1}, "
                     "{0: boxes}"

@@ -18,6 +18,8 @@ NEVER = torch.iinfo(torch.int64).min  #: a label that there is not, in the place
 class Classification(nn.CrossEntropyLoss):
     """What :class:`sib_ext.SpatialIBLoss` knows of logits and targets; its arguments are described there."""
 
+    pos_weight: Tensor | None
+
     def __init__(
         self,
         task: str,
@@ -84,8 +86,9 @@ class Classification(nn.CrossEntropyLoss):
             self.check_labels(target)
             target = target.to(logits.dtype)
         if self.base is None:
-            weights = {"weight": self.weight, "pos_weight": self.pos_weight}
-            return F.binary_cross_entropy_with_logits(logits, target, reduction="none", **weights).mean(1)
+            return F.binary_cross_entropy_with_logits(
+                logits, target, self.weight, reduction="none", pos_weight=self.pos_weight
+            ).mean(1)
         value = self.base(logits, target)
         if not isinstance(value, Tensor) or value.shape not in ((), logits.shape[:1]) or not value.is_floating_point():
             got = describe(value) if isinstance(value, Tensor) else type(value).__name__

@@ -264,7 +264,7 @@ def twice_differentiable(logits: Tensor, inputs: Sequence[Tensor]) -> Iterator[N
                     "S-IB loss must: leave out convert_sync_batchnorm (BatchNorm with each rank's own statistics), "
                     "put it in eval mode, or use GroupNorm"
                 )
-            if node.name() == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
+            if node.name() == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):  # type: ignore[attr-defined]
                 raise RuntimeError(
                     "DistributedDataParallel with static_graph=True takes the VJP for its first backward and then "
                     "never averages the gradients: leave out static_graph=True"

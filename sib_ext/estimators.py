@@ -5,6 +5,8 @@
 value per sample. Everything is to be *minimised* in the background and *maximised* in the foreground.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -189,14 +191,14 @@ def foreground_log_capacity(field: Tensor, mask: Tensor, mean: Tensor | None = N
     return torch.log(foreground_capacity(field, mask, mean, kappa) + FLOOR)
 
 
-BACKGROUND = {
+BACKGROUND: dict[str, Callable[..., Tensor]] = {
     "variance": background_variance,
     "energy": background_energy,
     "energy_ratio": background_energy_ratio,
     "magnitude_ratio": background_magnitude_ratio,
     "gaussian": background_gaussian,
 }
-FOREGROUND = {
+FOREGROUND: dict[str, Callable[..., Tensor]] = {
     "hsic": foreground_hsic,
     "hsic_unbiased": foreground_hsic_unbiased,
     "cka": foreground_cka,

@@ -359,7 +359,8 @@ class fused_double_backward(TorchFunctionMode):
         """
         super().__init__()
         self.around, self.passive, self.images = around, passive, images
-        self.passed, self._in = 0, None  #: how many in the checkpoint of that hook
+        self.passed = 0  #: how many in the checkpoint of that hook:
+        self._in: Callable | None = None
         self.recomputes = False  #: a checkpoint was met, whose function will run again
         self.is_over = False  #: the forward pass
 

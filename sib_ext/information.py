@@ -1,11 +1,11 @@
 """The S-IB terms of a batch, as a function of its VJPs: what :class:`sib_ext.SpatialIBLoss` adds to cross-entropy."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import estimators, masks
 from .distributed import JoinedBatch
@@ -13,8 +13,15 @@ from .ops import masked_statistics
 from .ops.dispatch import without_autocast
 from .reference import accumulation_dtype
 
+if TYPE_CHECKING:
+    from .loss import SpatialIBLoss
+
 # How an information value enters the loss: background as f(v), foreground as f(-v).
-TRANSFORMS = {"identity": lambda value: value, "exp": torch.exp, "expm1": torch.expm1}
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda value: value,
+    "exp": torch.exp,
+    "expm1": torch.expm1,
+}
 
 INPUT = "input"  #: the place of the input's VJP; the others have the names of feature maps
 
@@ -32,7 +39,7 @@ class Information(NamedTuple):
 
 
 def information(
-    loss: nn.Module,
+    loss: "SpatialIBLoss",
     R: Tensor | None,
     x: Tensor,
     given: Tensor | None,
@@ -44,7 +51,7 @@ def information(
     """Everything but cross-entropy.
 
     Args:
-        loss: a :class:`sib_ext.SpatialIBLoss`, for its options.
+        loss: for its options.
         R: the VJP of x [B,C,H,W]; None: the input has no terms.
         given, annotated: as :func:`sib_ext.masks.given_mask` returns them.
         counts: bool [B]: which samples have terms; None: all.
@@ -67,7 +74,8 @@ def information(
             of_both = loss.input_background, loss.input_foreground
             places[INPUT] = _at(loss, R, x, M, weights, counts, joined, *of_both, loss.foreground)
         for name, field in features.items():
-            mask = F.adaptive_avg_pool2d(M, field.shape[2:])
+            height, width = field.shape[2:]
+            mask = F.adaptive_avg_pool2d(M, (height, width))
             of_both = loss.feature_background, loss.feature_foreground
             places[name] = _at(loss, field, field.detach(), mask, weights, counts, joined, *of_both, "log_capacity")
     of_features = [place.loss for name, place in places.items() if name != INPUT]
@@ -90,7 +98,7 @@ class _Place(NamedTuple):
 
 
 def _at(
-    loss: nn.Module,
+    loss: "SpatialIBLoss",
     field: Tensor,
     x: Tensor,
     mask: Tensor,
@@ -127,7 +135,9 @@ def _at(
     return _Place(background, foreground, empty, sum(parts[1:], start=parts[0]))
 
 
-def _background(loss: nn.Module, field: Tensor, moments: Tensor, counts: Tensor | None, joined: JoinedBatch) -> Tensor:
+def _background(
+    loss: "SpatialIBLoss", field: Tensor, moments: Tensor, counts: Tensor | None, joined: JoinedBatch
+) -> Tensor:
     """[B]"""
     noise = {}
     if loss.background == "gaussian":
@@ -137,7 +147,7 @@ def _background(loss: nn.Module, field: Tensor, moments: Tensor, counts: Tensor 
 
 
 def _foreground(
-    loss: nn.Module,
+    loss: "SpatialIBLoss",
     estimator: str,
     field: Tensor,
     mask: Tensor,
@@ -154,7 +164,7 @@ def _foreground(
 
 
 def _sample_weights(
-    loss: nn.Module,
+    loss: "SpatialIBLoss",
     x: Tensor,
     given: Tensor | None,
     annotated: Tensor | None,
@@ -181,7 +191,7 @@ def _sample_weights(
 
 
 def _mask(
-    loss: nn.Module,
+    loss: "SpatialIBLoss",
     R: Tensor | None,
     x: Tensor,
     features: Mapping[str, Tensor],

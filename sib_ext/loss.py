@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from .information import TRANSFORMS, Information, information
 from .layers import class_activation_of
 from .ops.density_mask import PADDINGS
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2511.09239 with every constant of the authors' scripts.
     "paper": {
         "seed": "probability_energy",
@@ -258,7 +258,7 @@ class SpatialIBLoss(Classification):
             f"transform={self.transform!r}"
         )
 
-    def forward(
+    def forward(  # type: ignore[override]  # a loss of the images, too
         self,
         logits: Tensor,
         target: Tensor,

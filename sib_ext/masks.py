@@ -1,7 +1,7 @@
 """Foreground masks M [B,1,H,W]: made from the VJP, or given by the user (soft, boolean, boxes, per-sample missing)."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -96,7 +96,7 @@ def activation_source(field: Tensor, size: Sequence[int]) -> Tensor:
     return torch.where(contrast > ROUNDING * torch.finfo(field.dtype).eps, relative, relative.detach().round())
 
 
-MASKS = {
+MASKS: dict[str, Callable[..., Tensor]] = {
     "density": density_mask,
     "hard_density": hard_density_mask,
     "mean_sigmoid": mean_sigmoid_mask,

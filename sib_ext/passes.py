@@ -6,6 +6,7 @@ Every context here puts the model back as it was, also after an exception.
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy
 import torch
@@ -18,8 +19,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.DataParallel | DistributedDataParallel):
             module = module.module
-        elif is_compiled(module) and isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod
+        elif is_compiled(module) and isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
         else:
             return module
 
@@ -51,7 +52,7 @@ def with_state(model: nn.Module, state: Mapping[str, Tensor], function: Callable
     hold it, under however many names. (torch.func.functional_call swaps a module with two names twice, and puts back
     what it had put in.)
     """
-    held = [own for module in model.modules() for own in (module._parameters, module._buffers)]
+    held: list[dict[str, Any]] = [own for module in model.modules() for own in (module._parameters, module._buffers)]
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     instead = {id(named[name]): tensor for name, tensor in state.items()}
     slots = [(own, key, t) for own in held for key, t in own.items() if id(t) in instead]
@@ -145,7 +146,7 @@ class Autocast:
     """The autocast of a pass, for its repetition in a backward pass, which autocast does not reach."""
 
     def __init__(self, device: str):
-        self.options = {"device_type": device, "enabled": False}
+        self.options: dict[str, Any] = {"device_type": device, "enabled": False}
         if torch.amp.is_autocast_available(device):
             enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
             self.options |= {"enabled": enabled, "dtype": dtype, "cache_enabled": torch.is_autocast_cache_enabled()}

@@ -9,10 +9,11 @@ import functools
 import math
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import seeds
@@ -54,7 +55,7 @@ class Compiled:
         return {"strict": self.strict}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        Compiled.__init__(self, **state)
 
     def __call__(self, task: Task, x: Tensor, target: Tensor) -> VJPs:
         if self._of != (of := (task.model, task.criterion.scalar_seed, task.output)):
@@ -87,7 +88,7 @@ class Compiled:
                 buffer.copy_(buffers[name])
         return found
 
-    def _vjps(self, task: Task, parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> tuple[VJPs, dict]:
+    def _vjps(self, task: Task, parameters: Mapping[str, Tensor], x: Tensor, target: Tensor) -> tuple[VJPs, dict]:
         """And the buffers after the pass; nothing changes."""
         buffers = dict(task.model.named_buffers())
         # Apart, because the compiler looks at the names in a dictionary and not at requires_grad.
@@ -155,12 +156,12 @@ class _Backend:
     def __init__(self):
         self.graphs = 0
 
-    def __call__(self, graph: nn.Module, inputs: Sequence[Tensor]) -> Callable:
+    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         self.graphs += 1
         return _inductor(graph, inputs)
 
 
-def _inductor(graph: nn.Module, inputs: Sequence[Tensor]) -> Callable:
+def _inductor(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     # Random numbers as the eager model draws them, or a graph with dropout could not prove itself.
@@ -217,14 +218,14 @@ class _Proof:
         buffers = {name: buffer.clone() for name, buffer in self.task.model.named_buffers()}
         return with_state(self.task.model, leaves | buffers, functools.partial(self._exact_with, leaves, x))
 
-    def _exact_with(self, leaves: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    def _exact_with(self, leaves: Mapping[str, Tensor], x: Tensor) -> list[Tensor]:
         with self.noise.again():
             found = double_backward.vjps(self.task, x, self.target)
         if not self.weights:
             self.weights = self._weights(found, leaves)
         return self._gradients(found, leaves)
 
-    def _weights(self, found: VJPs, leaves: dict[str, Tensor]) -> list[Tensor]:
+    def _weights(self, found: VJPs, leaves: Mapping[str, Tensor]) -> list[Tensor]:
         """v and u, such that both terms have gradients of one size and none hides behind the other."""
         weights = []
         for value in (found.logits, found.of_x):
@@ -236,16 +237,16 @@ class _Proof:
             weights.append(weight / (math.hypot(*map(_size, gradients)) or 1.0))
         return weights
 
-    def _gradients(self, found: VJPs, leaves: dict[str, Tensor]) -> list[Tensor]:
-        terms = [(t * w).sum() for t, w in zip((found.logits, found.of_x), self.weights, strict=True)]
+    def _gradients(self, found: VJPs, leaves: Mapping[str, Tensor]) -> list[Tensor]:
+        of_logits, of_x = ((t * w).sum() for t, w in zip((found.logits, found.of_x), self.weights, strict=True))
         _no_others(found.logits, leaves)
-        sum(terms).backward()
+        (of_logits + of_x).backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves.values()]
 
     def _allowed(self, size: float, rounding: float, everything: float) -> float:
         return min(ROUNDINGS * rounding, MOST * size) + OF_ITS_OWN * size + max(OF_ALL, self.eps) * everything
 
-    def compare(self, vjps: Callable[[dict[str, Tensor]], VJPs]) -> None:
+    def compare(self, vjps: Callable[[Mapping[str, Tensor]], VJPs]) -> None:
         """
         Raises:
             Refused: names the parameters whose gradients are wrong.
@@ -264,7 +265,7 @@ class _Proof:
             raise Refused(_named(self.task.model, wrong))
 
 
-def _no_others(logits: Tensor, leaves: dict[str, Tensor]) -> None:
+def _no_others(logits: Tensor, leaves: Mapping[str, Tensor]) -> None:
     """
     Raises:
         Refused: the model reaches parameters past its modules; a trial must not write into their gradients.

@@ -141,7 +141,8 @@ class _Again(NamedTuple):
         pairs = zip(found, cotangents, strict=True)
         pairs = [(t, g[rows].to(t.dtype)) for t, g in pairs if g is not None and t.requires_grad]
         if pairs:
-            torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+            values, gradients = zip(*pairs, strict=True)
+            torch.autograd.backward(values, gradients)
 
 
 def _check_repeated(again: Sequence[Tensor], first: Sequence[Tensor]) -> None:

@@ -235,7 +235,7 @@ class SIBStep:
     def _plain_logits(self, task: Task, x: Tensor, target: Tensor) -> Tensor:
         if not self.microbatch:
             return task._replace(model=self.model).logits(x, target)
-        return in_place_of(self.model, lambda x: self._vjps.logits(task, x, target), x)
+        return in_place_of(self.model, lambda x: self._vjps.logits(task, x, target), x)  # type: ignore[attr-defined]  # of parts
 
     def _task(self, x: Tensor, of_input: bool) -> Task:
         eager = unwrapped(self.model)

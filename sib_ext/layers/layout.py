@@ -48,7 +48,7 @@ def layout_of(shape: Sequence[int], size: Sequence[int]) -> Layout | None:
         (height, width), (H, W) = shape[2:], size
         exact = grids.get(height * width) == (height, width)
         if not exact and grids.get(shape[1] * shape[2]) == tuple(shape[1:3]):
-            return Layout(4, True, 0, *shape[1:3])
+            return Layout(4, True, 0, shape[1], shape[2])
         return Layout(4, False, 0, height, width, exact or abs(height * W - width * H) <= max(H, W))
     if len(shape) == 3:
         for prefix in range(MOST_PREFIX_TOKENS + 1):

@@ -72,7 +72,9 @@ def _searched(model: nn.Module, x: Tensor, output: Callable | None, functions: b
         if _runs_as_it_is(model):
             with _put_back(model):
                 return _found(model, image, output, functions)
-        state = {n: stand_in(p, _visible(p.detach(), seed)) for seed, (n, p) in enumerate(model.named_parameters())}
+        state: dict[str, Tensor] = {
+            n: stand_in(p, _visible(p.detach(), seed)) for seed, (n, p) in enumerate(model.named_parameters())
+        }
         state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
         return with_state(model, state, lambda: _found(model, image, output, functions))
 
@@ -90,8 +92,8 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            if (reshard := getattr(module, "reshard", None)) is not None:
+                reshard()
 
 
 def _visible(parameter: Tensor, seed: int) -> Tensor:

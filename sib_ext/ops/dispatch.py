@@ -204,7 +204,7 @@ def partial_derivatives(formula: Callable, tensors: tuple, grad_outputs, needed:
         return formula(*arguments)
 
     with without_autocast(tensors[0].device.type):
-        _, pull_back = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))
+        pull_back = torch.func.vjp(of_wanted, *(tensors[i] for i in wanted))[1]
         grads = dict(zip(wanted, pull_back(grad_outputs), strict=True))
     return tuple(grads.get(i) for i in range(len(tensors)))
 

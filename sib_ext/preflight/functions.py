@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import Function, FunctionCtx
 
 from .finding import OK, UNVERIFIED, WRONG
 from .probe import Probe
@@ -16,12 +16,12 @@ from .twin import kept, signature
 class Rule(NamedTuple):
     """How a Function's backward did: two statuses."""
 
-    function: type
+    function: type[Function]
     gradient: str  #: as the derivative of the forward
     derivative: str  #: of double backward, as the backward's own derivative
 
 
-def rules(run: Callable[[], object], functions: list[type]) -> list[Rule]:
+def rules(run: Callable[[], object], functions: list[type[Function]]) -> list[Rule]:
     """The Functions, which ``run`` calls, tried alone with the arguments that they get there."""
     with _recorded(functions) as recorded:
         run()
@@ -54,14 +54,14 @@ def _status(compare: Callable, function: type, arguments: tuple) -> str:
 
 
 @contextmanager
-def _recorded(functions: list[type]) -> Iterator[dict[type, dict[str, tuple]]]:
+def _recorded(functions: list[type[Function]]) -> Iterator[dict[type[Function], dict[str, tuple]]]:
     """Inside, the Functions' arguments are noted, once for each combination of shapes and types.
 
     Through the attribute ``forward`` of each class, because ``apply`` may have been taken hold of before.
     """
-    calls: dict[type, dict[str, tuple]] = {function: {} for function in functions}
+    calls: dict[type[Function], dict[str, tuple]] = {function: {} for function in functions}
 
-    def recording(function: type) -> Callable:
+    def recording(function: type[Function]) -> Callable:
         forward = function.forward
 
         def record(*arguments):
@@ -76,11 +76,11 @@ def _recorded(functions: list[type]) -> Iterator[dict[type, dict[str, tuple]]]:
     recorders = {function: recording(function) for function in functions}  # all of them before any is set: inheritance
     try:
         for function, recorder in recorders.items():
-            function.forward = staticmethod(recorder)
+            function.forward = staticmethod(recorder)  # type: ignore[method-assign]
         yield calls
     finally:
         for function, forward in own.items():
             if forward is None:
                 del function.forward
             else:
-                function.forward = forward
+                function.forward = forward  # type: ignore[method-assign]

@@ -97,8 +97,9 @@ class Probe:
         if not self.cotangents:
             self.functions = custom_functions(outputs)
             self.cotangents = [_random_like(z, 100 + i).requires_grad_(not self.whole) for i, z in enumerate(wide)]
-        terms = ((c * z).sum() for c, z in zip(self.cotangents, wide, strict=True))
-        return sum(terms) + (sum(0.5 * z.square().sum() for z in wide) if self.curved else 0)
+        terms = [(c * z).sum() for c, z in zip(self.cotangents, wide, strict=True)]
+        linear = sum(terms[1:], start=terms[0])
+        return linear + sum(0.5 * z.square().sum() for z in wide) if self.curved else linear
 
     def projected_vjp(self, create_graph: bool) -> tuple[Tensor, float]:
         """phi and |R|."""
@@ -107,7 +108,8 @@ class Probe:
         norm = _norm(vjps)
         if norm == 0:
             raise NoPath
-        return sum((_random_like(r, 200 + i) * r).sum() for i, r in enumerate(vjps)), norm
+        terms = [(_random_like(r, 200 + i) * r).sum() for i, r in enumerate(vjps)]
+        return sum(terms[1:], start=terms[0]), norm
 
     def differentiate(self) -> float:
         """Double backward into the variables' ``grad``; returns |R|.

@@ -1,7 +1,7 @@
 """``sib-lab check``: what a data set holds, before anything is trained on it; light to import."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,7 +46,8 @@ def check_command(
         from ..data.checks import check
         from ..reporting.pictures import save
 
-        opened = open_data(data, root, size=size, seed=seed, skip_broken=skip_broken, **pairs(option or []))
+        options: dict[str, Any] = dict(pairs(option or []))
+        opened = open_data(data, root, size=size, seed=seed, skip_broken=skip_broken, **options)
         report = check(opened, LOOKED_AT)
         plain_console().print(counts(report))
         typer.echo("\n".join(lines(report)))

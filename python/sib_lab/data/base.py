@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ class Item(NamedTuple):
     """An image with its label and what is known about where the object is; ``default_collate`` stacks every field."""
 
     image: Tensor  #: [3,size,size] float32 in [-1,1] (mean 0.5, standard deviation 0.5)
-    label: int  #: index into the set's classes; of several labels see :class:`sib_lab.data.labelled.Photographs`
+    label: Any  #: int: index into the set's classes; of several labels see :class:`sib_lab.data.labelled.Photographs`
     mask: Tensor  #: [1,size,size] float32 in [0,1], 1 on the object; zeros where ``annotated`` is False
-    annotated: bool  #: whether ``mask`` is a real annotation
-    group: int  #: kind of background, for worst-group accuracy; -1 where the set has none
+    annotated: Any  #: bool: whether ``mask`` is a real annotation
+    group: Any  #: int: kind of background, for worst-group accuracy; -1 where the set has none
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def drawn(
         rows = np.flatnonzero(labels == label)
         if 0 < len(rows) <= len(shares):
             raise _too_few(name, len(rows), shares)
-        lots = np.array([_lot(names[row], seed) for row in rows])
+        lots = np.array([_lot(names[row], seed) for row in rows.tolist()])
         chosen = np.searchsorted(ends, lots, side="right")
         for place in range(len(parts) if len(rows) else 0):
             if place not in chosen:

@@ -65,8 +65,8 @@ def check(data: DataSets, most: int = LOOKED_AT, least: int = 2) -> Report:
 
 def _look_at(split: ItemDataset, classes: int, most: int) -> SplitReport:
     # Annotations that the training may not see are there all the same.
-    of_files = isinstance(split, FileItems)
-    known = [sample.annotated for sample in split.samples] if of_files else split.annotated.tolist()
+    of_files = [sample.annotated for sample in split.samples] if isinstance(split, FileItems) else None
+    known = split.annotated.tolist() if of_files is None else of_files
     rows = [row for row, annotated in enumerate(known) if annotated] or list(range(len(split)))
     seen = [measured(split, rows[place], known[rows[place]]) for place in spread(len(rows), most)]
     return SplitReport(
@@ -134,7 +134,7 @@ def _problems(data: DataSets, splits: dict[str, SplitReport], least: int) -> lis
     return found
 
 
-def _mostly(wrong: Sequence[bool]) -> bool:
+def _mostly(wrong: Sequence[bool] | np.ndarray) -> bool:
     return len(wrong) > 0 and float(np.mean(wrong)) > MOST
 
 

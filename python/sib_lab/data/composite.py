@@ -355,8 +355,9 @@ def find_backgrounds(path: Path, common: Common, skipped: list[str]) -> tuple[li
                 f"The background folder {folder} holds no pictures that can be used: add some, or remove it."
             )
         by_scene: dict[str, list[Path]] = defaultdict(list)
-        for sample in good:
-            by_scene[scenes.get(sample.image.relative_to(path).as_posix(), str(sample.image))].append(sample.image)
+        for picture in (sample.image for sample in good):
+            scene = scenes.get(picture.relative_to(path).as_posix(), str(picture))  # type: ignore[union-attr]
+            by_scene[scene].append(picture)  # type: ignore[arg-type]  # a file of a folder
         chosen = _split_scenes(by_scene, part_of, np.random.default_rng([common.seed, 4, number]))
         for part in PARTS:
             _check_regions(chosen[part])
@@ -453,7 +454,7 @@ def draw_groups(
         if agreement is None:
             groups[rows] = (np.arange(len(rows)) + rng.integers(kinds)) % kinds
         else:
-            odd = rows[: round((1 - agreement) * len(rows))]
+            odd = rows[: round((1 - agreement) * len(rows))]  # type: ignore[operator]  # no word
             groups[odd] = (own[odd] + rng.integers(1, kinds, size=len(odd))) % kinds
     return groups
 
@@ -479,7 +480,7 @@ class Composites(ItemDataset):
         transform: Transform,
     ):
         labels = [photograph.label for photograph in photographs]
-        kind = {None: 1, FLIPPED: 2}.get(agreement, 0)
+        kind = 1 if agreement is None else 2 if agreement == FLIPPED else 0
         rng = np.random.default_rng([common.seed, 5, PARTS.index(part), kind])
         groups = torch.from_numpy(draw_groups(labels, len(regions), agreement, rng))
         super().__init__(labels, transform, torch.ones(len(labels), dtype=torch.bool), groups)
@@ -510,8 +511,8 @@ class Composites(ItemDataset):
         rng = np.random.default_rng([*self.key, row])
         longest = rng.uniform(*self.scale) * self.size
         pasted = self._placed(cut_out(self.photographs[row], longest), longest, rng)
-        among = self.regions[self.groups[row]]
-        behind = background(among[rng.integers(len(among))], self.size, rng)
+        among = self.regions[int(self.groups[row])]
+        behind = background(among[int(rng.integers(len(among)))], self.size, rng)
         shown = pasted[:3] + behind * (1 - pasted[3:])
         return (torch.cat([shown, pasted[3:]]) * 255).round().clamp(0, 255).to(torch.uint8)
 

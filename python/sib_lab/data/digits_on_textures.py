@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import skimage.data
@@ -102,7 +103,7 @@ def open_set(
 
 def _items(split: Split, common: Common, transform: Transform, annotated: float = 1.0) -> ArrayItems:
     """A split at the wanted size, with all its masks or a share of them."""
-    rows = torch.tensor(limited(split.labels, common.limit, common.seed))
+    rows = torch.tensor(limited(split.labels.tolist(), common.limit, common.seed))
     layers = torch.cat([split.images[rows], split.masks[rows]], 1)
     if common.size != SIZE:
         layers = F.interpolate(layers, (common.size, common.size), mode="bilinear", antialias=True).clamp(0, 1)
@@ -140,7 +141,7 @@ def build(
         raise ValueError(f"every part needs a digit and all together at most {len(labels)}, got {counts}")
     order = np.random.default_rng([seed, 0]).permutation(len(labels))
     digits = dict(zip(PARTS, np.split(order, np.cumsum(counts))[:3], strict=True))
-    wanted = {
+    wanted: dict[str, tuple[str, np.ndarray, Any]] = {
         "train": ("train", np.tile(digits["train"], copies), agreement),
         "validation_matched": ("validation", digits["validation"], agreement),
         "validation_uncorrelated": ("validation", digits["validation"], None),
@@ -193,7 +194,7 @@ def _drawn_backgrounds(rng: np.random.Generator, labels: np.ndarray, agreement: 
     if agreement is None:
         return rng.integers(kinds, size=len(labels))
     shift = np.zeros(len(labels), dtype=np.int64)
-    odd = rng.permutation(len(labels))[: round((1 - agreement) * len(labels))]
+    odd = rng.permutation(len(labels))[: round((1 - agreement) * len(labels))]  # type: ignore[operator]  # no word
     shift[odd] = rng.integers(1, kinds, size=len(odd))
     return (labels + shift) % kinds
 
@@ -221,7 +222,7 @@ def _compose(
 def _crop(rng: np.random.Generator, background: int, part: str) -> np.ndarray:
     """A crop [40,40,3] from a random place of a random block of ``part``."""
     whole = picture(BACKGROUNDS[background])
-    corners = crop_corners(*whole.shape[:2], part)
+    corners = crop_corners(whole.shape[0], whole.shape[1], part)
     y, x = corners[rng.integers(len(corners))] + rng.integers(BLOCK - SIZE + 1, size=2)
     return whole[y : y + SIZE, x : x + SIZE]
 

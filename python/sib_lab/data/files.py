@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +35,7 @@ from .identity import Split, digest, file_digest
 from .images import SUFFIXES, File, read_orientation, read_size, read_smaller, turned
 from .masks import read_mask
 
-Box = tuple[float, float, float, float]  #: x1, y1, x2, y2 in pixels, x2 and y2 excluded
+Box = tuple[float, ...]  #: x1, y1, x2, y2 in pixels, x2 and y2 excluded
 THREADS = 4  #: that check files
 MANY = 50_000  #: images; splits of more are identified by names and sizes
 MARGIN = 0.02  #: of a side, or 2 px: as far a box may reach out of its image
@@ -191,15 +192,18 @@ def _check_inside(box: Box, width: int, height: int) -> None:
         )
 
 
+S = TypeVar("S", bound=Sample)
+
+
 def usable(
     name: str,
-    samples: list[Sample],
+    samples: list[S],
     check: str,
     skip_broken: bool,
     skipped: list[str],
     mask_reader: Callable = read_mask,
     masks_read: int = 0,
-) -> list[Sample]:
+) -> list[S]:
     """The samples without a problem; the others are added to ``skipped``, each with its reason. Of ``masks_read``
     samples, spread over all, the masks are read in full where headers are checked.
 
@@ -333,7 +337,8 @@ class ImageFiles(FileItems):
     @staticmethod
     def annotation_digest(sample: Sample, classes: Sequence[str]) -> str:
         if sample.mask is not None or sample.xml is not None:
-            return file_digest(sample.mask if sample.mask is not None else sample.xml)
+            path = sample.mask if sample.mask is not None else sample.xml
+            return file_digest(path)  # type: ignore[arg-type]  # of no archive
         return digest(map(repr, sample.boxes)) if sample.boxes else "-"
 
     def layers(self, row: int) -> Tensor:
@@ -381,7 +386,7 @@ def file_sets(
         train = parts["train"]
         labels = [sample.label for sample in train]
         if by_name:
-            names = [name_of(sample.image, root) for sample in train]
+            names = [name_of(sample.image, root) for sample in train]  # type: ignore[arg-type]  # of no archive
             rows = drawn(names, labels, classes, missing, common.seed)
         else:
             rows = stratified(labels, classes, missing, common.seed)

@@ -82,7 +82,8 @@ def open_set(
     _check_no_masks(everything)
     skipped = _left_out(folders.values(), own, set(everything), common.skip_broken)
     mask_of = _masks(mask_folders, everything, common.skip_broken, skipped)
-    tables = _tables(root, base, folders.values()) if boxes is None else {Path(boxes): (base, root)}
+    starts: tuple[Path, ...] = (base, root)
+    tables = _tables(root, base, folders.values()) if boxes is None else {Path(boxes): starts}
     boxes_of = _boxes(tables, everything, common.skip_broken, skipped)
 
     def sample(path: Path, label: int) -> Sample:
@@ -284,7 +285,8 @@ def _masks(folders: dict[Path, Path], images: list[Path], skip_broken: bool, ski
     Raises:
         DataError: no folder, or masks that belong to no image or to one that has another (without ``skip_broken``).
     """
-    found, strays, count = {}, [], 0
+    found: dict[Path, Path] = {}
+    strays, count = [], 0
     for folder, base in folders.items():
         if not folder.is_dir():
             raise DataError(f"masks is not a folder: {folder}.")

@@ -1,9 +1,10 @@
 """What a data set consists of, in short hashes that can be stored beside a result and compared later."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 CHUNK = 2**20  #: bytes that are read at once
 #: Of a split: name of an image -> "image annotation label", hashes of the two files and what it is; or one digest.
@@ -30,7 +31,7 @@ def file_digest(path: Path | str) -> str:
     return found.hexdigest()
 
 
-def changed(before: dict[str, Split], now: dict[str, Split]) -> str | None:
+def changed(before: Mapping[str, Split], now: Mapping[str, Split]) -> str | None:
     """What is different between two identities of :meth:`sib_lab.data.base.DataSets.identity`; None: nothing.
 
     Returns:
@@ -48,10 +49,10 @@ def changed(before: dict[str, Split], now: dict[str, Split]) -> str | None:
 
 
 #: Name of an image -> its split, its hash, that of its annotation, and its label.
-Images = dict[str, tuple[str, str, str, str]]
+Images = dict[str, tuple[str, ...]]
 
 
-def _by_name(splits: dict[str, dict[str, str]]) -> Images:
+def _by_name(splits: Mapping[str, Any]) -> Images:
     return {name: (split, *entry.split(" ", 2)) for split, images in splits.items() for name, entry in images.items()}
 
 
@@ -64,7 +65,8 @@ def _differences(before: Images, now: Images) -> list[str]:
     for name in sorted(now.keys() - before.keys()):
         if of_content[now[name][1]]:
             pairs[name] = of_content[now[name][1]].pop()
-    moved, differing = Counter(), defaultdict(list)
+    moved: Counter[tuple[str, str]] = Counter()
+    differing: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name, old in sorted(pairs.items()):
         (split, *_), (split_before, *_) = now[name], before[old]
         if split != split_before:
@@ -95,7 +97,7 @@ def _images(count: int) -> str:
     return f"{count} image{'' if count == 1 else 's'}"
 
 
-def _listed(identity: dict[str, Split]) -> str:
+def _listed(identity: Iterable[str]) -> str:
     return ", ".join(map(_name, identity))
 
 

@@ -16,7 +16,7 @@ from .errors import DataError
 try:  # optional: without it Pillow reads no HEIC
     from pillow_heif import register_heif_opener
 except ImportError:
-    HEIF = frozenset()
+    HEIF: frozenset[str] = frozenset()
 else:
     register_heif_opener()
     HEIF = frozenset((".heic", ".heif", ".hif"))

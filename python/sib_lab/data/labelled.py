@@ -82,9 +82,9 @@ def read_label_map(path: Path) -> np.ndarray:
         if image.mode not in ("P", "L"):
             raise DataError(f"{path} is no label map: it must be a PNG of one channel or with a palette.")
         times = reduction(image.size)
-        size = tuple(-(-side // times) for side in image.size)
+        width, height = (-(-side // times) for side in image.size)
         loaded(image, path)
-        return np.asarray(image if times == 1 else image.resize(size, Image.Resampling.NEAREST))
+        return np.asarray(image if times == 1 else image.resize((width, height), Image.Resampling.NEAREST))
 
 
 class Layers(NamedTuple):

@@ -1,6 +1,6 @@
 """Mask files as opacities of the object: what is certain is read, what is not is refused with what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image
@@ -178,7 +178,7 @@ def _of_colours(rgb: np.ndarray, lossy: bool, path: File) -> np.ndarray:
     raise _unclear(path, "colours", [f"#{value:06x}" for value in np.unique(packed)])
 
 
-def _unclear(path: File, what: str, found: Sequence) -> DataError:
+def _unclear(path: File, what: str, found: Iterable) -> DataError:
     example = "#ff0000" if what == "colours" else "1,3"
     return DataError(
         f"{path} holds the {what} {some([f'{value}' for value in found], 6)}, and it is not certain which mark the "
@@ -200,8 +200,8 @@ def _named(image: Image.Image, path: File, values: str | tuple[int, ...]) -> np.
         grey = eight_bits(image, path) if is_deep(image) else np.asarray(image.convert("L"))
         return grey if grey.max(initial=0) > 1 else grey * 255
     if values == "nonzero":
-        return _whole(_shown(image).any(2) if _is_coloured(image) else np.asarray(image) != 0)
-    colours = [value for value in values if value >= 2**24]
+        return _whole((_shown(image).max(2) if _is_coloured(image) else np.asarray(image)) != 0)
+    colours = [value for value in values if value >= 2**24]  # type: ignore[operator]  # no word any more
     mask = np.zeros(image.size[::-1], bool)
     if colours:
         packed = np.asarray(image.convert("RGB")).astype(np.uint32) @ np.array([2**16, 2**8, 1], np.uint32)

@@ -42,6 +42,7 @@ def open_set(root: Path, common: Common, *, validation_share: float = 0.1) -> Da
         ]
         for part, listed in sets.items()
     }
-    names = {s.label: s.image.stem.rpartition("_")[0].replace("_", " ") for part in parts.values() for s in part}
+    stems = {s.label: Path(str(s.image)).stem for part in parts.values() for s in part}
+    names = {label: stem.rpartition("_")[0].replace("_", " ") for label, stem in stems.items()}
     classes = [names.get(label, f"breed {label + 1}") for label in range(max(names, default=0) + 1)]
     return file_sets("pets", classes, parts, common, {"validation": validation_share}, root, read_trimap)

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -166,10 +167,11 @@ def plan_of(situation: Situation, root: Path, scale: Scale, seeds: tuple[int, ..
     configs: dict[str, TrainConfig] = {}
     for method in (BASELINE, OURS, *situation.parts, *situation.controls):
         strength = RRR_STRENGTH if method == "rrr" else None
-        of_method = {"method": OURS, "loss_options": PARTS[method]} if method in PARTS else {"method": method}
+        part: dict[str, Any] = {"loss_options": PARTS[method]} if method in PARTS else {}
+        of_method = {"method": OURS if part else method} | part
         configs[method] = replace(base, strength=strength, **of_method)
         if method not in EVERYWHERE:
-            seen = {"annotated": situation.annotated, "annotation": situation.annotation}
+            seen: dict[str, Any] = {"annotated": situation.annotated, "annotation": situation.annotation}
             configs[method] = replace(configs[method], **seen)
     # The last weights: the rate has fallen to zero, and the best on validation would be the best with the shortcut.
     return Plan(configs, seeds, OF_MASKS + OF_NETWORK, scale.images, best=False)
@@ -207,7 +209,7 @@ def evidence(
     found = {}
     trained: dict[str, Path] = {}
     situations = chosen_situations(controls)
-    given = {"epochs": epochs, "network": network}
+    given: dict[str, Any] = {"epochs": epochs, "network": network}
     size = replace(SCALES[scale], **{name: value for name, value in given.items() if value is not None})
     for key, situation in situations.items():
         console.rule(f"{situation.name}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def subject_of_network(
     published = published_preprocessing(name)
     own = read_weights(weights) if weights.is_file() else None
     size = own.size if own and own.size else published.size or USUAL_SIZE
-    model = build_network(name, None, size, weights, mean, std)
+    model: Any = build_network(name, None, size, weights, mean, std)
     count = model.class_count
     if classes is not None:
         names = read_names(classes, count)
@@ -185,9 +186,9 @@ def read_picture(path: Path, subject: Subject) -> Picture:
         raise DataError(f"{path} is a folder: name image files.")
     picture = Image.fromarray(read_image(path, upright=True))
     scale = subject.size / min(picture.size)
-    size = tuple(max(subject.size, round(side * scale)) for side in picture.size)
-    squeezed = size[0] != size[1] and not subject.takes_any_shape
-    size = (subject.size, subject.size) if squeezed else size
+    width, height = (max(subject.size, round(side * scale)) for side in picture.size)
+    squeezed = width != height and not subject.takes_any_shape
+    size = (subject.size, subject.size) if squeezed else (width, height)
     seen = picture if picture.size == size else picture.resize(size, RESAMPLING[subject.interpolation])
     shown = picture.resize(sheets.shown_size(*picture.size), Image.Resampling.BICUBIC)
     image = torch.from_numpy(np.array(seen)).permute(2, 0, 1).float() / 255

@@ -117,7 +117,8 @@ def gallery_of_labels(labels: Tensor, images: Sequence[int], count: int = GALLER
     for row, image in enumerate(images):
         of_image.setdefault(image, []).append(row)
     several = sorted(of_image.values(), key=lambda rows: len(rows) == 1)
-    chosen, seen = [], set()
+    chosen: list[int] = []
+    seen: set[int] = set()
     for rows in several:
         if not seen & set(labels[rows].tolist()):
             chosen += rows

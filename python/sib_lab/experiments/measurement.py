@@ -60,7 +60,7 @@ class Measurement:
 
     def missing(self) -> list[tuple]:
         """What is not stored yet: (name, images, function, its arguments)."""
-        todo = []
+        todo: list[tuple[str, int, Callable[..., None], tuple[str, ...]]] = []
         for name, dataset in self.material.data.test.items():
             quality = self.material.data.quality
             if not self.stored.values(f"{quality}-{name}"):

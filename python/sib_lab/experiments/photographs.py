@@ -54,7 +54,7 @@ PEER = "energy-loss"
 OTHER_PEERS = ("l1-loss", "rrr-loss", "ppce-loss")
 PEERS = (PEER, *OTHER_PEERS)
 #: Variants of S-IB: what is replaced in its options.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "sib-none": {"annotated": 0.0},
     "sib-few": {"annotated": 0.1},
     "sib-one": {"annotated": 0.01},
@@ -107,7 +107,7 @@ class Asked:
     @property
     def curve_methods(self) -> dict[str, tuple[float, ...]]:
         """The methods whose curve is measured, each with its strengths."""
-        of = {OURS: STRENGTHS}
+        of: dict[str, tuple[float, ...]] = {OURS: STRENGTHS}
         return of | {PEER: STRENGTHS} | dict.fromkeys(OTHER_PEERS, FEWER_STRENGTHS) if self.peers else of
 
     def base(self, of: PhotoSet) -> TrainConfig:
@@ -143,7 +143,7 @@ def ours(config: TrainConfig, loss_options: Mapping[str, Any] = MappingProxyType
 def curve_configs(asked: Asked, of: PhotoSet) -> dict[tuple[str, float | None], TrainConfig]:
     """The trainings of a set's curve, (method, strength) -> options; cross-entropy has no strength."""
     base = replace(asked.base(of), seed=curve.SEED)
-    configs = {(BASELINE, None): base}
+    configs: dict[tuple[str, float | None], TrainConfig] = {(BASELINE, None): base}
     for method, of_method in asked.curve_methods.items():
         if method in OTHER_PEERS and of.name != SHARED:
             continue

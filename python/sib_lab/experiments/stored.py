@@ -61,8 +61,8 @@ class Stored:
             return False
 
     def write_arrays(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        arrays = arrays | {"key": json.dumps(self.key(name))}
-        write_whole(self.folder / name, lambda file: np.savez_compressed(file, **arrays))
+        keyed: dict[str, Any] = arrays | {"key": json.dumps(self.key(name))}
+        write_whole(self.folder / name, lambda file: np.savez_compressed(file, **keyed))
 
 
 def is_current(path: Path, plan: Plan) -> bool:

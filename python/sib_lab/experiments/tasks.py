@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -55,7 +55,8 @@ def run_tasks(tasks: Sequence[Task], jobs: int, console: Console) -> list[Failur
             them at once.
     """
     todo, failures = deque(tasks), []
-    pool, running = None, {}
+    pool = None
+    running: dict[Future, Task] = {}
     with progress_bar(console, "tasks") as progress:
         bar, done = progress.add_task("", total=len(tasks)), 0
         try:
@@ -114,7 +115,7 @@ def _submitted(pool: ProcessPoolExecutor, task: Task) -> Future:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _stop(running: Sequence[Future]) -> None:
+def _stop(running: Iterable[Future]) -> None:
     """Tells the processes that are at work to stop, and waits until they have.
 
     Raises:

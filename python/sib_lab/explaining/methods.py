@@ -46,7 +46,7 @@ def explain(
     batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Maps of images for a class, with the model in eval mode; it is left as it was, without hooks or gradients.
 
@@ -86,7 +86,7 @@ def explain_with_scores(
     batch: int | None = None,
     progress: Callable[[int], None] | None = None,
     seed: int = 0,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As :func:`explain`, and before the maps the scores [N,classes] of the same forward pass."""
     if unknown := [method for method in methods if method not in METHODS]:
@@ -209,7 +209,7 @@ class PaperGradCAMpp(GradCAMpp):
     factor exp(logit), the same for a whole image, is left out.
     """
 
-    def _get_weights(self, class_idx: int | list[int], scores: Tensor, **kwargs) -> list[Tensor]:
+    def _get_weights(self, class_idx: int | list[int], scores: Tensor, **kwargs) -> list[Tensor]:  # type: ignore[override]
         self._backprop(scores, class_idx, **kwargs)
         weights = []
         for activation, gradient in zip(self.hook_a, self.hook_g, strict=True):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def build_network(
         )
     loaded = None if weights is None else _read(name, weights)
     preprocessing = _preprocessing(name, loaded, mean, std)  # before anything slow
-    model = _built(name, classes or IMAGENET_CLASSES, size)
+    model: Any = _built(name, classes or IMAGENET_CLASSES, size)
     if classes is None:
         rows = None if loaded is None else head_rows(model, loaded)
         if rows is None:

@@ -111,7 +111,7 @@ class EfficientNetLite0(nn.Module):
         nn.init.normal_(self._fc.weight, std=0.01)
         nn.init.zeros_(self._fc.bias)
         # Half the time of a step on a CPU: depthwise convolutions over planes are slow there.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._blocks(self._stem_relu6(self._bn0(self._conv_stem(x))))

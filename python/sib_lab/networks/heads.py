@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
     Raises:
         NetworkError: its classifier head is no linear layer.
     """
-    if list(rows) == list(range(model.class_count)):
+    known: Any = model.class_count
+    if list(rows) == list(range(known)):
         return model
     head, chosen = linear_head(model), torch.as_tensor(rows)
     if head is None:
@@ -31,7 +33,7 @@ def restrict_head(model: nn.Module, rows: Sequence[int]) -> nn.Module:
         head.weight = nn.Parameter(head.weight[chosen].clone(), head.weight.requires_grad)
         if head.bias is not None:
             head.bias = nn.Parameter(head.bias[chosen].clone(), head.bias.requires_grad)
-    head.out_features = model.class_count = len(rows)
+    head.out_features = model.class_count = len(rows)  # type: ignore[assignment]
     return model
 
 

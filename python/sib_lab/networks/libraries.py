@@ -1,6 +1,7 @@
 """Networks of torchvision and timm by name, with random weights, and what their published weights expect."""
 
 from difflib import get_close_matches
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ def torchvision_network(name: str, classes: int, size: int) -> nn.Module:
 
     if not is_torchvision(name):
         raise NetworkError(f"torchvision has no classifier {name!r}{_near(name, torchvision_names())}.")
-    options = dict(NO_AUXILIARY.get(name, {}))
+    options: dict[str, Any] = dict(NO_AUXILIARY.get(name, {}))
     if name.startswith("vit_"):
         patch = int(name.rpartition("_")[2])
         if size % patch:

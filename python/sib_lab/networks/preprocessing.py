@@ -27,8 +27,8 @@ class Preprocessing:
         NetworkError: mean or std are not three finite numbers, or a std is not above 0.
     """
 
-    mean: tuple[float, float, float] = HALF  #: of red, green, blue in 0..1
-    std: tuple[float, float, float] = HALF
+    mean: tuple[float, ...] = HALF  #: of red, green, blue in 0..1
+    std: tuple[float, ...] = HALF
     size: int | None = None  #: side of the images that the weights were trained on, px; None: unknown
     interpolation: str = "bilinear"  #: of the resizing before: bilinear or bicubic
 
@@ -67,7 +67,8 @@ class NormalisedInput:
     _input_shift: Tensor  #: [3,1,1]
 
     def forward(self, x: Tensor, *arguments, **options):
-        return super().forward(x * self._input_scale + self._input_shift, *arguments, **options)
+        scaled = x * self._input_scale + self._input_shift
+        return super().forward(scaled, *arguments, **options)  # type: ignore[misc]  # the network's
 
 
 def normalise_input(model: nn.Module, preprocessing: Preprocessing) -> nn.Module:
@@ -75,7 +76,7 @@ def normalise_input(model: nn.Module, preprocessing: Preprocessing) -> nn.Module
 
     State-dict names, parameters and submodules stay. With mean and std of 0.5 nothing changes at all.
     """
-    model.preprocessing = preprocessing
+    model.preprocessing = preprocessing  # type: ignore[assignment]
     if preprocessing.mean == HALF and preprocessing.std == HALF:
         return model
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))

@@ -41,7 +41,7 @@ def make_twice_differentiable(model: nn.Module) -> nn.Module:
     """The same network, changed in place as the head of this file says; state-dict names stay."""
     for module in list(model.modules()):
         if getattr(module, "inplace", None) is True:
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
         for name, child in module.named_children():
             if type(child) in _REPLACEMENTS:
                 setattr(module, name, _REPLACEMENTS[type(child)]())
@@ -55,4 +55,4 @@ def mix_in(model: nn.Module, mixin: type) -> nn.Module:
     return model
 
 
-_REPLACEMENTS = {nn.Hardsigmoid: Hardsigmoid}
+_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.Hardsigmoid: Hardsigmoid}

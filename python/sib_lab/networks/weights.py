@@ -234,7 +234,7 @@ def _fit_positions(
     return state
 
 
-def _timm_positions(model: nn.Module, positions: Tensor, count: int) -> Tensor:
+def _timm_positions(model: Any, positions: Tensor, count: int) -> Tensor:
     """For the ``count`` tokens of the network: its patches after those, as the class's, that have no place."""
     from timm.layers import resample_abs_pos_embed
 

@@ -1,6 +1,7 @@
 """report.html: one self-contained page from the stored results of a comparison."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -230,7 +231,7 @@ def curves(results: dict) -> list[dict]:
     return [
         {
             "name": quantity,
-            "picture": pictures.svg(lambda of=of, q=quantity: pictures.curves(q, of, share=is_share(q))),
+            "picture": pictures.svg(partial(pictures.curves, quantity, of, share=is_share(quantity))),
         }
         for quantity, of in quantities.items()
     ]
@@ -266,7 +267,7 @@ def confusions(results: dict) -> list[dict]:
         {
             "method": method,
             "name": results["methods"][method],
-            "picture": pictures.svg(lambda m=matrix: pictures.confusion(m, names)) if len(names) <= CONFUSED else None,
+            "picture": pictures.svg(partial(pictures.confusion, matrix, names)) if len(names) <= CONFUSED else None,
             "mistakes": mistakes(matrix, names, most=MISTAKES),
         }
         for method, matrix in results["classes"]["confusion"].items()

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,7 +38,7 @@ COLOURS = {
 OTHER_COLOURS = ("#b0457b", "#4d7c8a", "#8a5a44", "#52606d")  #: of methods that are not in COLOURS, in turn
 INK, FAINT = "#1f2933", "#9aa5b1"
 TILE = 160  #: longest side of a tile in the report, px; smaller images are enlarged by an integer up to it
-STYLE = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names may hold a $
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -187,7 +188,7 @@ def curves(title: str, runs: Mapping[str, Sequence[Sequence[float]]], share: boo
         mean = [sum(line[epoch] for line in lines) / len(lines) for epoch in range(epochs)]
         axes.plot(range(1, epochs + 1), mean, color=colour, linewidth=2, marker="." if epochs < 30 else "")
     axes.set(title=title, xlabel="epoch", ylim=(0, 1.02 if share else None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]  # a MaxNLocator's
     return figure
 
 
@@ -240,7 +241,7 @@ def gallery(
         methods, explanations: the keys to show -> their names for people.
     """
     labels = ["Input", *(["Mask"] if masks is not None else [])]
-    pictures = [[pixels(image) for image in images], *([list(masks)] if masks is not None else [])]
+    pictures: list[Any] = [[pixels(image) for image in images], *([list(masks)] if masks is not None else [])]
     for explanation, name in explanations.items():
         labels += ["", *(f"{name}\n{method}" for method in methods.values())]
         pictures += [None, *(maps[method][explanation] for method in methods)]
@@ -269,7 +270,8 @@ def resized(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A mask [H,W] at another resolution ``shape`` = (h, w)."""
     if mask.shape == shape:
         return mask
-    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize(shape[::-1], Image.Resampling.BOX))
+    height, width = shape
+    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
 
 
 def save(figure: Figure, path: Path, dpi: int) -> None:

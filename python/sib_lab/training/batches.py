@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..data import Item, set_epoch, stack
+from ..data.base import ItemDataset
 from .config import TrainConfig
 
 EVALUATION_BATCH = 100  #: images classified at a time
@@ -25,7 +26,9 @@ class Batches:
         rank, world: of ``world`` processes this is number ``rank``; it gets every ``world``-th image of each step.
     """
 
-    def __init__(self, dataset: Dataset, config: TrainConfig, rank: int = 0, world: int = 1, pin_memory: bool = False):
+    def __init__(
+        self, dataset: ItemDataset, config: TrainConfig, rank: int = 0, world: int = 1, pin_memory: bool = False
+    ):
         self.dataset, self.config, self.rank, self.world = dataset, config, rank, world
         self.steps_per_epoch = len(dataset) // config.images_per_step
         self._planned = _Planned()
@@ -70,7 +73,7 @@ class _Planned:
         return len(self.batches)
 
 
-def all_batches(dataset: Dataset, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Item]:
+def all_batches(dataset: ItemDataset, workers: int = 0, rank: int = 0, world: int = 1) -> Iterator[Item]:
     """Every image of a data set once, in order; of several processes each its share."""
     rows = range(rank, len(dataset), world)
     chunks = [list(rows[start : start + EVALUATION_BATCH]) for start in range(0, len(rows), EVALUATION_BATCH)]
@@ -79,7 +82,7 @@ def all_batches(dataset: Dataset, workers: int = 0, rank: int = 0, world: int = 
     return iter(DataLoader(dataset, batch_sampler=chunks, num_workers=workers))
 
 
-def mean_object_area(dataset: Dataset, images: int = 256) -> float | None:
+def mean_object_area(dataset: ItemDataset, images: int = 256) -> float | None:
     """Mean object share of up to so many annotated images, evenly spread; None: none has a mask."""
     annotated = torch.as_tensor(dataset.annotated).nonzero()[:, 0].tolist()
     if not annotated:

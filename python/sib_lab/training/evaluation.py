@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
+from ..data.base import ItemDataset
 from ..data.labelled import ABSENT
 from ..explaining.measures import average_precision
 from .batches import all_batches
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
-def evaluate(network: nn.Module, split: Dataset, fabric: "Fabric", workers: int = 0) -> tuple[float, float]:
+def evaluate(network: nn.Module, split: ItemDataset, fabric: "Fabric", workers: int = 0) -> tuple[float, float]:
     """Accuracy and mean cross-entropy on a split, in eval mode, over all processes; of several labels an image mean
     average precision over the classes and binary cross-entropy.
 

@@ -59,6 +59,7 @@ class TrainingLoss(nn.Module, ABC):
     def __init__(self, weight: Tensor | None = None, label_smoothing: float = 0.0, task: str = "multiclass"):
         super().__init__()
         self.task = task
+        self.smoothed: nn.Module
         if task == "multilabel":
             self.smoothed = nn.BCEWithLogitsLoss(pos_weight=weight)
         else:
@@ -114,7 +115,7 @@ def make_criterion(
         if name in options:
             every = "class_weights" if name == "weight" else name
             raise ValueError(f"{name} is no option of one method: give {every}, which every method takes")
-    common = {"weight": weight, "label_smoothing": config.label_smoothing}
+    common: dict[str, Any] = {"weight": weight, "label_smoothing": config.label_smoothing}
     if multilabel:
         _check_multilabel(config)
         common["task"] = "multilabel"

@@ -1,6 +1,7 @@
 """What a training is made of, from its options: the network, the loss and the optimiser."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def _as_it_is(config: TrainConfig, data: DataSets, weights: Path) -> nn.Module:
     Raises:
         NetworkError: weights of other classes.
     """
-    network = build_network(config.network, None, data.size, weights, config.mean, config.std)
+    network: Any = build_network(config.network, None, data.size, weights, config.mean, config.std)
     rows, note = rows_of(data.classes, data.wordnet_ids, network.class_count, weights)
     network.weights_note = f"{network.weights_note} {note}".strip()
     return restrict_head(network, rows)

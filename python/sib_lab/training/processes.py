@@ -66,7 +66,7 @@ def make_fabric(config: TrainConfig) -> "Fabric":
         devices=local,
         num_nodes=config.devices // local if by_torchrun() else 1,
         strategy=strategy,
-        precision=config.precision,
+        precision=config.precision,  # type: ignore[arg-type]  # checked with the options
     )
 
 

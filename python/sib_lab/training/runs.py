@@ -270,7 +270,7 @@ def file_hash(path: Path | str | None) -> str | None:
     from ..networks.build import IMAGENET
 
     if path is None or str(path) == IMAGENET:
-        return path and str(path)
+        return None if path is None else str(path)
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:

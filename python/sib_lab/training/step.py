@@ -53,7 +53,7 @@ def backward(
     for number, batch in enumerate(batches, 1):
         # Processes exchange their gradients once a step, with its last batch.
         waits = number < len(batches) and hasattr(model.module, "no_sync")
-        with model.module.no_sync() if waits else nullcontext():
+        with model.module.no_sync() if waits else nullcontext():  # type: ignore[operator]
             parts = criterion(model, *batch)
             fabric.backward(parts["loss"] / len(batches))
         for name, value in parts.items():

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from ..data import DataSets, Item
+from ..data.base import ItemDataset
 from .average import average_of
 from .batches import Batches
 from .config import TrainConfig
@@ -50,8 +51,8 @@ class Trainer:
         self.steps = self.batches.steps_per_epoch * config.epochs
         self.step = 0  #: done so far
         self.weights_sha256 = file_hash(config.weights)
-        self.network = fabric.to_device(make_network(config, data))
-        self.criterion = fabric.to_device(make_loss(config, data, self.network))
+        self.network: Any = fabric.to_device(make_network(config, data))
+        self.criterion: Any = fabric.to_device(make_loss(config, data, self.network))
         self.average = None if config.ema is None else average_of(self.network, config.ema)
         self.model = Forward(fabric.strategy.setup_module(self.network), fabric.autocast)
         self.optimizer = make_optimizer(config, self.network)
@@ -154,6 +155,6 @@ class Trainer:
             keep.best(self)
         keep.checkpoint(self)
 
-    def evaluate(self, split: torch.utils.data.Dataset) -> tuple[float, float]:
+    def evaluate(self, split: ItemDataset) -> tuple[float, float]:
         """As :func:`sib_lab.training.evaluation.evaluate`."""
         return evaluate(self.evaluated, split, self.fabric, self.config.workers)
