@@ -13,7 +13,7 @@ INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/
 # One process of one thread a core. A file's tests share what they trained.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo evidence evidence-photos test test-all bench lint format sdist clean
+.PHONY: help demo evidence evidence-photos test test-all bench lint types format sdist clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -54,9 +54,12 @@ test-all: $(VENV)/.installed ## the tests and the long ones
 bench: $(VENV)/.installed ## the op benchmark; results in benchmarks/results
 	$(BIN)/python benchmarks/bench_ops.py $(ARGS)
 
-lint: $(VENV)/.installed ## ruff: rules and format
+lint: $(VENV)/.installed types ## ruff: rules and format; types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed ## mypy: types of both packages
+	$(BIN)/mypy
 
 format: $(VENV)/.installed ## ruff: put the code in format
 	$(BIN)/ruff check --fix .
