@@ -13,7 +13,7 @@ INTERPRETED := tests/test_density_mask.py tests/test_masked_statistics.py tests/
 # One process of one thread a core. A file's tests share what they trained.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo evidence evidence-photos test test-all bench lint types format sdist clean
+.PHONY: help demo evidence evidence-photos test test-all bench docs lint types format sdist clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,7 +29,7 @@ $(VENV)/.tools: constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	@echo "building sib_ext (with nvcc some minutes; SIB_EXT_CUDA=0 leaves the kernels for GPUs out)"
-	$(PIP) --no-build-isolation -e '.[lab,test,dev]'
+	$(PIP) --no-build-isolation -e '.[lab,test,docs,dev]'
 	@$(BIN)/python -m sib_ext.info
 	@touch $@
 
@@ -53,6 +53,9 @@ test-all: $(VENV)/.installed ## the tests and the long ones
 
 bench: $(VENV)/.installed ## the op benchmark; results in benchmarks/results
 	$(BIN)/python benchmarks/bench_ops.py $(ARGS)
+
+docs: $(VENV)/.installed ## the documentation as a site, build/docs/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 lint: $(VENV)/.installed types ## ruff: rules and format; types
 	$(BIN)/ruff check .

@@ -42,9 +42,9 @@ def background_energy_ratio(moments: Tensor, count: int) -> Tensor:
 
 
 def background_magnitude_ratio(moments: Tensor, count: int) -> Tensor:
-    """sum |R|(1-M) / sum |R|: the background's share of the VJP's magnitude; in [0,1], free of scale.
+    """``sum |R|(1-M) / sum |R|``: the background's share of the VJP's magnitude; in [0,1], free of scale.
 
-    1 - EPG, the energy-based pointing game (Wang et al. 2020), of the map sum_c |R|.
+    1 - EPG, the energy-based pointing game (Wang et al. 2020), of the map ``sum_c |R|``.
     """
     return moments[:, 8] / (moments[:, 7] + moments[:, 8] + TINY)
 
@@ -62,7 +62,7 @@ def background_gaussian(moments: Tensor, count: int, noise: float | Tensor) -> T
 def relative_noise(vjp: Tensor, kappa: float, mean: Tensor | None = None) -> Tensor:
     """sigma^2 = kappa * mean_b Var(R), detached: makes :func:`background_gaussian` free of scale.
 
-    ``mean``: of :func:`variances` over the samples that count, a scalar; None: over all.
+    ``mean``: of ``variances`` over the samples that count, a scalar; None: over all.
     """
     check_positive("kappa", kappa)
     mean = variances(vjp).mean() if mean is None else mean
@@ -78,7 +78,7 @@ def variances(vjp: Tensor) -> Tensor:
 
 
 def normalised_gram(gram: Tensor, eps: float = 1e-12) -> Tensor:
-    """The Gram of L2-normalised rows: G_ij / (|a_i| |a_j|), |a_i| = sqrt(G_ii) at least eps (as F.normalize)."""
+    """The Gram of L2-normalised rows: ``G_ij / (|a_i| |a_j|)``, ``|a_i| = sqrt(G_ii)`` at least eps."""
     norm = gram.diagonal().clamp_min(eps**2).sqrt()
     return gram / (norm[:, None] * norm)
 
@@ -213,12 +213,12 @@ OF_INPUT = (*OF_GRAMS, "gaussian")  #: those that compare the VJP with the input
 
 
 def magnitude(vjp: Tensor) -> Tensor:
-    """sum_c |R| [B,1,H,W], in float32 or wider: the map that gradient explanations show."""
+    """``sum_c |R|`` [B,1,H,W], in float32 or wider: the map that gradient explanations show."""
     return widen(vjp).abs().sum(1, keepdim=True)
 
 
 def class_activation(features: Tensor, vjp: Tensor) -> Tensor:
-    """sum_k |w_k A_k| [B,1,h,w], w_k the mean of R_A,k over h,w: what class-activation maps show of a feature map A.
+    """``sum_k |w_k A_k|`` [B,1,h,w], w_k the mean of R_A,k over h,w: what class-activation maps show of A.
 
     Grad-CAM (Selvaraju et al. 2017) is relu(sum_k w_k A_k): channels for and against a class cancel there, and a loss
     on it can move that map alone. Of the magnitudes Grad-CAM, Grad-CAM++ and LayerCAM are all made.

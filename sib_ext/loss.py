@@ -94,7 +94,7 @@ class SpatialIBLoss(Classification):
         ignore_index: None, or the label of samples that are left out of the cross-entropy, and of the terms where the
             seed is of the label. None: such a label is an error, as any that is out of range.
         task: ``"multiclass"``: one label an image. ``"multilabel"``: several, with binary cross-entropy; each call
-            looks at one label of each image, drawn anew, and at its mask (:func:`sib_ext.labels.drawn`), images without
+            looks at one label of each image, drawn anew, and at its mask (``sib_ext/labels.py``), images without
             a label have no terms, and all terms are divided by K, as the loss of one label is in the mean over K. It
             takes the seeds ``"target_logit"`` and ``"random_logit"``.
         pos_weight: [K], of ``"multilabel"``, as in ``nn.BCEWithLogitsLoss``; as is ``weight`` [K] then.

@@ -47,14 +47,14 @@ def _as_mask(values: Tensor, vjp: Tensor) -> Tensor:
 
 
 def mean_sigmoid_mask(vjp: Tensor, slope: float = 10.0) -> Tensor:
-    """M = sigmoid(slope (n - mean n)), n = g/max g, g = |mean_c R|: no window, no fixed area."""
+    """``M = sigmoid(slope (n - mean n))``, n = g/max g, ``g = |mean_c R|``: no window, no fixed area."""
     check_positive("slope", slope)
     n = _relative_density(vjp)
     return _as_mask(torch.sigmoid(slope * (n - n.mean(1, keepdim=True))), vjp)
 
 
 def top_p_mask(vjp: Tensor, area: float = 0.1, slope: float = 30.0) -> Tensor:
-    """M = sigmoid(slope (n - t)) with t such that mean M = ``area`` exactly, n = g/max g, g = |mean_c R|."""
+    """``M = sigmoid(slope (n - t))``, t such that mean M = ``area`` exactly, n = g/max g, ``g = |mean_c R|``."""
     check_share("area", area)
     check_positive("slope", slope)
     n = _relative_density(vjp)

@@ -25,7 +25,7 @@ class SIBTrainerMixin:
     Args:
         criterion: the loss. Its ``process_group="world"`` joins the batches of all processes.
         step_options: arguments of :class:`sib_ext.SIBStep`, such as ``{"layers": ["resnet.encoder"], "every": 1}``.
-        *args, **options: of the Trainer.
+        args, options: of the Trainer.
 
     Raises:
         ValueError: a criterion of another type, or another loss beside it.

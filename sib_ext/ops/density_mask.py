@@ -113,7 +113,7 @@ def density_mask(
     area: float = 0.2,
     impl: str | None = None,
 ) -> Tensor:
-    """Soft foreground mask from where the VJP is dense (published S-IB mask; formula in :mod:`sib_ext.reference`).
+    """Soft foreground mask from where the VJP is dense (published S-IB mask; formula in ``sib_ext/reference.py``).
 
     Args:
         vjp: R = ds/dx [B,C,H,W], floating point, any layout (contiguous and channels_last without a copy).

@@ -146,7 +146,7 @@ def masked_statistics(
         impl: see :func:`density_mask`.
 
     Returns:
-        :class:`MaskedStatistics`, float32 (float64 for float64 fields); sums run over C*H*W in float32 or wider.
+        :class:`sib_ext.MaskedStatistics`, float32 (float64 of float64); sums are over C*H*W in float32 or wider.
         Differentiable in ``vjp``, ``x`` and ``mask`` any number of times.
 
     Raises:
