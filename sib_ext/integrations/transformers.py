@@ -1,6 +1,7 @@
 """S-IB in the Trainer of ``transformers``."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class SIBTrainerMixin:
 
     loss_is_scaled_for_ga = False  # the loss is the mean of one batch: the Trainer divides it by their number
 
-    def __init__(self, *args, criterion: SpatialIBLoss, step_options: Mapping[str, object] | None = None, **options):
+    def __init__(self, *args, criterion: SpatialIBLoss, step_options: Mapping[str, Any] | None = None, **options):
         if not isinstance(criterion, SpatialIBLoss):
             raise ValueError(f"criterion must be a sib_ext.SpatialIBLoss, got {type(criterion).__name__}")
         super().__init__(*args, **options)
