@@ -12,16 +12,27 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+SETUPTOOLS = 77  #: the oldest that knows a licence by its SPDX name
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
 CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
 
 
 def say(message: str) -> None:
     print(f"sib_ext: {message}", file=sys.stderr, flush=True)
+
+
+def check_setuptools() -> None:
+    """Before pyproject.toml is read, of which an older one complains without saying what to do."""
+    if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+        sys.exit(
+            f"sib_ext: setuptools {setuptools.__version__} is too old, {SETUPTOOLS} is needed: "
+            f"pip install 'setuptools>={SETUPTOOLS}'"
+        )
 
 
 def option(name: str, default: str, choices: tuple[str, ...]) -> str:
@@ -145,6 +156,7 @@ def commands(modules: list) -> dict:
     return {"build_py": BuildPython, "build_ext": BuildExtension}
 
 
+check_setuptools()
 MODULES, SKIPPED = extensions()
 RECORD = record(MODULES, SKIPPED)
 say(f"building {', '.join(RECORD['modules']) or 'no native module'}")

@@ -1,6 +1,7 @@
 """The build rule, and what is shipped."""
 
 import os
+import re
 import site
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_an_install_from_the_sdist_builds_the_native_module(sdist, tmp_path):
 def test_a_build_option_with_a_value_that_is_not_one_stops_with_the_choices(variable):
     done = python("setup.py", "--version", **{variable: "perhaps"})
     assert done.returncode != 0 and f"{variable}='perhaps' is not one of" in done.stderr
+
+
+def test_an_old_setuptools_stops_with_the_one_that_is_needed():
+    old = "import setuptools; setuptools.__version__ = '75.8.0'; __file__ = 'setup.py'; exec(open(__file__).read())"
+    done = python("-c", old)
+    needed = re.search(r"setuptools>=(\d+)", (ROOT / "pyproject.toml").read_text())[1]
+    assert done.stderr.startswith("sib_ext: setuptools 75.8.0 is too old") and f"setuptools>={needed}'" in done.stderr
 
 
 def test_asking_for_cuda_without_the_means_stops_with_the_reason(tmp_path):
