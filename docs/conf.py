@@ -18,7 +18,9 @@ exclude_patterns = ["images/*"]
 nitpicky = True
 
 myst_heading_anchors = 4
-nb_execution_mode = "off"  # as they are stored; the tests run them
+nb_execution_mode = "cache"  # notebooks are stored without results, and run where the site is built
+nb_execution_timeout = 1200  # s, of a cell
+nb_execution_raise_on_error = True
 copybutton_exclude = ".linenos, .gp, .go"  # what is typed, not what is printed
 
 autodoc_member_order = "bysource"
